@@ -1,0 +1,23 @@
+"""Type aliases shared by the whole package."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import optax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+
+Batch: TypeAlias = PyTree[Any]
+BoolScalar: TypeAlias = Bool[Array, ""]
+FloatScalar: TypeAlias = Float[Array, ""]
+Hyperparams: TypeAlias = PyTree[Any]
+IntScalar: TypeAlias = Int[Array, ""]
+Key: TypeAlias = PRNGKeyArray | None
+Loss: TypeAlias = Callable[[PyTree, Hyperparams, Batch, Key], Any]
+Model: TypeAlias = PyTree[Any]
+
+# A function of the unwrapped hyperparameters puts a learning rate, a momentum or a
+# decay among them; a plain transformation has all its numbers fixed.
+InnerOptimiser: TypeAlias = (
+    optax.GradientTransformation | Callable[[Hyperparams], optax.GradientTransformation]
+)

@@ -1,0 +1,185 @@
+"""What `step` takes as data: one batch for all inner steps, batches drawn on the
+device, or batches made on the host."""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+from jaxtyping import Array, Int, PyTree, UInt32
+
+from ._custom_types import Batch, IntScalar, Key
+from ._misc import as_device_arrays, is_array_or_numpy
+
+
+_ROUNDS = 24  # of the shuffle; each leaves half of the points where they are
+
+
+class AbstractBatches(eqx.Module):
+    """A batch for each inner step."""
+
+    @abc.abstractmethod
+    def draw(self, index: IntScalar, position: IntScalar, key: Key) -> Batch:
+        """The batch of one inner step.
+
+        **Arguments:**
+
+        - `index`: the number of the inner step within the call of `step`, from 0.
+        - `position`: the number of the inner step since the start of the run, from 0.
+        - `key`: a PRNG key, or `None`.
+
+        **Returns:** a pytree of arrays.
+        """
+
+
+class SameBatch(AbstractBatches):
+    """The same batch at every inner step: what a plain pytree of arrays stands for."""
+
+    batch: Batch
+
+    def draw(self, index: IntScalar, position: IntScalar, key: Key) -> Batch:
+        del index, position, key
+        return self.batch
+
+
+class Minibatch(AbstractBatches):
+    """A fresh random batch at each inner step, drawn on the device from arrays that
+    are held there as a whole."""
+
+    data: PyTree[Array]
+    seed: UInt32[Array, ""]
+    batch_size: int = eqx.field(static=True)
+    replacement: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        data: PyTree[Any],
+        batch_size: int,
+        *,
+        replacement: bool = True,
+        seed: int = 0,
+    ):
+        """**Arguments:**
+
+        - `data`: a pytree of arrays with the same leading axis, of length `n`.
+        - `batch_size`: the number of examples in a batch, from 1 to `n`.
+        - `replacement`: `True` draws each example independently, with the `key` given
+            to `step`. `False` walks through shuffled epochs: each example comes once
+            an epoch, in a new order each time; the last, incomplete batch of an epoch
+            is left out. An epoch is a function of `seed` and of the step counter
+            alone, so no permutation is ever stored.
+        - `seed`: of the shuffled epochs.
+
+        **Raises:** a `ValueError` if `data` is empty, its leading axes differ, or
+        `batch_size` is out of range.
+        """
+        size = _leading_axis(data, "Minibatch(data)")
+        if not 1 <= batch_size <= size:
+            raise ValueError(
+                f"`batch_size` must be from 1 to the {size} examples of `data`; got "
+                f"{batch_size}."
+            )
+        self.data = as_device_arrays(data)
+        self.seed = jnp.asarray(seed, jnp.uint32)
+        self.batch_size = batch_size
+        self.replacement = replacement
+
+    def draw(self, index: IntScalar, position: IntScalar, key: Key) -> Batch:
+        del index
+        size = jtu.tree_leaves(self.data)[0].shape[0]
+        if self.replacement:
+            if key is None:
+                raise ValueError(
+                    "`key` is missing: `Minibatch` draws at random. Pass `key=` to "
+                    "`step`, or use `Minibatch(..., replacement=False)`."
+                )
+            rows = jr.randint(key, (self.batch_size,), 0, size)
+        else:
+            per_epoch = size // self.batch_size
+            epoch, number = jnp.divmod(position, per_epoch)
+            rows = number * self.batch_size + jnp.arange(self.batch_size)
+            rows = _shuffle(rows, size, jr.fold_in(jr.key(self.seed), epoch))
+        return jtu.tree_map(lambda x: x[rows], self.data)
+
+
+class Stacked(AbstractBatches):
+    """Batches made on the host, one for each inner step of a call of `step`."""
+
+    batches: PyTree[Array]
+
+    def __init__(self, batches: PyTree[Any]):
+        """**Arguments:**
+
+        - `batches`: a pytree of arrays whose leading axis runs over the inner steps;
+            its length is the `inner_steps` of the optimizer.
+
+        **Raises:** a `ValueError` if it is empty or the leading axes differ.
+        """
+        _leading_axis(batches, "Stacked(batches)")
+        self.batches = as_device_arrays(batches)
+
+    def draw(self, index: IntScalar, position: IntScalar, key: Key) -> Batch:
+        del position, key
+        return jtu.tree_map(lambda x: x[index], self.batches)
+
+
+def as_batches(data: Any, name: str, inner_steps: int) -> AbstractBatches:
+    """Brings what the user gave as `train` or `val` to one form, or says what is wrong
+    with it."""
+    if isinstance(data, Stacked):
+        length = jtu.tree_leaves(data.batches)[0].shape[0]
+        if length != inner_steps:
+            raise ValueError(
+                f"`{name}` is `Stacked` with {length} batches, but the optimizer takes "
+                f"{inner_steps} inner steps; give one batch for each."
+            )
+    batches = data if isinstance(data, AbstractBatches) else SameBatch(data)
+    arrays = [x for x in jtu.tree_leaves(batches) if is_array_or_numpy(x)]
+    for x in arrays:
+        if x.size == 0:
+            raise ValueError(f"`{name}` is empty: it holds an array of shape {x.shape}.")
+    return batches
+
+
+def _leading_axis(data: PyTree[Any], name: str) -> int:
+    leaves = jtu.tree_leaves(data)
+    shapes = [getattr(x, "shape", None) for x in leaves]
+    if len(leaves) == 0 or any(shape is None or len(shape) == 0 for shape in shapes):
+        raise ValueError(
+            f"`{name}` must be a pytree of arrays with a leading axis; got shapes "
+            f"{shapes}."
+        )
+    lengths = {shape[0] for shape in shapes if shape is not None}
+    if len(lengths) > 1 or lengths == {0}:
+        raise ValueError(
+            f"`{name}` needs the same, non-empty leading axis in all arrays; got "
+            f"shapes {shapes}."
+        )
+    return lengths.pop()
+
+
+def _shuffle(
+    rows: Int[Array, " batch"], size: int, key: Key
+) -> Int[Array, " batch"]:
+    """Where a pseudo-random permutation of `range(size)` sends `rows`.
+
+    A swap-or-not network (Hoang, Morris, Rogaway, CRYPTO 2012): each round pairs the
+    points by reflection at a random centre and swaps each pair or not by a hash. It
+    costs the same for any `size`, unlike sorting random numbers.
+    """
+    round_keys = jr.bits(key, (2, _ROUNDS), jnp.uint32)
+    centres = (round_keys[0] % size).astype(rows.dtype)
+    for centre, salt in zip(centres, round_keys[1]):
+        partner = jnp.mod(centre - rows, size)
+        pair = jnp.maximum(rows, partner).astype(jnp.uint32)
+        rows = jnp.where(_hash(pair ^ salt) >> 31 == 1, partner, rows)
+    return rows
+
+
+def _hash(x: UInt32[Array, " batch"]) -> UInt32[Array, " batch"]:
+    # The 32-bit finaliser of MurmurHash3.
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

@@ -1,0 +1,74 @@
+"""Where the driver takes its data from: arrays on the device as they are, Python
+iterators a batch at a time."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax.tree_util as jtu
+import numpy as np
+
+from ._custom_types import Batch
+from ._data import AbstractBatches, Stacked
+from ._misc import as_device_arrays
+
+
+class Feed:
+    """The data of one level, for one call of `step` after another.
+
+    `is_static` tells whether every call gets the same object.
+    """
+
+    def __init__(self, data: Any, name: str, count: int):
+        self._name = name
+        self._count = count
+        self._loader: Iterable[Any] | None = None
+        self._iterator: Iterator[Any] | None = None
+        self._same: Any = None
+        self.is_static = not is_loader(data)
+        if self.is_static:
+            self._same = as_device_arrays(data)
+        else:
+            self._loader = data
+
+    def next(self) -> Batch | AbstractBatches:
+        """The data for one call of `step`.
+
+        **Raises:** `StopIteration` when an iterator that cannot be started again ends.
+        """
+        if self.is_static:
+            return self._same
+        first = self._pull()
+        if isinstance(first, AbstractBatches) or self._count == 1:
+            return first
+        batches = [first] + [self._pull() for _ in range(self._count - 1)]
+        try:
+            return Stacked(jtu.tree_map(lambda *x: np.stack(x), *batches))
+        except ValueError as e:
+            raise ValueError(
+                f"`{self._name}` gave batches of different shapes or structures within "
+                "one step; they must be equal to be stacked. Let the loader drop the "
+                "last, incomplete batch."
+            ) from e
+
+    def _pull(self) -> Any:
+        assert self._loader is not None
+        if self._iterator is None:
+            self._iterator = iter(self._loader)
+        try:
+            return next(self._iterator)
+        except StopIteration:
+            fresh = iter(self._loader)
+            if fresh is self._iterator:
+                raise
+            self._iterator = fresh
+        try:
+            return next(fresh)
+        except StopIteration:
+            raise ValueError(f"`{self._name}` is empty: it gave no batch.") from None
+
+
+def is_loader(data: Any) -> bool:
+    """Whether `data` is a Python iterator, or an iterable that is no pytree of arrays."""
+    leaf = jtu.all_leaves([data])
+    is_array = hasattr(data, "shape") and hasattr(data, "dtype")
+    return leaf and not is_array and isinstance(data, Iterable)

@@ -1,0 +1,187 @@
+"""The two levels of a problem within one step, as pure functions of arrays.
+
+An algorithm sees nothing else: it moves the inner level by `update` (or `run`, many
+updates) and asks for the validation loss by `validate`. Both are differentiable in the
+inner state and in the hyperparameters; `update` by the second-order rule.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import optax
+from jax import lax
+from jaxtyping import PyTree
+
+from ._custom_types import (
+    FloatScalar,
+    Hyperparams,
+    InnerOptimiser,
+    IntScalar,
+    Key,
+    Model,
+)
+from ._data import AbstractBatches
+from ._misc import match_dtypes
+from ._problem import evaluate_train, evaluate_val, Problem
+from ._second_order import AbstractSecondOrder
+from ._state import InnerState
+
+
+_TRAIN, _VAL = 0, 1  # what a key is folded with, so that the levels draw independently
+
+
+class Levels(eqx.Module):
+    """The inner and the outer level of one call of `step`.
+
+    **Attributes:**
+
+    - `problem`, `inner`, `second_order`: those of the optimizer.
+    - `frozen`: the model without its inexact arrays.
+    - `train`, `val`: a batch for each inner step.
+    - `position`: the number of inner steps before this call.
+    - `key`: a PRNG key, or `None`.
+    - `unroll`: how many updates a scan of `run` holds in its body.
+    """
+
+    problem: Problem
+    inner: InnerOptimiser
+    second_order: AbstractSecondOrder
+    frozen: Model
+    train: AbstractBatches
+    val: AbstractBatches
+    position: IntScalar
+    key: Key
+    unroll: int = eqx.field(static=True)
+
+    def update(
+        self, state: InnerState, hyperparams: Hyperparams, index: IntScalar
+    ) -> tuple[InnerState, tuple[FloatScalar, Any]]:
+        r"""One inner step, $\theta_t = \Phi(\theta_{t-1}, \lambda; D_t)$.
+
+        **Arguments:**
+
+        - `state`: $\theta_{t-1}$ with the optimiser's and the model's state.
+        - `hyperparams`: $\lambda$, unwrapped.
+        - `index`: the number of the inner step within this call, from 0.
+
+        **Returns:** the new inner state, and `(train_loss, aux)` at $\theta_{t-1}$,
+        which is not differentiated.
+        """
+        rest, fixed = eqx.partition(
+            (hyperparams, state.model_state), eqx.is_inexact_array
+        )
+        args, static = eqx.partition((self, fixed, index), eqx.is_array)
+
+        def loss(params, rest, args):
+            levels, fixed, index = eqx.combine(args, static)
+            hyperparams, model_state = eqx.combine(rest, fixed)
+            batch, key = levels._draw(levels.train, index, _TRAIN)
+            model = eqx.combine(params, levels.frozen)
+            loss, model_state, aux = evaluate_train(
+                levels.problem, model, model_state, hyperparams, batch, key
+            )
+            carried, fixed = eqx.partition(model_state, eqx.is_inexact_array)
+            return loss, (carried, (fixed, aux))
+
+        gradient = self.second_order.differentiate(loss)
+        grad, carried, (value, (fixed, aux)) = gradient(state.params, rest, args)
+        params, opt_state = _apply(self.inner, grad, state, hyperparams)
+        model_state = eqx.combine(carried, fixed)
+        new = InnerState(params, opt_state, model_state)
+        return match_dtypes(new, state), (value, aux)
+
+    def run(
+        self, state: InnerState, hyperparams: Hyperparams, start: int, stop: int
+    ) -> tuple[InnerState, tuple[FloatScalar, Any]]:
+        """The inner steps `start` to `stop` of this call, at least one.
+
+        **Returns:** the inner state after them, and the report of the last one.
+        """
+        if stop - start == 1:
+            return self.update(state, hyperparams, jnp.asarray(start))
+        report = jax.eval_shape(
+            lambda: self.update(state, hyperparams, jnp.asarray(start))[1]
+        )
+        report = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), report)
+
+        def body(carry, index):
+            return self.update(carry[0], hyperparams, index), None
+
+        steps = jnp.arange(start, stop)
+        carry, _ = lax.scan(body, (state, report), steps, unroll=self.unroll)
+        return carry
+
+    def validate(
+        self, state: InnerState, hyperparams: Hyperparams, index: IntScalar
+    ) -> tuple[FloatScalar, Any]:
+        r"""The validation loss $C_2(\theta_t, \lambda)$ as `(loss, aux)`.
+
+        **Arguments:** as those of `update`, with `state` the one after inner step
+        `index`.
+        """
+        batch, key = self._draw(self.val, index, _VAL)
+        model = eqx.combine(state.params, self.frozen)
+        return evaluate_val(
+            self.problem, model, state.model_state, hyperparams, batch, key
+        )
+
+    def validation_gradient(
+        self, state: InnerState, hyperparams: Hyperparams, index: IntScalar
+    ) -> tuple[tuple[FloatScalar, Any], tuple[PyTree, PyTree], Hyperparams]:
+        r"""The validation loss with its two partial derivatives.
+
+        **Returns:** `(loss, aux)`; $\alpha_t = \partial C_2 / \partial (\theta_t,
+        \text{model state})$; and $\partial C_2 / \partial \lambda$ at fixed
+        $\theta_t$.
+        """
+
+        def loss(x):
+            (params, model_state), hyperparams = x
+            inner = InnerState(params, state.opt_state, model_state)
+            return self.validate(inner, hyperparams, index)
+
+        x = ((state.params, state.model_state), hyperparams)
+        value, (alpha, direct) = eqx.filter_value_and_grad(loss, has_aux=True)(x)
+        return value, alpha, direct
+
+    def _draw(self, batches: AbstractBatches, index: IntScalar, level: int):
+        if self.key is None:
+            return batches.draw(index, self.position + index, None), None
+        key = jr.fold_in(jr.fold_in(self.key, index), level)
+        draw_key, loss_key = jr.split(key)
+        return batches.draw(index, self.position + index, draw_key), loss_key
+
+
+def inner_transformation(
+    inner: InnerOptimiser, hyperparams: Hyperparams
+) -> optax.GradientTransformation:
+    """The Optax transformation that `inner` is, or makes of the hyperparameters."""
+    if isinstance(inner, optax.GradientTransformation):
+        return inner
+    transformation = inner(hyperparams)
+    if not isinstance(transformation, optax.GradientTransformation):
+        raise ValueError(
+            "`inner` must be an `optax.GradientTransformation`, or a function from the "
+            "unwrapped hyperparameters to one; the function returned a "
+            f"{type(transformation).__name__}."
+        )
+    return transformation
+
+
+def _apply(inner, grad, state, hyperparams):
+    transformation = inner_transformation(inner, hyperparams)
+    try:
+        updates, opt_state = transformation.update(grad, state.opt_state, state.params)
+    except TypeError as e:
+        if "value" not in str(e):
+            raise
+        raise ValueError(
+            "`inner` asks for the value of the loss in its update. Only "
+            "transformations of (updates, state, params) can be used here: no line "
+            "search and no reduction on a plateau."
+        ) from e
+    return optax.apply_updates(state.params, updates), opt_state

@@ -1,0 +1,109 @@
+"""Tree arithmetic and dtype bookkeeping; nothing here knows about hyperparameters."""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, PyTree
+
+
+def is_array_or_numpy(x: Any) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray, np.generic))
+
+
+def is_typed_key(x: Any) -> bool:
+    return eqx.is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def tree_add(left: PyTree, right: PyTree) -> PyTree:
+    return jtu.tree_map(jnp.add, left, right)
+
+
+def tree_where(pred: Bool[Array, ""], true: PyTree, false: PyTree) -> PyTree:
+    return jtu.tree_map(lambda t, f: jnp.where(pred, t, f), true, false)
+
+
+def tree_all_finite(tree: PyTree) -> Bool[Array, ""]:
+    finite = [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(tree)]
+    return ft.reduce(jnp.logical_and, finite, jnp.array(True))
+
+
+def tree_norm(tree: PyTree) -> Float[Array, ""]:
+    """The Euclidean norm over all leaves. Scaled by the largest entry first, so that
+    it neither overflows nor vanishes when the squares would."""
+    leaves = [jnp.abs(x) for x in jtu.tree_leaves(tree) if x.size > 0]
+    if len(leaves) == 0:
+        return jnp.zeros(())
+    dtype = ft.reduce(jnp.promote_types, [x.dtype for x in leaves], jnp.float32)
+    leaves = [x.astype(dtype) for x in leaves]
+    largest = ft.reduce(jnp.maximum, [jnp.max(x) for x in leaves])
+    scale = jnp.where(largest > 0, largest, jnp.ones((), dtype))
+    squares = [jnp.sum(jnp.square(x / scale)) for x in leaves]
+    return scale * jnp.sqrt(ft.reduce(jnp.add, squares))
+
+
+def as_device_arrays(tree: PyTree) -> PyTree:
+    """NumPy leaves become JAX arrays; array dtypes stop being weak, since a weak dtype
+    that hardens in the first step would compile it a second time."""
+
+    def convert(x):
+        if is_typed_key(x) or not is_array_or_numpy(x):
+            return x
+        dtype = jax.dtypes.canonicalize_dtype(x.dtype)
+        return jnp.asarray(x, dtype=dtype)
+
+    return jtu.tree_map(convert, tree)
+
+
+def match_dtypes(tree: PyTree, like: PyTree) -> PyTree:
+    """Casts the arrays of `tree` to the (strong) dtypes of `like`."""
+
+    def match(x, y):
+        same = not eqx.is_array(x) or is_typed_key(x)
+        return x if same else lax.convert_element_type(x, y.dtype)
+
+    return jtu.tree_map(match, tree, like)
+
+
+def depends_on(fn: Callable[[PyTree], PyTree], x: PyTree) -> bool:
+    """Whether any output of `fn` has a derivative with respect to `x` that is not
+    zero by construction. Traces `fn`; computes nothing."""
+    perturbed = []
+
+    @jax.custom_vjp
+    def probe(y):
+        return y
+
+    def forward(y):
+        leaves, treedef = jtu.tree_flatten(y)
+        perturbed.extend(leaf.perturbed for leaf in leaves)
+        return jtu.tree_unflatten(treedef, [leaf.value for leaf in leaves]), None
+
+    probe.defvjp(forward, lambda _, cotangent: (cotangent,), symbolic_zeros=True)
+    jax.eval_shape(lambda x: jax.vjp(lambda x: probe(fn(x)), x)[0], x)
+    return any(perturbed)
+
+
+def check_same_structure(name: str, got: PyTree, expected: PyTree, what: str) -> None:
+    """Raises a `ValueError` that names the first leaf of `got` that differs."""
+    got_leaves, got_def = jtu.tree_flatten_with_path(got)
+    expected_leaves, expected_def = jtu.tree_flatten_with_path(expected)
+    if got_def != expected_def:
+        raise ValueError(
+            f"`{name}` does not have the structure of {what}.\n"
+            f"Got: {got_def}\nExpected: {expected_def}"
+        )
+    for (path, x), (_, y) in zip(got_leaves, expected_leaves):
+        if eqx.is_array_like(x) and eqx.is_array_like(y):
+            x, y = jax.typeof(x), jax.typeof(y)
+            if (x.shape, x.dtype) != (y.shape, y.dtype):
+                raise ValueError(
+                    f"`{name}{jtu.keystr(path)}` is {x.str_short()}, but {what} has "
+                    f"{y.str_short()} there."
+                )

@@ -1,0 +1,368 @@
+"""The interface of every algorithm: `init`, `step`, `compute_hypergradient`, `restart`.
+
+They are implemented once, here. An algorithm fills three slots: `estimate` (move the
+inner level and estimate the hypergradient), `init_memory` and `restart_memory` (what it
+carries from step to step).
+"""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optax
+from jaxtyping import PyTree
+
+from .._custom_types import Batch, FloatScalar, Hyperparams, InnerOptimiser, Key, Model
+from .._data import AbstractBatches, as_batches
+from .._hyperparameter import canonical, partition_raw, unwrap
+from .._jit import filter_jit
+from .._levels import inner_transformation, Levels
+from .._misc import (
+    as_device_arrays,
+    check_same_structure,
+    match_dtypes,
+    tree_all_finite,
+    tree_norm,
+    tree_where,
+)
+from .._problem import Problem
+from .._second_order import AbstractSecondOrder
+from .._state import BilevelState, float_scalar, InnerState, Metrics
+from .checks import (
+    check_model,
+    check_positive_int,
+    explain_missing_key,
+    report_structure,
+    warn_if_independent,
+)
+
+
+class Estimate(eqx.Module):
+    r"""What an algorithm makes of the inner steps of one call of `step`.
+
+    **Attributes:**
+
+    - `inner`: the inner state after the inner steps.
+    - `memory`: the algorithm's own, updated.
+    - `hypergradient`: an estimate of $dC_2/d\lambda$, shaped like the unwrapped
+        hyperparameters, `None` where a leaf is not an inexact array.
+    - `train`, `val`: the last `(loss, aux)` of each level.
+    """
+
+    inner: InnerState
+    memory: PyTree
+    hypergradient: Hyperparams
+    train: tuple[FloatScalar, Any]
+    val: tuple[FloatScalar, Any]
+
+
+class AbstractBilevelOptimizer(eqx.Module):
+    """An algorithm that trains a model and tunes its hyperparameters by gradient.
+
+    An immutable collection of settings. All that changes lives in a
+    [`eqx_hpo.BilevelState`][].
+
+    **Attributes:**
+
+    - `problem`: the two losses.
+    - `inner`: an `optax.GradientTransformation` that trains the model, or a function
+        from the unwrapped hyperparameters to one, for learning rates and the like:
+        `inner=lambda h: optax.sgd(h.learning_rate)`.
+    - `outer`: an `optax.GradientTransformation` on the `raw` arrays of the
+        hyperparameters.
+    - `second_order`: the rule for derivatives of the training gradient.
+    - `inner_steps`: the number of inner steps in a call of `step`.
+    - `unroll`: how many inner steps a compiled loop holds in its body. More compile
+        longer; a full unroll avoids that convolutions run slowly inside loops on CPUs.
+    """
+
+    problem: eqx.AbstractVar[Problem]
+    inner: eqx.AbstractVar[InnerOptimiser]
+    outer: eqx.AbstractVar[optax.GradientTransformation]
+    second_order: eqx.AbstractVar[AbstractSecondOrder]
+    inner_steps: eqx.AbstractVar[int]
+    unroll: eqx.AbstractVar[int]
+    # Whether the estimate has a part that goes through the inner update.
+    through_update: eqx.AbstractClassVar[bool]
+
+    def __check_init__(self):
+        check_positive_int("inner_steps", self.inner_steps)
+        check_positive_int("unroll", self.unroll)
+        if not isinstance(self.outer, optax.GradientTransformation):
+            raise ValueError(
+                "`outer` must be an `optax.GradientTransformation`; got a "
+                f"{type(self.outer).__name__}."
+            )
+        if not callable(self.inner) and not isinstance(
+            self.inner, optax.GradientTransformation
+        ):
+            raise ValueError(
+                "`inner` must be an `optax.GradientTransformation`, or a function from "
+                f"hyperparameters to one; got a {type(self.inner).__name__}."
+            )
+
+    @abc.abstractmethod
+    def init_memory(self, inner: InnerState, hyperparams: Hyperparams) -> PyTree:
+        """What the algorithm carries, before the first step.
+
+        **Arguments:**
+
+        - `inner`: the inner state at the start.
+        - `hyperparams`: the unwrapped hyperparameters.
+
+        **Returns:** a pytree of arrays, or `None`.
+        """
+
+    @abc.abstractmethod
+    def restart_memory(self, memory: PyTree, inner: InnerState) -> PyTree:
+        """What the algorithm carries on when the inner level starts afresh.
+
+        **Arguments:**
+
+        - `memory`: as it was before.
+        - `inner`: the fresh inner state.
+
+        **Returns:** a pytree of the structure of `memory`.
+        """
+
+    @abc.abstractmethod
+    def estimate(
+        self,
+        levels: Levels,
+        inner: InnerState,
+        hyperparams: Hyperparams,
+        memory: PyTree,
+    ) -> Estimate:
+        """Moves the inner level by `inner_steps` and estimates the hypergradient.
+
+        **Arguments:**
+
+        - `levels`: the two levels, with the data and the key of this step.
+        - `inner`: the inner state before the step.
+        - `hyperparams`: the unwrapped hyperparameters.
+        - `memory`: the algorithm's own.
+
+        **Returns:** an `Estimate`.
+        """
+
+    def init(
+        self,
+        model: Model,
+        hyperparams: Hyperparams,
+        *,
+        train: Batch | AbstractBatches = None,
+        val: Batch | AbstractBatches = None,
+        model_state: PyTree = None,
+        key: Key = None,
+    ) -> BilevelState:
+        """The state before the first step.
+
+        **Arguments:**
+
+        - `model`: any pytree. Its inexact arrays are trained, all other leaves pass
+            through.
+        - `hyperparams`: any pytree of placeholders and floating-point arrays. Python
+            floats become arrays. May be empty.
+        - `train`, `val`: the data, as for `step`. Needed only to find the structure of
+            the `aux` of losses with `has_aux=True`; without them `state.metrics.aux` is
+            `None` until the first step, which then compiles twice.
+        - `model_state`: an `eqx.nn.State`, for losses that take and return one.
+        - `key`: a PRNG key, where the losses need one.
+
+        **Returns:** a [`eqx_hpo.BilevelState`][].
+
+        **Raises:** a `ValueError` if `model` has nothing to train or still holds
+        placeholders, or if a hyperparameter is not floating point.
+        """
+        model = as_device_arrays(model)
+        hyperparams = canonical(hyperparams)
+        check_model(model)
+        model_state = as_device_arrays(model_state)
+        plain = unwrap(hyperparams)
+        inner = self._init_inner(model, plain, model_state)
+        aux = None
+        if self.problem.has_aux and train is not None and val is not None:
+            levels = self._levels(model, train, val, jnp.array(0), key)
+            with explain_missing_key(levels, inner, plain):
+                (_, train_aux), (_, val_aux) = report_structure(levels, inner, plain)
+            zeros = lambda x: jnp.zeros(x.shape, x.dtype)
+            aux = jtu.tree_map(zeros, (train_aux, val_aux))
+        raw, _ = partition_raw(hyperparams)
+        nan = float_scalar(jnp.nan)
+        return BilevelState(
+            model=model,
+            hyperparams=hyperparams,
+            inner_opt_state=inner.opt_state,
+            outer_opt_state=as_device_arrays(self.outer.init(raw)),
+            memory=as_device_arrays(self.init_memory(inner, plain)),
+            model_state=model_state,
+            step=jnp.array(0),
+            skipped=jnp.array(0),
+            metrics=Metrics(nan, nan, nan, aux),
+        )
+
+    @filter_jit
+    def step(
+        self,
+        state: BilevelState,
+        train: Batch | AbstractBatches,
+        val: Batch | AbstractBatches,
+        *,
+        key: Key = None,
+    ) -> BilevelState:
+        """Trains the model for `inner_steps`, then updates the hyperparameters once.
+
+        Compiled; a run of any length compiles it once. A step whose losses,
+        hypergradient or updates are not all finite changes nothing but the counters
+        `step` and `skipped` and the `metrics`.
+
+        **Arguments:**
+
+        - `state`: from `init` or an earlier `step`.
+        - `train`: the train data: a pytree of arrays (one batch, used at every inner
+            step), [`eqx_hpo.Minibatch`][] or [`eqx_hpo.Stacked`][].
+        - `val`: the validation data, likewise. Used at the last inner step.
+        - `key`: a PRNG key, a new one for each call; needed only where a loss or a
+            sampler is random.
+
+        **Returns:** a new state; the old one stays valid.
+        """
+        estimate, gradient = self._estimate(state, train, val, key)
+        raw, constants = partition_raw(state.hyperparams)
+        outer = optax.with_extra_args_support(self.outer)
+        updates, outer_opt_state = outer.update(
+            gradient, state.outer_opt_state, raw, grad=gradient
+        )
+        new_raw = optax.apply_updates(raw, updates)
+
+        inner = estimate.inner
+        losses = (estimate.train[0], estimate.val[0])
+        finite = tree_all_finite((losses, gradient, inner.params, new_raw))
+        params, frozen = eqx.partition(state.model, eqx.is_inexact_array)
+        old = (
+            InnerState(params, state.inner_opt_state, state.model_state),
+            (raw, state.outer_opt_state),
+            state.memory,
+        )
+        new = (inner, (new_raw, outer_opt_state), estimate.memory)
+        inner, (raw, outer_opt_state), memory = tree_where(
+            finite, match_dtypes(new, old), old
+        )
+        aux = (estimate.train[1], estimate.val[1]) if self.problem.has_aux else None
+        return BilevelState(
+            model=eqx.combine(inner.params, frozen),
+            hyperparams=eqx.combine(raw, constants),
+            inner_opt_state=inner.opt_state,
+            outer_opt_state=outer_opt_state,
+            memory=memory,
+            model_state=inner.model_state,
+            step=state.step + 1,
+            skipped=jnp.where(finite, 0, state.skipped + 1),
+            metrics=Metrics(
+                train_loss=float_scalar(losses[0]),
+                val_loss=float_scalar(losses[1]),
+                hypergradient_norm=float_scalar(tree_norm(gradient)),
+                aux=aux,
+            ),
+        )
+
+    @filter_jit
+    def compute_hypergradient(
+        self,
+        state: BilevelState,
+        train: Batch | AbstractBatches,
+        val: Batch | AbstractBatches,
+        *,
+        key: Key = None,
+    ) -> Hyperparams:
+        """The hypergradient that `step` would use for its update of the
+        hyperparameters, with the same arguments. Not checked for being finite.
+
+        **Arguments:** as those of `step`.
+
+        **Returns:** a pytree of the structure of `state.hyperparams`, with the gradient
+        in place of each `raw` and each plain array, and `None` elsewhere.
+        """
+        return self._estimate(state, train, val, key)[1]
+
+    def restart(
+        self, state: BilevelState, model: Model, *, model_state: PyTree = None
+    ) -> BilevelState:
+        """Starts the inner level afresh: the model, the inner optimiser's state and
+        what the algorithm carries of the trajectory. The hyperparameters, the outer
+        optimiser's state and the counters live on.
+
+        **Arguments:**
+
+        - `state`: the state so far.
+        - `model`: the fresh model, of the structure given to `init`.
+        - `model_state`: the fresh `eqx.nn.State`; without it the statistics so far
+            are kept.
+
+        **Returns:** a new state.
+        """
+        model = as_device_arrays(model)
+        check_same_structure("model", model, state.model, "the model of `state`")
+        if model_state is None:
+            model_state = state.model_state
+        plain = unwrap(state.hyperparams)
+        inner = self._init_inner(model, plain, as_device_arrays(model_state))
+        return BilevelState(
+            model=model,
+            hyperparams=state.hyperparams,
+            inner_opt_state=inner.opt_state,
+            outer_opt_state=state.outer_opt_state,
+            memory=self.restart_memory(state.memory, inner),
+            model_state=inner.model_state,
+            step=state.step,
+            skipped=state.skipped,
+            metrics=state.metrics,
+        )
+
+    def _estimate(self, state, train, val, key):
+        levels = self._levels(state.model, train, val, state.step, key)
+        raw, constants = partition_raw(state.hyperparams)
+        to_plain = lambda raw: unwrap(eqx.combine(raw, constants))
+        plain, pullback = eqx.filter_vjp(to_plain, raw)
+        inner = InnerState(
+            eqx.filter(state.model, eqx.is_inexact_array),
+            state.inner_opt_state,
+            state.model_state,
+        )
+        with explain_missing_key(levels, inner, plain):
+            estimate = self.estimate(levels, inner, plain, state.memory)
+        warn_if_independent(levels, inner, plain, self.through_update)
+        (gradient,) = pullback(estimate.hypergradient)
+        return estimate, gradient
+
+    def _levels(self, model, train, val, step, key):
+        return Levels(
+            problem=self.problem,
+            inner=self.inner,
+            second_order=self.second_order,
+            frozen=eqx.filter(model, eqx.is_inexact_array, inverse=True),
+            train=as_batches(train, "train", self.inner_steps),
+            val=as_batches(val, "val", self.inner_steps),
+            position=step * self.inner_steps,
+            key=key,
+            unroll=self.unroll,
+        )
+
+    def _init_inner(self, model, plain, model_state):
+        params = eqx.filter(model, eqx.is_inexact_array)
+        opt_state = inner_transformation(self.inner, plain).init(params)
+        return InnerState(params, as_device_arrays(opt_state), model_state)
+
+
+class AbstractMemoryless(AbstractBilevelOptimizer):
+    """An algorithm that carries nothing from step to step."""
+
+    def init_memory(self, inner: InnerState, hyperparams: Hyperparams) -> PyTree:
+        del inner, hyperparams
+        return None
+
+    def restart_memory(self, memory: PyTree, inner: InnerState) -> PyTree:
+        del inner
+        return memory

@@ -1,0 +1,62 @@
+"""The baseline: the direct derivative of the validation loss alone."""
+
+import warnings
+from typing import ClassVar
+
+import equinox as eqx
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+
+from .._custom_types import Hyperparams, InnerOptimiser
+from .._levels import Levels
+from .._problem import Problem
+from .._second_order import AbstractSecondOrder, ForwardOverReverse
+from .._state import InnerState
+from .base import AbstractMemoryless, Estimate
+
+
+class FirstOrder(AbstractMemoryless):
+    r"""Ignores how the model responds to the hyperparameters:
+
+    $$\frac{dC_2}{d\lambda} \approx \frac{\partial C_2(\theta_T, \lambda)}{\partial
+    \lambda}.$$
+
+    Right for hyperparameters that the validation loss contains and that act on it
+    mostly directly, such as architecture weights. All that acts through training alone
+    (weight decay, a learning rate, sample weights) gets zero.
+    """
+
+    problem: Problem
+    inner: InnerOptimiser
+    outer: optax.GradientTransformation
+    second_order: AbstractSecondOrder = ForwardOverReverse()
+    inner_steps: int = eqx.field(static=True, kw_only=True, default=1)
+    unroll: int = eqx.field(static=True, kw_only=True, default=1)
+    through_update: ClassVar[bool] = False
+
+    def __check_init__(self):
+        if not isinstance(self.inner, optax.GradientTransformation):
+            warnings.warn(
+                "`FirstOrder` sees only the direct term of the hypergradient: the "
+                "hyperparameters that `inner` uses (a learning rate, a momentum) get "
+                "nothing from the update of the model. Use `T1T2` to tune them.",
+                stacklevel=2,
+            )
+
+    def estimate(
+        self,
+        levels: Levels,
+        inner: InnerState,
+        hyperparams: Hyperparams,
+        memory: PyTree,
+    ) -> Estimate:
+        inner, train = levels.run(inner, hyperparams, 0, self.inner_steps)
+        last = jnp.asarray(self.inner_steps - 1)
+        val, _, direct = levels.validation_gradient(inner, hyperparams, last)
+        return Estimate(inner, memory, direct, train, val)
+
+
+FirstOrder.__init__.__doc__ = """**Arguments:** those of
+[`eqx_hpo.AbstractBilevelOptimizer`][]; `second_order` is not used.
+"""

@@ -1,0 +1,64 @@
+"""T1-T2: the hypergradient through the last inner step alone."""
+
+from typing import ClassVar
+
+import equinox as eqx
+import optax
+from jaxtyping import PyTree
+
+from .._custom_types import Hyperparams, InnerOptimiser
+from .._levels import Levels
+from .._problem import Problem
+from .._second_order import AbstractSecondOrder, ForwardOverReverse
+from .._state import InnerState
+from .base import AbstractMemoryless, Estimate
+from .unrolled import backpropagate
+
+
+class T1T2(AbstractMemoryless):
+    r"""Trains and tunes in turn, looking one inner step back:
+
+    $$\frac{dC_2}{d\lambda} \approx \frac{\partial C_2}{\partial \lambda} +
+    \alpha_T B_T, \qquad
+    \alpha_T = \frac{\partial C_2(\theta_T, \lambda)}{\partial \theta_T}, \quad
+    B_T = \frac{\partial \Phi(\theta_{T-1}, \lambda)}{\partial \lambda}$$
+
+    with $\theta_{T-1}$ held fixed. The cheapest estimate that sees how the
+    hyperparameters act on training: memory $O(P + H)$, and about one training and one
+    validation gradient a step. Its bias is the short horizon: a learning rate, for
+    instance, comes out too small.
+
+    With `second_order=FiniteDifference()` it is the rule of DARTS.
+
+    ??? cite "References"
+
+        Luketina et al., *Scalable Gradient-Based Tuning of Continuous Regularization
+        Hyperparameters*, ICML 2016. Liu et al., *DARTS: Differentiable Architecture
+        Search*, ICLR 2019.
+    """
+
+    problem: Problem
+    inner: InnerOptimiser
+    outer: optax.GradientTransformation
+    second_order: AbstractSecondOrder = ForwardOverReverse()
+    inner_steps: int = eqx.field(static=True, kw_only=True, default=1)
+    unroll: int = eqx.field(static=True, kw_only=True, default=1)
+    through_update: ClassVar[bool] = True
+
+    def estimate(
+        self,
+        levels: Levels,
+        inner: InnerState,
+        hyperparams: Hyperparams,
+        memory: PyTree,
+    ) -> Estimate:
+        last = self.inner_steps - 1
+        if last > 0:
+            inner, _ = levels.run(inner, hyperparams, 0, last)
+        return backpropagate(levels, inner, hyperparams, last, last + 1, memory)
+
+
+T1T2.__init__.__doc__ = """**Arguments:** those of
+[`eqx_hpo.AbstractBilevelOptimizer`][]. Of the `inner_steps`, all but the last are plain
+training steps between two updates of the hyperparameters.
+"""

@@ -1,0 +1,103 @@
+"""Exact hypergradients, by reverse mode through the inner steps."""
+
+import jax.numpy as jnp
+import equinox as eqx
+import optax
+from typing import ClassVar
+from jaxtyping import PyTree
+
+from .._custom_types import Hyperparams, InnerOptimiser
+from .._levels import Levels
+from .._misc import tree_add
+from .._problem import Problem
+from .._second_order import AbstractSecondOrder, ForwardOverReverse
+from .._state import InnerState
+from .base import AbstractMemoryless, Estimate
+from .checks import check_positive_int
+
+
+class Unrolled(AbstractMemoryless):
+    r"""The exact hypergradient of the last `inner_steps` steps, optimiser state
+    included, by reverse mode:
+
+    $$\frac{dC_2}{d\lambda} = \frac{\partial C_2}{\partial \lambda} + \alpha_K
+    \sum_{t} \Big( \prod_{s>t} A_s \Big) B_t, \qquad
+    A_t = \frac{\partial \Phi_t}{\partial \theta_{t-1}}, \quad
+    B_t = \frac{\partial \Phi_t}{\partial \lambda}.$$
+
+    What all other algorithms are measured against. Memory grows with the number of
+    steps that are differentiated: $O(PK)$.
+
+    ??? cite "References"
+
+        Franceschi et al., *Forward and Reverse Gradient-Based Hyperparameter
+        Optimization*, ICML 2017 (reverse mode). Shaban et al., *Truncated
+        Back-propagation for Bilevel Optimization*, AISTATS 2019 (truncation).
+    """
+
+    problem: Problem
+    inner: InnerOptimiser
+    outer: optax.GradientTransformation
+    second_order: AbstractSecondOrder = ForwardOverReverse()
+    inner_steps: int = eqx.field(static=True, kw_only=True)
+    truncation: int | None = eqx.field(static=True, kw_only=True, default=None)
+    unroll: int = eqx.field(static=True, kw_only=True, default=1)
+    through_update: ClassVar[bool] = True
+
+    def __check_init__(self):
+        if self.truncation is not None:
+            check_positive_int("truncation", self.truncation)
+            if self.truncation > self.inner_steps:
+                raise ValueError(
+                    f"`truncation` must be at most `inner_steps`={self.inner_steps}; "
+                    f"got {self.truncation}."
+                )
+
+    def estimate(
+        self,
+        levels: Levels,
+        inner: InnerState,
+        hyperparams: Hyperparams,
+        memory: PyTree,
+    ) -> Estimate:
+        differentiated = self.truncation or self.inner_steps
+        start = self.inner_steps - differentiated
+        if start > 0:
+            inner, _ = levels.run(inner, hyperparams, 0, start)
+        stop = self.inner_steps
+        return backpropagate(levels, inner, hyperparams, start, stop, memory)
+
+
+Unrolled.__init__.__doc__ = """**Arguments:** besides those of
+[`eqx_hpo.AbstractBilevelOptimizer`][],
+
+- `truncation`: how many of the last inner steps are differentiated; all by default.
+    The steps before them are taken as if they did not depend on the hyperparameters.
+"""
+
+
+def backpropagate(
+    levels: Levels,
+    inner: InnerState,
+    hyperparams: Hyperparams,
+    start: int,
+    stop: int,
+    memory: PyTree,
+) -> Estimate:
+    """The inner steps `start` to `stop` and the validation loss after them,
+    differentiated in the hyperparameters, with the inner state before them fixed."""
+
+    def trajectory(hyperparams):
+        end, train = levels.run(inner, hyperparams, start, stop)
+        return (end.params, end.model_state), (end.opt_state, train)
+
+    reached, pullback, (opt_state, train) = eqx.filter_vjp(
+        trajectory, hyperparams, has_aux=True
+    )
+    params, model_state = reached
+    inner = InnerState(params, opt_state, model_state)
+    val, alpha, direct = levels.validation_gradient(
+        inner, hyperparams, jnp.asarray(stop - 1)
+    )
+    (indirect,) = pullback(alpha)
+    return Estimate(inner, memory, tree_add(direct, indirect), train, val)
