@@ -91,7 +91,7 @@ def depends_on(fn: Callable[[PyTree], PyTree], x: PyTree) -> bool:
 
 
 def check_same_structure(name: str, got: PyTree, expected: PyTree, what: str) -> None:
-    """Raises a `ValueError` that names the first leaf of `got` that differs."""
+    """Raises a `ValueError` that names the first array of `got` that differs."""
     got_leaves, got_def = jtu.tree_flatten_with_path(got)
     expected_leaves, expected_def = jtu.tree_flatten_with_path(expected)
     if got_def != expected_def:
@@ -100,10 +100,14 @@ def check_same_structure(name: str, got: PyTree, expected: PyTree, what: str) ->
             f"Got: {got_def}\nExpected: {expected_def}"
         )
     for (path, x), (_, y) in zip(got_leaves, expected_leaves):
-        if eqx.is_array_like(x) and eqx.is_array_like(y):
-            x, y = jax.typeof(x), jax.typeof(y)
-            if (x.shape, x.dtype) != (y.shape, y.dtype):
-                raise ValueError(
-                    f"`{name}{jtu.keystr(path)}` is {x.str_short()}, but {what} has "
-                    f"{y.str_short()} there."
-                )
+        if _spec(x) != _spec(y):
+            raise ValueError(
+                f"`{name}{jtu.keystr(path)}` is {_spec(x)}, but {what} has {_spec(y)} "
+                "there."
+            )
+
+
+def _spec(x: Any) -> str:
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"{x.dtype}{list(x.shape)}"
+    return type(x).__name__

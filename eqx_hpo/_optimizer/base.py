@@ -9,6 +9,7 @@ import abc
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
@@ -331,11 +332,27 @@ class AbstractBilevelOptimizer(eqx.Module):
             state.inner_opt_state,
             state.model_state,
         )
+        self._check_state(state, plain, raw)
         with explain_missing_key(levels, inner, plain):
             estimate = self.estimate(levels, inner, plain, state.memory)
         warn_if_independent(levels, inner, plain, self.through_update)
         (gradient,) = pullback(estimate.hypergradient)
         return estimate, gradient
+
+    def _check_state(self, state, plain, raw):
+        params = eqx.filter(state.model, eqx.is_inexact_array)
+        init = inner_transformation(self.inner, plain).init
+        for name, got, expected, what in [
+            ("inner_opt_state", state.inner_opt_state, (init, params), "model"),
+            ("outer_opt_state", state.outer_opt_state, (self.outer.init, raw), "hyperparams"),
+        ]:
+            check_same_structure(
+                f"state.{name}",
+                got,
+                jax.eval_shape(*expected),
+                f"the optimiser for `state.{what}` (make a state by `init` of the same "
+                "optimizer)",
+            )
 
     def _levels(self, model, train, val, step, key):
         return Levels(

@@ -1,0 +1,136 @@
+"""Floating-point operations and temporary memory of one `T1T2` step, as XLA counts
+them, over those of one training and one validation gradient.
+
+    python tests/benchmarks/flops.py
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import eqx_hpo as hpo
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import optax
+
+
+BATCH = 256
+RULES = [
+    hpo.ReverseOverReverse(),
+    hpo.ForwardOverReverse(),
+    hpo.FiniteDifference(),
+]
+
+
+class ConvNet(eqx.Module):
+    layers: list
+
+    def __init__(self, key):
+        keys = jr.split(key, 4)
+        self.layers = [
+            eqx.nn.Conv2d(1, 16, 3, stride=2, padding=1, key=keys[0]),
+            eqx.nn.Conv2d(16, 32, 3, stride=2, padding=1, key=keys[1]),
+            eqx.nn.Conv2d(32, 32, 3, stride=2, padding=1, key=keys[2]),
+            eqx.nn.Linear(32 * 4 * 4, 10, key=keys[3]),
+        ]
+
+    def __call__(self, x):
+        x = x.reshape(1, 28, 28)
+        for layer in self.layers[:-1]:
+            x = jax.nn.relu(layer(x))
+        return self.layers[-1](x.ravel())
+
+
+def cross_entropy(model, x, y):
+    logits = jax.vmap(model)(x)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y)
+
+
+def val_loss(model, hyperparams, batch, key):
+    del hyperparams, key
+    return jnp.mean(cross_entropy(model, *batch))
+
+
+def weight_decay(model, hyperparams, batch, key):
+    params = eqx.filter(model, eqx.is_inexact_array)
+    squares = jtu.tree_map(lambda d, p: jnp.sum(d * p**2), hyperparams, params)
+    return val_loss(model, None, batch, key) + sum(jtu.tree_leaves(squares))
+
+
+def sample_weights(model, hyperparams, batch, key):
+    del key
+    return jnp.mean(hyperparams * cross_entropy(model, *batch))
+
+
+def input_noise(model, hyperparams, batch, key):
+    x, y = batch
+    return val_loss(model, None, (x + hyperparams * jr.normal(key, x.shape), y), key)
+
+
+def problems(model) -> dict[str, tuple[Callable, object]]:
+    decays = jtu.tree_map(
+        lambda x: jnp.full_like(x, 1e-4), eqx.filter(model, eqx.is_inexact_array)
+    )
+    return {
+        "weight decay": (weight_decay, decays),
+        "sample weights": (sample_weights, jnp.full(BATCH, 0.5)),
+        "input noise": (input_noise, jnp.array(0.1)),
+    }
+
+
+def data(key):
+    x_key, y_key = jr.split(key)
+    x = jr.normal(x_key, (BATCH, 784))
+    return x, jr.randint(y_key, (BATCH,), 0, 10)
+
+
+def cost(fn, *args) -> tuple[float, int]:
+    """The flops and the bytes of temporary memory of a function."""
+    arrays, static = eqx.partition(args, eqx.is_array)
+
+    def traced(arrays):
+        return eqx.filter(fn(*eqx.combine(arrays, static)), eqx.is_array)
+
+    compiled = jax.jit(traced).lower(arrays).compile()
+    memory = compiled.memory_analysis().temp_size_in_bytes
+    return compiled.cost_analysis()["flops"], memory
+
+
+def ratio(model, train_loss, hyperparams, second_order) -> tuple[float, float]:
+    """Flops and temporary memory of a step, over those of the two gradients."""
+    train, val, key = data(jr.key(1)), data(jr.key(2)), jr.key(3)
+    gradient = lambda loss: lambda model, hyperparams, batch: eqx.filter_grad(loss)(
+        model, hyperparams, batch, key
+    )
+    train_cost = cost(gradient(train_loss), model, hyperparams, train)
+    val_cost = cost(gradient(val_loss), model, hyperparams, val)
+    optimizer = hpo.T1T2(
+        hpo.Problem(train_loss, val_loss),
+        inner=optax.sgd(0.1),
+        outer=optax.sgd(0.1),
+        second_order=second_order,
+    )
+    state = optimizer.init(model, hyperparams)
+    step = lambda state, train, val: optimizer.step(state, train, val, key=key)
+    flops, memory = cost(step, state, train, val)
+    return flops / (train_cost[0] + val_cost[0]), memory / max(train_cost[1], 1)
+
+
+def main():
+    models = {
+        "MLP 784-256-256-10": eqx.nn.MLP(784, 10, 256, 2, key=jr.key(0)),
+        "CNN 16-32-32": ConvNet(jr.key(0)),
+    }
+    print(f"{'model':20}{'hyperparameter':16}{'rule':20}{'flops':>8}{'memory':>8}")
+    for model_name, model in models.items():
+        for name, (train_loss, hyperparams) in problems(model).items():
+            for rule in RULES:
+                flops, memory = ratio(model, train_loss, hyperparams, rule)
+                rule_name = type(rule).__name__
+                row = f"{model_name:20}{name:16}{rule_name:20}"
+                print(f"{row}{flops:8.3f}{memory:8.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""What several test files use."""
+
+import equinox as eqx
+import eqx_hpo as hpo
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optax
+from eqx_hpo._hyperparameter import partition_raw
+
+
+RULES = {
+    "reverse_over_reverse": hpo.ReverseOverReverse(),
+    "forward_over_reverse": hpo.ForwardOverReverse(),
+    "finite_difference": hpo.FiniteDifference(),
+}
+# Every algorithm, as a function of (problem, inner, outer).
+ALGORITHMS = {
+    "first_order": hpo.FirstOrder,
+    "t1t2": hpo.T1T2,
+    "t1t2_3": lambda *args: hpo.T1T2(*args, inner_steps=3),
+    "unrolled_4": lambda *args: hpo.Unrolled(*args, inner_steps=4),
+    "unrolled_4_2": lambda *args: hpo.Unrolled(*args, inner_steps=4, truncation=2),
+}
+
+
+def arrays(tree):
+    return jtu.tree_leaves(eqx.filter(tree, eqx.is_array))
+
+
+def equal(left, right) -> bool:
+    """Bit for bit, NaN included."""
+    same = lambda x, y: x.dtype == y.dtype and bool(jnp.array_equal(x, y, equal_nan=True))
+    return jtu.tree_structure(left) == jtu.tree_structure(right) and all(
+        same(x, y) for x, y in zip(arrays(left), arrays(right), strict=True)
+    )
+
+
+def relative_error(got, expected) -> float:
+    """The Euclidean distance of two trees, over the norm of the second."""
+    got, expected = arrays(got), arrays(expected)
+    assert [x.shape for x in got] == [x.shape for x in expected]
+    flat = lambda leaves: jnp.concatenate([x.ravel().astype(float) for x in leaves])
+    return float(
+        jnp.linalg.norm(flat(got) - flat(expected)) / jnp.linalg.norm(flat(expected))
+    )
+
+
+def hand_unrolled(problem, inner, model, hyperparams, train, val, steps):
+    """The exact hypergradient, by `jax.grad` of a plain scan over training steps."""
+    raw, constants = partition_raw(hyperparams)
+
+    def loss(raw):
+        plain = hpo.unwrap(eqx.combine(raw, constants))
+        if isinstance(inner, optax.GradientTransformation):
+            optimiser = inner
+        else:
+            optimiser = inner(plain)
+
+        def body(carry, _):
+            params, opt_state = carry
+            grads = jax.grad(problem.train_loss)(params, plain, train, None)
+            updates, opt_state = optimiser.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        carry = (model, optimiser.init(model))
+        (params, _), _ = jax.lax.scan(body, carry, length=steps)
+        return problem.val_loss(params, plain, val, None)
+
+    return jax.jit(jax.grad(loss))(raw)

@@ -1,0 +1,178 @@
+import equinox as eqx
+import eqx_hpo as hpo
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import optax
+import pytest
+
+from .helpers import relative_error, RULES
+
+
+def _loss(params, rest, args):
+    """Not quadratic, with a carried value, as of BatchNorm."""
+    hyper, running = rest
+    hidden = jnp.tanh(args["x"] @ params["w"] + hyper["b"]) * params["s"]
+    carried = {"mean": 0.9 * running["mean"] + 0.1 * jnp.mean(hidden, 0)}
+    loss = jnp.sum((hidden - args["y"]) ** 2) + jnp.sum(running["mean"] * params["s"])
+    return loss, (carried, hidden)
+
+
+def _point(getkey):
+    params = {"w": jr.normal(getkey(), (3, 4)), "s": jr.normal(getkey(), (4,))}
+    rest = ({"b": jr.normal(getkey(), (4,))}, {"mean": jr.normal(getkey(), (4,))})
+    args = {"x": jr.normal(getkey(), (5, 3)), "y": jr.normal(getkey(), (5, 4))}
+    return params, rest, args
+
+
+def _cotangents(getkey, params, rest):
+    like = lambda tree: jtu.tree_map(lambda x: jr.normal(getkey(), x.shape), tree)
+    return like(params), like(rest[1])
+
+
+@pytest.mark.parametrize("rule_name", RULES)
+def test_pullback_equals_autodiff(rule_name, getkey):
+    params, rest, args = _point(getkey)
+    v, u = _cotangents(getkey, params, rest)
+    gradient = RULES[rule_name].differentiate(_loss)
+    out = lambda params, rest: gradient(params, rest, args)[:2]
+    value, pullback = jax.vjp(out, params, rest)
+    got = pullback((v, u))
+
+    def scalar(params, rest):
+        grads, (carried, _) = jax.grad(_loss, has_aux=True)(params, rest, args)
+        dot = lambda x, y: sum(jtu.tree_leaves(jtu.tree_map(jnp.vdot, x, y)))
+        return dot(v, grads) + dot(u, carried)
+
+    expected = jax.grad(scalar, argnums=(0, 1))(params, rest)
+    tolerance = 1e-3 if rule_name == "finite_difference" else 1e-12
+    assert relative_error(got, expected) < tolerance
+    plain, _ = jax.grad(_loss, has_aux=True)(params, rest, args)
+    assert relative_error(value[0], plain) < 1e-14
+
+
+def test_finite_difference_error_is_of_second_order(getkey):
+    params, rest, args = _point(getkey)
+    v, u = _cotangents(getkey, params, rest)
+
+    def pulled(rule):
+        out = lambda params, rest: rule.differentiate(_loss)(params, rest, args)[:2]
+        return jax.vjp(out, params, rest)[1]((v, u))
+
+    exact = pulled(hpo.ForwardOverReverse())
+    coarse, fine = [
+        relative_error(pulled(hpo.FiniteDifference(epsilon)), exact)
+        for epsilon in (0.04, 0.01)
+    ]
+    assert 12 < coarse / fine < 20
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
+def test_finite_difference_of_tiny_and_huge_vectors(scale, getkey):
+    """In float32 the squares of these vectors vanish or overflow."""
+    cast = lambda tree: jtu.tree_map(lambda x: x.astype(jnp.float32), tree)
+    params, rest, args = cast(_point(getkey))
+    v, u = cast(_cotangents(getkey, params, rest))
+    v = jtu.tree_map(lambda x: x * np.float32(scale), v)
+    u = jtu.tree_map(jnp.zeros_like, u)
+
+    def pulled(rule):
+        out = lambda params, rest: rule.differentiate(_loss)(params, rest, args)[:2]
+        return jax.vjp(out, params, rest)[1]((v, u))
+
+    got, exact = pulled(hpo.FiniteDifference()), pulled(hpo.ForwardOverReverse())
+    if scale == 0:
+        assert all(jnp.all(x == 0) for x in jtu.tree_leaves(got))
+    else:
+        assert relative_error(got, exact) < 1e-2
+
+
+@pytest.mark.parametrize("epsilon", [0.0, -1.0])
+def test_bad_epsilon(epsilon):
+    with pytest.raises(ValueError, match="epsilon"):
+        hpo.FiniteDifference(epsilon)
+
+
+def _with_dead_pixels():
+    """A linear model on images whose first two pixels are always zero."""
+    x = jr.normal(jr.key(0), (20, 5)).at[:, :2].set(0.0)
+    y = x @ jnp.arange(5.0)
+
+    def val_loss(model, h, batch, key):
+        return jnp.mean((batch[0] @ model - batch[1]) ** 2)
+
+    def train_loss(model, h, batch, key):
+        return val_loss(model, h, batch, key) + h["decay"] * jnp.sum(model[2:] ** 2)
+
+    return hpo.Problem(train_loss, val_loss), (x, y), jnp.linspace(-1.0, 1.0, 5)
+
+
+@pytest.mark.parametrize("rule_name", RULES)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_adam_with_dead_pixels(rule_name, steps):
+    """The chain rule alone gives NaN; the right answer is that of the problem without
+    the pixels."""
+    problem, (x, y), model = _with_dead_pixels()
+    hyperparams = {"decay": hpo.Positive(0.1), "rate": hpo.Positive(0.05)}
+    inner = lambda h: optax.adam(h["rate"])
+    optimizer = hpo.Unrolled(
+        problem, inner, optax.sgd(0.1), RULES[rule_name], inner_steps=steps
+    )
+    state = optimizer.init(model, hyperparams)
+    got = optimizer.compute_hypergradient(state, (x, y), (x, y))
+
+    alive = hpo.Problem(
+        lambda m, h, batch, key: problem.val_loss(m, h, batch, key)
+        + h["decay"] * jnp.sum(m**2),
+        problem.val_loss,
+    )
+    optimizer = hpo.Unrolled(
+        alive, inner, optax.sgd(0.1), RULES[rule_name], inner_steps=steps
+    )
+    data = (x[:, 2:], y)
+    state = optimizer.init(model[2:], hyperparams)
+    expected = optimizer.compute_hypergradient(state, data, data)
+    assert relative_error(got, expected) < 1e-6
+
+
+def test_a_non_finite_cotangent_elsewhere_is_kept():
+    gradient = hpo.ForwardOverReverse().differentiate(
+        lambda params, rest, args: (jnp.sum(rest * params**2), (None, None))
+    )
+    out = lambda params, rest: gradient(params, rest, None)[0]
+    grads, pullback = jax.vjp(out, jnp.array([0.0, 1.0]), jnp.array(1.0))
+    assert jnp.array_equal(grads, jnp.array([0.0, 2.0]))
+    dead, _ = pullback(jnp.array([jnp.nan, 1.0]))
+    assert jnp.array_equal(dead, jnp.array([0.0, 2.0]))
+    alive, _ = pullback(jnp.array([1.0, jnp.inf]))
+    assert not jnp.isfinite(alive[1])
+
+
+class _Scaled(eqx.Module):
+    """A loss that is a module with arrays of its own."""
+
+    scale: jax.Array
+
+    def __call__(self, model, h, batch, key):
+        return jnp.sum(self.scale * (model - batch) ** 2) + h * jnp.sum(model**2)
+
+
+@pytest.mark.parametrize("rule_name", RULES)
+def test_a_loss_may_hold_arrays(rule_name):
+    problem = hpo.Problem(_Scaled(jnp.array([1.0, 2.0])), _Scaled(jnp.ones(2)))
+    optimizer = hpo.Unrolled(
+        problem, optax.sgd(0.1), optax.sgd(0.1), RULES[rule_name], inner_steps=3
+    )
+    state = optimizer.init(jnp.ones(2), jnp.array(0.5))
+    got = optimizer.compute_hypergradient(state, jnp.zeros(2), jnp.zeros(2))
+    assert jnp.allclose(got, jax.grad(_by_hand)(jnp.array(0.5)), rtol=1e-6)
+
+
+def _by_hand(h):
+    w = jnp.ones(2)
+    for _ in range(3):
+        w = w - 0.1 * (2 * jnp.array([1.0, 2.0]) * w + 2 * h * w)
+    return jnp.sum(w**2) + h * jnp.sum(w**2)
+

@@ -1,0 +1,204 @@
+import functools as ft
+
+import eqx_hpo as hpo
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from .helpers import hand_unrolled, relative_error, RULES
+from .problems import CASES, ridge
+
+
+INNERS = {
+    "sgd": optax.sgd,
+    "momentum": lambda rate: optax.sgd(rate, momentum=0.9),
+    "adam": optax.adam,
+    "adamw": lambda rate: optax.adamw(rate, weight_decay=0.01),
+}
+TOLERANCE = {"finite_difference": 1e-4}
+
+
+SETTINGS = [
+    *[("logistic", name, "both", steps) for name in INNERS for steps in (1, 5, 20)],
+    *[("logistic", name, "loss", 5) for name in ("sgd", "adam")],
+    *[("ridge", name, "rate", 5) for name in ("momentum", "adamw")],
+]
+
+
+@ft.lru_cache
+def _setting(case_name, inner_name, where, steps):
+    """A problem with hyperparameters in the loss, in the learning rate, or in both;
+    and its exact hypergradient."""
+    case, make = CASES[case_name](), INNERS[inner_name]
+    hyperparams = {"loss": case.hyperparams}
+    in_loss = lambda loss: lambda w, h, batch, key: loss(w, h["loss"], batch, key)
+    if where == "rate":
+        fixed = hpo.unwrap(case.hyperparams)
+        in_loss = lambda loss: lambda w, h, batch, key: loss(w, fixed, batch, key)
+        hyperparams = {}
+    problem = hpo.Problem(
+        in_loss(case.problem.train_loss), in_loss(case.problem.val_loss)
+    )
+    inner = make(0.05)
+    if where != "loss":
+        hyperparams["rate"] = hpo.Positive(0.05)
+        inner = lambda h: make(h["rate"])
+    expected = hand_unrolled(
+        problem, inner, case.model, hyperparams, case.train, case.val, steps
+    )
+    return case, problem, inner, hyperparams, expected
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda x: "-".join(map(str, x)))
+@pytest.mark.parametrize("rule_name", RULES)
+def test_equals_hand_written_unroll(rule_name, setting):
+    case, problem, inner, hyperparams, expected = _setting(*setting)
+    optimizer = hpo.Unrolled(
+        problem, inner, optax.sgd(0.1), RULES[rule_name], inner_steps=setting[-1]
+    )
+    state = optimizer.init(case.model, hyperparams)
+    got = optimizer.compute_hypergradient(state, case.train, case.val)
+    assert relative_error(got, expected) < TOLERANCE.get(rule_name, 1e-10)
+
+
+@pytest.mark.parametrize("case_name", CASES)
+@pytest.mark.parametrize("rule_name", ["forward_over_reverse", "finite_difference"])
+def test_reaches_the_closed_form_at_convergence(case_name, rule_name):
+    case = CASES[case_name]()
+    rule = RULES[rule_name]
+    optimizer = hpo.Unrolled(
+        case.problem, optax.sgd(0.3), optax.sgd(0.1), rule, inner_steps=3000
+    )
+    state = optimizer.init(case.model, case.hyperparams)
+    got = optimizer.compute_hypergradient(state, case.train, case.val)
+    expected = case.hypergradient(case.hyperparams)
+    assert relative_error(got, expected) < TOLERANCE.get(rule_name, 1e-10)
+
+
+def test_truncation_equals_unrolling_the_last_steps():
+    case = ridge()
+    inner = optax.sgd(0.1, momentum=0.9)
+    make = lambda **kw: hpo.Unrolled(case.problem, inner, optax.sgd(0.0), **kw)
+    truncated = make(inner_steps=7, truncation=3)
+    state = truncated.init(case.model, case.hyperparams)
+    got = truncated.compute_hypergradient(state, case.train, case.val)
+    later = make(inner_steps=4).step(state, case.train, case.val)
+    expected = make(inner_steps=3).compute_hypergradient(later, case.train, case.val)
+    assert relative_error(got, expected) < 1e-12
+
+
+def test_unroll_of_the_scan_changes_nothing():
+    case = ridge()
+    grads = [
+        hpo.Unrolled(
+            case.problem, optax.adam(0.1), optax.sgd(0.1), inner_steps=6, unroll=unroll
+        )
+        for unroll in (1, 6)
+    ]
+    grads = [
+        o.compute_hypergradient(
+            o.init(case.model, case.hyperparams), case.train, case.val
+        )
+        for o in grads
+    ]
+    assert relative_error(*grads) < 1e-13
+
+
+def _nested():
+    return {
+        "scalar": jnp.array(0.3),
+        "vector": hpo.Positive(jnp.array([0.1, 0.2])),
+        "deep": [{"matrix": hpo.Simplex(jnp.full((2, 2), 0.5))}, (None, jax.nn.relu)],
+    }
+
+
+def test_nested_hyperparameters_of_every_shape():
+    def train_loss(model, h, batch, key):
+        scale = h["deep"][0]["matrix"] @ h["vector"]
+        return jnp.sum(scale * h["deep"][1][1](model - batch) ** 2) + h["scalar"] * (
+            jnp.sum(model**2)
+        )
+
+    def val_loss(model, h, batch, key):
+        return jnp.sum((model - batch) ** 2)
+
+    problem = hpo.Problem(train_loss, val_loss)
+    model, train, val = jnp.array([2.0, 3.0]), jnp.zeros(2), jnp.array([0.5, -0.5])
+    optimizer = hpo.Unrolled(problem, optax.sgd(0.1), optax.adam(0.1), inner_steps=3)
+    state = optimizer.init(model, _nested())
+    got = optimizer.compute_hypergradient(state, train, val)
+    expected = hand_unrolled(
+        problem, optax.sgd(0.1), model, state.hyperparams, train, val, 3
+    )
+    assert relative_error(got, expected) < 1e-12
+    assert got["deep"][1] == (None, None)
+    assert got["vector"].raw.shape == (2,)
+
+
+def test_scalar_model():
+    problem = hpo.Problem(
+        lambda w, h, batch, key: (w - batch) ** 2 + h * w**2,
+        lambda w, h, batch, key: (w - batch) ** 2,
+    )
+    optimizer = hpo.Unrolled(problem, optax.sgd(0.1), optax.sgd(0.1), inner_steps=1)
+    state = optimizer.init(jnp.array(1.0), 0.5)
+    got = optimizer.compute_hypergradient(state, jnp.array(2.0), jnp.array(3.0))
+    # w1 = 1 - 0.1 (2 (1 - 2) + 2 * 0.5 * 1) = 1.1 ; dw1/dh = -0.2
+    assert jnp.allclose(got, 2 * (1.1 - 3.0) * -0.2)
+
+
+@pytest.mark.parametrize("rule_name", RULES)
+def test_mixed_dtypes(rule_name):
+    def train_loss(model, h, batch, key):
+        low, high = model["low"].astype(jnp.float64), model["high"]
+        return jnp.sum(h["wd"].astype(jnp.float64) * (low**2 + high**2)) + jnp.sum(
+            (low + high - batch) ** 2
+        )
+
+    def val_loss(model, h, batch, key):
+        return jnp.sum((model["low"].astype(jnp.float64) * model["high"] - batch) ** 2)
+
+    model = {"low": jnp.ones(3, jnp.float32), "high": jnp.full(3, 0.5), "n": 3}
+    hyperparams = {"wd": hpo.Positive(jnp.full(3, 0.1, jnp.float32))}
+    optimizer = hpo.Unrolled(
+        hpo.Problem(train_loss, val_loss),
+        optax.sgd(0.1, momentum=0.5),
+        optax.adam(0.1),
+        RULES[rule_name],
+        inner_steps=3,
+    )
+    state = optimizer.init(model, hyperparams)
+    got = optimizer.compute_hypergradient(state, jnp.zeros(3), jnp.ones(3))
+    assert got["wd"].raw.dtype == jnp.float32
+    after = optimizer.step(state, jnp.zeros(3), jnp.ones(3))
+    assert after.model["low"].dtype == jnp.float32
+    assert after.model["high"].dtype == jnp.float64
+    assert after.model["n"] == 3
+    arrays, static = eqx.partition(model, eqx.is_array)
+    wrap = lambda loss: lambda m, *rest: loss(eqx.combine(m, static), *rest)
+    expected = hand_unrolled(
+        hpo.Problem(wrap(train_loss), wrap(val_loss)),
+        optax.sgd(0.1, momentum=0.5),
+        arrays,
+        state.hyperparams,
+        jnp.zeros(3),
+        jnp.ones(3),
+        3,
+    )
+    tolerance = 1e-3 if rule_name == "finite_difference" else 1e-5
+    assert relative_error(got, expected) < tolerance
+
+
+@pytest.mark.parametrize("truncation", [0, 5, 2.0])
+def test_bad_truncation(truncation):
+    case = ridge()
+    with pytest.raises((ValueError, TypeError), match="truncation"):
+        hpo.Unrolled(
+            case.problem,
+            optax.sgd(0.1),
+            optax.sgd(0.1),
+            inner_steps=4,
+            truncation=truncation,
+        )
