@@ -19,7 +19,6 @@ from ._hyperparameter import (
 from ._levels import Levels as Levels
 from ._optimizer import (
     AbstractBilevelOptimizer as AbstractBilevelOptimizer,
-    Estimate as Estimate,
     FirstOrder as FirstOrder,
     T1T2 as T1T2,
     Unrolled as Unrolled,
@@ -34,6 +33,7 @@ from ._second_order import (
 from ._solution import History as History, RESULTS as RESULTS, Solution as Solution
 from ._state import (
     BilevelState as BilevelState,
+    Estimate as Estimate,
     InnerState as InnerState,
     Metrics as Metrics,
 )

@@ -7,7 +7,6 @@ import tempfile
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.random as jr
 import jax.tree_util as jtu
 
@@ -62,7 +61,9 @@ def load(path: str | os.PathLike[str], like: BilevelState) -> BilevelState:
         header = _read_header(file.readline(), path)
         _check_specs(header["leaves"], _specs(like))
         keyless = eqx.tree_deserialise_leaves(file, _without_keys(like))
-    restore = lambda x, y: jr.wrap_key_data(x, impl=jr.key_impl(y)) if is_typed_key(y) else x
+    restore = lambda x, y: (
+        jr.wrap_key_data(x, impl=jr.key_impl(y)) if is_typed_key(y) else x
+    )
     return jtu.tree_map(restore, keyless, like)
 
 
@@ -87,8 +88,8 @@ def _check_specs(saved: dict[str, str], like: dict[str, str]) -> None:
         if got != expected:
             raise ValueError(
                 f"`like` does not match the saved state: `state{name}` is {got} in the "
-                f"file and {expected} in `like`. Make `like` by `init` of the optimizer "
-                "that the state was saved from."
+                f"file and {expected} in `like`. Make `like` by `init` of the same "
+                "optimizer."
             )
 
 

@@ -8,7 +8,8 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import Array, Int, PyTree, UInt32
+from jax import lax
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree, UInt32
 
 from ._custom_types import Batch, IntScalar, Key
 from ._misc import as_device_arrays, is_array_or_numpy
@@ -139,7 +140,9 @@ def as_batches(data: Any, name: str, inner_steps: int) -> AbstractBatches:
     arrays = [x for x in jtu.tree_leaves(batches) if is_array_or_numpy(x)]
     for x in arrays:
         if x.size == 0:
-            raise ValueError(f"`{name}` is empty: it holds an array of shape {x.shape}.")
+            raise ValueError(
+                f"`{name}` is empty: it holds an array of shape {x.shape}."
+            )
     return batches
 
 
@@ -161,7 +164,7 @@ def _leading_axis(data: PyTree[Any], name: str) -> int:
 
 
 def _shuffle(
-    rows: Int[Array, " batch"], size: int, key: Key
+    rows: Int[Array, " batch"], size: int, key: PRNGKeyArray
 ) -> Int[Array, " batch"]:
     """Where a pseudo-random permutation of `range(size)` sends `rows`.
 
@@ -169,13 +172,14 @@ def _shuffle(
     points by reflection at a random centre and swaps each pair or not by a hash. It
     costs the same for any `size`, unlike sorting random numbers.
     """
-    round_keys = jr.bits(key, (2, _ROUNDS), jnp.uint32)
-    centres = (round_keys[0] % size).astype(rows.dtype)
-    for centre, salt in zip(centres, round_keys[1]):
-        partner = jnp.mod(centre - rows, size)
+
+    def swap(rows, bits):
+        partner = jnp.mod((bits[0] % size).astype(rows.dtype) - rows, size)
         pair = jnp.maximum(rows, partner).astype(jnp.uint32)
-        rows = jnp.where(_hash(pair ^ salt) >> 31 == 1, partner, rows)
-    return rows
+        return jnp.where(_hash(pair ^ bits[1]) >> 31 == 1, partner, rows), None
+
+    rounds = jr.bits(key, (_ROUNDS, 2), jnp.uint32)
+    return lax.scan(swap, rows, rounds)[0]
 
 
 def _hash(x: UInt32[Array, " batch"]) -> UInt32[Array, " batch"]:

@@ -68,7 +68,7 @@ class Feed:
 
 
 def is_loader(data: Any) -> bool:
-    """Whether `data` is a Python iterator, or an iterable that is no pytree of arrays."""
+    """Whether `data` is a Python iterator or iterable, and no pytree of arrays."""
     leaf = jtu.all_leaves([data])
     is_array = hasattr(data, "shape") and hasattr(data, "dtype")
     return leaf and not is_array and isinstance(data, Iterable)

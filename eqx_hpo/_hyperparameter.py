@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import paramax
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
 from ._custom_types import Hyperparams, Model
@@ -169,7 +170,8 @@ def partition(
     **Returns:** `(hyperparams, rest)`, both of the structure of `model`, with `None`
     in place of what the other one holds.
     """
-    if callable(filter_spec) and filter_spec is not is_hyperparameter:
+    # An Equinox model is callable too: a tree of booleans in its form is no function.
+    if callable(filter_spec) and jtu.all_leaves([filter_spec]):
         selects = filter_spec
         filter_spec = lambda x: is_hyperparameter(x) or selects(x)
     return eqx.partition(model, filter_spec, is_leaf=is_hyperparameter)
@@ -241,7 +243,7 @@ def _as_float(value: ArrayLike, name: str) -> Float[Array, "..."]:
 def _require(
     value: Array, valid: Bool[Array, "..."], message: str, **bounds: Array
 ) -> Array:
-    if isinstance(valid, jax.core.Tracer):
+    if isinstance(valid, Tracer):
         return eqx.error_if(value, ~valid, message + ".")
     if not np.all(valid):
         got = "".join(f", `{name}`={np.asarray(x)}" for name, x in bounds.items())

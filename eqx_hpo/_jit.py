@@ -57,7 +57,7 @@ class _Jitted:
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
         # A pytree, as the bound methods of an `eqx.Module`, but ten times as fast.
-        return self if instance is None else jtu.Partial(self, instance)
+        return self if instance is None else jtu.Partial(self, instance)  # pyright: ignore
 
 
 def filter_jit(fn: Callable[P, T]) -> Callable[P, T]:
@@ -65,7 +65,7 @@ def filter_jit(fn: Callable[P, T]) -> Callable[P, T]:
     return cast(Callable[P, T], _Jitted(fn))
 
 
-def filter_jit_donating_first(fn: Callable[P, T]) -> Callable[P, T]:
+def filter_jit_donating_first(fn: Callable[..., T]) -> Callable[..., T]:
     """Compiles a function that may write its result over its first argument."""
 
     def traced(static_first, static, first, arrays):
@@ -76,7 +76,7 @@ def filter_jit_donating_first(fn: Callable[P, T]) -> Callable[P, T]:
     compiled = jax.jit(traced, static_argnums=(0, 1), donate_argnums=2)
 
     @ft.wraps(fn)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+    def call(*args: Any, **kwargs: Any) -> T:
         static_first, first = _split(args[0])
         static, arrays = _split((args[1:], kwargs))
         return _merge(*compiled(static_first, static, first, arrays))

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from ._custom_types import Hyperparams, Model
+from ._custom_types import FloatScalar, Hyperparams, Model
 
 
 class Metrics(eqx.Module):
@@ -71,6 +71,25 @@ class InnerState(eqx.Module):
     params: PyTree
     opt_state: PyTree
     model_state: PyTree
+
+
+class Estimate(eqx.Module):
+    r"""What an algorithm makes of the inner steps of one call of `step`.
+
+    **Attributes:**
+
+    - `inner`: the inner state after the inner steps.
+    - `memory`: the algorithm's own, updated.
+    - `hypergradient`: an estimate of $dC_2/d\lambda$, shaped like the unwrapped
+        hyperparameters, `None` where a leaf is not an inexact array.
+    - `train`, `val`: the last `(loss, aux)` of each level.
+    """
+
+    inner: InnerState
+    memory: PyTree
+    hypergradient: Hyperparams
+    train: tuple[FloatScalar, Any]
+    val: tuple[FloatScalar, Any]
 
 
 def float_scalar(x: Any) -> Float[Array, ""]:

@@ -30,7 +30,9 @@ def arrays(tree):
 
 def equal(left, right) -> bool:
     """Bit for bit, NaN included."""
-    same = lambda x, y: x.dtype == y.dtype and bool(jnp.array_equal(x, y, equal_nan=True))
+    same = lambda x, y: (
+        x.dtype == y.dtype and bool(jnp.array_equal(x, y, equal_nan=True))
+    )
     return jtu.tree_structure(left) == jtu.tree_structure(right) and all(
         same(x, y) for x, y in zip(arrays(left), arrays(right), strict=True)
     )

@@ -1,9 +1,11 @@
 """Bilevel problems with known answers.
 
-Each has the solution of its inner level, or its exact derivative, in closed form.
+Each has the solution of its inner level in closed form, or by Newton's method. Made
+once, so that tests with the same problem share what is compiled.
 """
 
 import dataclasses
+import functools as ft
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +33,7 @@ class Case:
     response: Callable[[Any], Array]
 
     def hypergradient(self, hyperparams):
-        """Of the validation loss at the response, by differentiating the closed form."""
+        """Of the validation loss at the response, by autodiff of the closed form."""
 
         raw, constants = partition_raw(hyperparams)
 
@@ -42,6 +44,7 @@ class Case:
         return jax.grad(loss)(raw)
 
 
+@ft.cache
 def ridge(features=6, examples=24, seed=0) -> Case:
     """Linear regression with one log-penalty for each feature."""
     keys = jr.split(jr.key(seed), 5)
@@ -73,6 +76,7 @@ def ridge(features=6, examples=24, seed=0) -> Case:
     return Case(problem, model, hyperparams, train, sample(*keys[3:]), response)
 
 
+@ft.cache
 def quadratic() -> Case:
     """`C1 = 0.5 (w - h)^T M (w - h)`, solved by `w = h` whatever `M` is, and
     `C2 = |w - b|^2 + 0.1 |h|^2`."""
@@ -93,6 +97,7 @@ def quadratic() -> Case:
     return Case(problem, start, jnp.array([0.5, 0.5]), matrix, target, lambda h: h)
 
 
+@ft.cache
 def logistic(features=4, examples=16, seed=1) -> Case:
     """Logistic regression with one weight for each training example; the response by
     Newton's method."""
@@ -129,9 +134,7 @@ def logistic(features=4, examples=16, seed=1) -> Case:
     weights = hpo.Interval(jnp.linspace(0.3, 0.7, examples), 0.0, 1.0)
     problem = hpo.Problem(train_loss, val_loss)
     model = jnp.zeros(features)
-    return Case(
-        problem, model, {"weights": weights}, train, sample(keys[2]), response
-    )
+    return Case(problem, model, {"weights": weights}, train, sample(keys[2]), response)
 
 
 CASES = {"ridge": ridge, "quadratic": quadratic, "logistic": logistic}

@@ -124,8 +124,9 @@ def test_adam_with_dead_pixels(rule_name, steps):
     got = optimizer.compute_hypergradient(state, (x, y), (x, y))
 
     alive = hpo.Problem(
-        lambda m, h, batch, key: problem.val_loss(m, h, batch, key)
-        + h["decay"] * jnp.sum(m**2),
+        lambda m, h, batch, key: (
+            problem.val_loss(m, h, batch, key) + h["decay"] * jnp.sum(m**2)
+        ),
         problem.val_loss,
     )
     optimizer = hpo.Unrolled(
@@ -175,4 +176,3 @@ def _by_hand(h):
     for _ in range(3):
         w = w - 0.1 * (2 * jnp.array([1.0, 2.0]) * w + 2 * h * w)
     return jnp.sum(w**2) + h * jnp.sum(w**2)
-

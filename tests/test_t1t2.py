@@ -117,7 +117,9 @@ def _temporaries(second_order, data_rows) -> int:
         return arrays(state)
 
     compiled = jax.jit(step).lower(state_arrays, (x, y)).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
 
 
 def _gradient_temporaries(data_rows) -> int:
@@ -130,7 +132,9 @@ def _gradient_temporaries(data_rows) -> int:
         return jnp.mean(losses)
 
     compiled = jax.jit(jax.grad(loss)).lower(params, x, y).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
 
 
 def test_memory_of_a_step():

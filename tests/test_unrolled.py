@@ -1,7 +1,7 @@
 import functools as ft
 
-import eqx_hpo as hpo
 import equinox as eqx
+import eqx_hpo as hpo
 import jax
 import jax.numpy as jnp
 import optax

@@ -1,7 +1,4 @@
-from .base import (
-    AbstractBilevelOptimizer as AbstractBilevelOptimizer,
-    Estimate as Estimate,
-)
+from .base import AbstractBilevelOptimizer as AbstractBilevelOptimizer
 from .first_order import FirstOrder as FirstOrder
 from .t1t2 import T1T2 as T1T2
 from .unrolled import Unrolled as Unrolled

@@ -6,16 +6,13 @@ carries from step to step).
 """
 
 import abc
-from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import optax
 from jaxtyping import PyTree
 
-from .._custom_types import Batch, FloatScalar, Hyperparams, InnerOptimiser, Key, Model
+from .._custom_types import Batch, Hyperparams, InnerOptimiser, Key, Model
 from .._data import AbstractBatches, as_batches
 from .._hyperparameter import canonical, partition_raw, unwrap
 from .._jit import filter_jit
@@ -28,35 +25,11 @@ from .._misc import (
     tree_norm,
     tree_where,
 )
+from .._outer import outer_update
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder
-from .._state import BilevelState, float_scalar, InnerState, Metrics
-from .checks import (
-    check_model,
-    check_positive_int,
-    explain_missing_key,
-    report_structure,
-    warn_if_independent,
-)
-
-
-class Estimate(eqx.Module):
-    r"""What an algorithm makes of the inner steps of one call of `step`.
-
-    **Attributes:**
-
-    - `inner`: the inner state after the inner steps.
-    - `memory`: the algorithm's own, updated.
-    - `hypergradient`: an estimate of $dC_2/d\lambda$, shaped like the unwrapped
-        hyperparameters, `None` where a leaf is not an inexact array.
-    - `train`, `val`: the last `(loss, aux)` of each level.
-    """
-
-    inner: InnerState
-    memory: PyTree
-    hypergradient: Hyperparams
-    train: tuple[FloatScalar, Any]
-    val: tuple[FloatScalar, Any]
+from .._state import BilevelState, Estimate, float_scalar, InnerState, Metrics
+from . import checks
 
 
 class AbstractBilevelOptimizer(eqx.Module):
@@ -89,43 +62,28 @@ class AbstractBilevelOptimizer(eqx.Module):
     through_update: eqx.AbstractClassVar[bool]
 
     def __check_init__(self):
-        check_positive_int("inner_steps", self.inner_steps)
-        check_positive_int("unroll", self.unroll)
-        if not isinstance(self.outer, optax.GradientTransformation):
-            raise ValueError(
-                "`outer` must be an `optax.GradientTransformation`; got a "
-                f"{type(self.outer).__name__}."
-            )
-        if not callable(self.inner) and not isinstance(
-            self.inner, optax.GradientTransformation
-        ):
-            raise ValueError(
-                "`inner` must be an `optax.GradientTransformation`, or a function from "
-                f"hyperparameters to one; got a {type(self.inner).__name__}."
-            )
+        checks.check_settings(self.inner, self.outer, self.inner_steps, self.unroll)
 
     @abc.abstractmethod
     def init_memory(self, inner: InnerState, hyperparams: Hyperparams) -> PyTree:
-        """What the algorithm carries, before the first step.
+        """What the algorithm carries before the first step: a pytree of arrays, or
+        `None`.
 
         **Arguments:**
 
         - `inner`: the inner state at the start.
         - `hyperparams`: the unwrapped hyperparameters.
-
-        **Returns:** a pytree of arrays, or `None`.
         """
 
     @abc.abstractmethod
     def restart_memory(self, memory: PyTree, inner: InnerState) -> PyTree:
-        """What the algorithm carries on when the inner level starts afresh.
+        """What the algorithm carries on, in the same structure, when the inner level
+        starts afresh.
 
         **Arguments:**
 
         - `memory`: as it was before.
         - `inner`: the fresh inner state.
-
-        **Returns:** a pytree of the structure of `memory`.
         """
 
     @abc.abstractmethod
@@ -144,8 +102,6 @@ class AbstractBilevelOptimizer(eqx.Module):
         - `inner`: the inner state before the step.
         - `hyperparams`: the unwrapped hyperparameters.
         - `memory`: the algorithm's own.
-
-        **Returns:** an `Estimate`.
         """
 
     def init(
@@ -179,17 +135,15 @@ class AbstractBilevelOptimizer(eqx.Module):
         """
         model = as_device_arrays(model)
         hyperparams = canonical(hyperparams)
-        check_model(model)
+        checks.check_model(model)
         model_state = as_device_arrays(model_state)
         plain = unwrap(hyperparams)
         inner = self._init_inner(model, plain, model_state)
         aux = None
         if self.problem.has_aux and train is not None and val is not None:
             levels = self._levels(model, train, val, jnp.array(0), key)
-            with explain_missing_key(levels, inner, plain):
-                (_, train_aux), (_, val_aux) = report_structure(levels, inner, plain)
-            zeros = lambda x: jnp.zeros(x.shape, x.dtype)
-            aux = jtu.tree_map(zeros, (train_aux, val_aux))
+            with checks.explain_missing_key(levels, inner, plain):
+                aux = checks.empty_aux(levels, inner, plain)
         raw, _ = partition_raw(hyperparams)
         nan = float_scalar(jnp.nan)
         return BilevelState(
@@ -214,10 +168,10 @@ class AbstractBilevelOptimizer(eqx.Module):
         key: Key = None,
     ) -> BilevelState:
         """Trains the model for `inner_steps`, then updates the hyperparameters once.
+        Compiled once for a run of any length.
 
-        Compiled; a run of any length compiles it once. A step whose losses,
-        hypergradient or updates are not all finite changes nothing but the counters
-        `step` and `skipped` and the `metrics`.
+        A step whose losses, hypergradient or updates are not all finite changes nothing
+        but the counters `step` and `skipped` and the `metrics`.
 
         **Arguments:**
 
@@ -232,22 +186,19 @@ class AbstractBilevelOptimizer(eqx.Module):
         """
         estimate, gradient = self._estimate(state, train, val, key)
         raw, constants = partition_raw(state.hyperparams)
-        outer = optax.with_extra_args_support(self.outer)
-        updates, outer_opt_state = outer.update(
-            gradient, state.outer_opt_state, raw, grad=gradient
+        new_raw, outer_opt_state = outer_update(
+            self.outer, gradient, state.outer_opt_state, raw
         )
-        new_raw = optax.apply_updates(raw, updates)
 
-        inner = estimate.inner
         losses = (estimate.train[0], estimate.val[0])
-        finite = tree_all_finite((losses, gradient, inner.params, new_raw))
+        finite = tree_all_finite((losses, gradient, estimate.inner.params, new_raw))
         params, frozen = eqx.partition(state.model, eqx.is_inexact_array)
         old = (
             InnerState(params, state.inner_opt_state, state.model_state),
             (raw, state.outer_opt_state),
             state.memory,
         )
-        new = (inner, (new_raw, outer_opt_state), estimate.memory)
+        new = (estimate.inner, (new_raw, outer_opt_state), estimate.memory)
         inner, (raw, outer_opt_state), memory = tree_where(
             finite, match_dtypes(new, old), old
         )
@@ -278,10 +229,8 @@ class AbstractBilevelOptimizer(eqx.Module):
         *,
         key: Key = None,
     ) -> Hyperparams:
-        """The hypergradient that `step` would use for its update of the
-        hyperparameters, with the same arguments. Not checked for being finite.
-
-        **Arguments:** as those of `step`.
+        """The hypergradient that `step` would use, with the same arguments as those of
+        `step`. Not checked for being finite.
 
         **Returns:** a pytree of the structure of `state.hyperparams`, with the gradient
         in place of each `raw` and each plain array, and `None` elsewhere.
@@ -310,16 +259,12 @@ class AbstractBilevelOptimizer(eqx.Module):
             model_state = state.model_state
         plain = unwrap(state.hyperparams)
         inner = self._init_inner(model, plain, as_device_arrays(model_state))
-        return BilevelState(
-            model=model,
-            hyperparams=state.hyperparams,
-            inner_opt_state=inner.opt_state,
-            outer_opt_state=state.outer_opt_state,
-            memory=self.restart_memory(state.memory, inner),
-            model_state=inner.model_state,
-            step=state.step,
-            skipped=state.skipped,
-            metrics=state.metrics,
+        memory = self.restart_memory(state.memory, inner)
+        return eqx.tree_at(
+            lambda s: (s.model, s.inner_opt_state, s.memory, s.model_state),
+            state,
+            (model, inner.opt_state, memory, inner.model_state),
+            is_leaf=lambda x: x is None,
         )
 
     def _estimate(self, state, train, val, key):
@@ -332,27 +277,14 @@ class AbstractBilevelOptimizer(eqx.Module):
             state.inner_opt_state,
             state.model_state,
         )
-        self._check_state(state, plain, raw)
-        with explain_missing_key(levels, inner, plain):
+        checks.check_state(
+            state, inner_transformation(self.inner, plain), self.outer, raw
+        )
+        with checks.explain_missing_key(levels, inner, plain):
             estimate = self.estimate(levels, inner, plain, state.memory)
-        warn_if_independent(levels, inner, plain, self.through_update)
+        checks.warn_if_independent(levels, inner, plain, self.through_update)
         (gradient,) = pullback(estimate.hypergradient)
         return estimate, gradient
-
-    def _check_state(self, state, plain, raw):
-        params = eqx.filter(state.model, eqx.is_inexact_array)
-        init = inner_transformation(self.inner, plain).init
-        for name, got, expected, what in [
-            ("inner_opt_state", state.inner_opt_state, (init, params), "model"),
-            ("outer_opt_state", state.outer_opt_state, (self.outer.init, raw), "hyperparams"),
-        ]:
-            check_same_structure(
-                f"state.{name}",
-                got,
-                jax.eval_shape(*expected),
-                f"the optimiser for `state.{what}` (make a state by `init` of the same "
-                "optimizer)",
-            )
 
     def _levels(self, model, train, val, step, key):
         return Levels(
@@ -371,15 +303,3 @@ class AbstractBilevelOptimizer(eqx.Module):
         params = eqx.filter(model, eqx.is_inexact_array)
         opt_state = inner_transformation(self.inner, plain).init(params)
         return InnerState(params, as_device_arrays(opt_state), model_state)
-
-
-class AbstractMemoryless(AbstractBilevelOptimizer):
-    """An algorithm that carries nothing from step to step."""
-
-    def init_memory(self, inner: InnerState, hyperparams: Hyperparams) -> PyTree:
-        del inner, hyperparams
-        return None
-
-    def restart_memory(self, memory: PyTree, inner: InnerState) -> PyTree:
-        del inner
-        return memory

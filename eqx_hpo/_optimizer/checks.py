@@ -10,18 +10,59 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+import optax
+from jaxtyping import PyTree
 
 from .._custom_types import Hyperparams, Model
 from .._hyperparameter import is_hyperparameter
 from .._levels import Levels
-from .._misc import depends_on
+from .._misc import check_same_structure, depends_on
 from .._second_order import ReverseOverReverse
-from .._state import InnerState
+from .._state import BilevelState, InnerState
 
 
 def check_positive_int(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`{name}` must be an integer of at least 1; got {value!r}.")
+
+
+def check_settings(inner: Any, outer: Any, inner_steps: Any, unroll: Any) -> None:
+    check_positive_int("inner_steps", inner_steps)
+    check_positive_int("unroll", unroll)
+    if not isinstance(outer, optax.GradientTransformation):
+        raise ValueError(
+            "`outer` must be an `optax.GradientTransformation`; got a "
+            f"{type(outer).__name__}."
+        )
+    if not (callable(inner) or isinstance(inner, optax.GradientTransformation)):
+        raise ValueError(
+            "`inner` must be an `optax.GradientTransformation`, or a function from "
+            f"hyperparameters to one; got a {type(inner).__name__}."
+        )
+
+
+def check_state(
+    state: BilevelState,
+    inner: optax.GradientTransformation,
+    outer: optax.GradientTransformation,
+    raw: PyTree,
+) -> None:
+    """Whether the optimisers' states are those of this model, these hyperparameters
+    and these optimisers."""
+    params = eqx.filter(state.model, eqx.is_inexact_array)
+    same = "(make a state by `init` of the same optimizer)"
+    check_same_structure(
+        "state.inner_opt_state",
+        state.inner_opt_state,
+        jax.eval_shape(inner.init, params),
+        f"the inner optimiser for `state.model` {same}",
+    )
+    check_same_structure(
+        "state.outer_opt_state",
+        state.outer_opt_state,
+        jax.eval_shape(outer.init, raw),
+        f"the outer optimiser for `state.hyperparams` {same}",
+    )
 
 
 def check_model(model: Model) -> None:
@@ -96,16 +137,22 @@ def _runs_with_a_key(levels, inner, hyperparams) -> bool:
         lambda x: x.key, levels, jr.key(0), is_leaf=lambda x: x is None
     )
     try:
-        report_structure(levels, inner, hyperparams)
+        _reports(levels, inner, hyperparams)
     except Exception:
         return False
     return True
 
 
-def report_structure(
+def empty_aux(
     levels: Levels, inner: InnerState, hyperparams: Hyperparams
 ) -> tuple[Any, Any]:
-    """The `(loss, aux)` of both levels, as shapes and dtypes."""
+    """The `aux` of both losses, filled with zeros."""
+    (_, train_aux), (_, val_aux) = _reports(levels, inner, hyperparams)
+    zeros = lambda x: jnp.zeros(x.shape, x.dtype)
+    return jtu.tree_map(zeros, (train_aux, val_aux))
+
+
+def _reports(levels, inner, hyperparams):
 
     def reports():
         index = jnp.array(0)

@@ -10,8 +10,8 @@ from .._custom_types import Hyperparams, InnerOptimiser
 from .._levels import Levels
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder, ForwardOverReverse
-from .._state import InnerState
-from .base import AbstractMemoryless, Estimate
+from .._state import Estimate, InnerState
+from .memoryless import AbstractMemoryless
 from .unrolled import backpropagate
 
 

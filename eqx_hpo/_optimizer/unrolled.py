@@ -1,9 +1,10 @@
 """Exact hypergradients, by reverse mode through the inner steps."""
 
-import jax.numpy as jnp
-import equinox as eqx
-import optax
 from typing import ClassVar
+
+import equinox as eqx
+import jax.numpy as jnp
+import optax
 from jaxtyping import PyTree
 
 from .._custom_types import Hyperparams, InnerOptimiser
@@ -11,9 +12,9 @@ from .._levels import Levels
 from .._misc import tree_add
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder, ForwardOverReverse
-from .._state import InnerState
-from .base import AbstractMemoryless, Estimate
+from .._state import Estimate, InnerState
 from .checks import check_positive_int
+from .memoryless import AbstractMemoryless
 
 
 class Unrolled(AbstractMemoryless):

@@ -93,15 +93,18 @@ def cost(fn, *args) -> tuple[float, int]:
         return eqx.filter(fn(*eqx.combine(arrays, static)), eqx.is_array)
 
     compiled = jax.jit(traced).lower(arrays).compile()
-    memory = compiled.memory_analysis().temp_size_in_bytes
-    return compiled.cost_analysis()["flops"], memory
+    memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
+    assert memory is not None and costs is not None
+    return costs["flops"], memory.temp_size_in_bytes
 
 
 def ratio(model, train_loss, hyperparams, second_order) -> tuple[float, float]:
     """Flops and temporary memory of a step, over those of the two gradients."""
     train, val, key = data(jr.key(1)), data(jr.key(2)), jr.key(3)
-    gradient = lambda loss: lambda model, hyperparams, batch: eqx.filter_grad(loss)(
-        model, hyperparams, batch, key
+    gradient = lambda loss: (
+        lambda model, hyperparams, batch: eqx.filter_grad(loss)(
+            model, hyperparams, batch, key
+        )
     )
     train_cost = cost(gradient(train_loss), model, hyperparams, train)
     val_cost = cost(gradient(val_loss), model, hyperparams, val)

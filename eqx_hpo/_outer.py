@@ -1,0 +1,22 @@
+"""The update of the hyperparameters by an Optax transformation."""
+
+import optax
+from jaxtyping import PyTree
+
+
+def outer_update(
+    outer: optax.GradientTransformation,
+    gradient: PyTree,
+    opt_state: PyTree,
+    raw: PyTree,
+) -> tuple[PyTree, PyTree]:
+    """Moves `raw` once.
+
+    The hypergradient is passed on as the extra argument `grad` too, so that a
+    transformation late in a chain can still see it.
+
+    **Returns:** the new `raw` and the new state of the optimiser.
+    """
+    outer = optax.with_extra_args_support(outer)
+    updates, opt_state = outer.update(gradient, opt_state, raw, grad=gradient)
+    return optax.apply_updates(raw, updates), opt_state

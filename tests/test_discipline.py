@@ -1,0 +1,134 @@
+"""The rules of the house, which nothing in Equinox enforces."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import pathlib
+import pkgutil
+import re
+
+import equinox as eqx
+import eqx_hpo as hpo
+import pytest
+
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "eqx_hpo"
+PUBLIC = sorted(
+    name
+    for name in vars(hpo)
+    if not name.startswith("_") and not inspect.ismodule(getattr(hpo, name))
+)
+
+
+def _modules() -> list[type[eqx.Module]]:
+    found = set()
+    for info in pkgutil.walk_packages(hpo.__path__, "eqx_hpo."):
+        for value in vars(importlib.import_module(info.name)).values():
+            if (
+                inspect.isclass(value)
+                and issubclass(value, eqx.Module)
+                and value.__module__.startswith("eqx_hpo.")
+            ):
+                found.add(value)
+    return sorted(found, key=lambda cls: cls.__name__)
+
+
+MODULES = _modules()
+named = pytest.mark.parametrize("cls", MODULES, ids=lambda cls: cls.__name__)
+
+
+def _own_bases(cls):
+    return [base for base in cls.__mro__[1:] if base.__module__.startswith("eqx_hpo.")]
+
+
+@named
+def test_abstract_or_final(cls):
+    subclasses = [sub for sub in MODULES if sub is not cls and issubclass(sub, cls)]
+    if not cls.__name__.startswith("Abstract"):
+        assert subclasses == []
+    else:
+        assert inspect.isabstract(cls)
+
+
+@named
+def test_no_concrete_method_is_overridden(cls):
+    for name, value in vars(cls).items():
+        if not callable(value) or name.startswith("__"):
+            continue
+        for base in _own_bases(cls):
+            if name in vars(base):
+                assert getattr(vars(base)[name], "__isabstractmethod__", False), name
+
+
+@named
+def test_fields_not_properties_and_in_one_class(cls):
+    assert not [name for name, x in vars(cls).items() if isinstance(x, property)]
+    if cls.__name__.startswith("Abstract"):
+        assert dataclasses.fields(cls) == ()
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_have_a_docstring(name):
+    assert len(inspect.getdoc(getattr(hpo, name)) or "") > 20
+
+
+def _documented(doc: str) -> list[str]:
+    section = doc.partition("**Arguments:**")[2]
+    section = re.split(r"\n\*\*", section)[0]
+    names = []
+    for line in section.splitlines():
+        if line.startswith("- `"):
+            names += re.findall(r"`(\w+)`", line.partition(":")[0])
+    return names
+
+
+def _functions():
+    for name in PUBLIC:
+        value = getattr(hpo, name)
+        if inspect.isclass(value):
+            for method, fn in vars(value).items():
+                public = method == "__init__" or not method.startswith("_")
+                if public and callable(fn) and "**Arguments:**" in (fn.__doc__ or ""):
+                    yield f"{name}.{method}", fn
+        elif "**Arguments:**" in (value.__doc__ or ""):
+            yield name, value
+
+
+@pytest.mark.parametrize("name, fn", list(_functions()))
+def test_documented_arguments_are_the_signature(name, fn):
+    doc = inspect.getdoc(fn) or ""
+    if "those of" in doc:
+        pytest.skip("refers to another docstring")
+    parameters = [p for p in inspect.signature(fn).parameters if p != "self"]
+    assert sorted(_documented(doc)) == sorted(parameters)
+
+
+def test_each_public_name_is_in_exactly_one_api_page():
+    pages = [page.read_text() for page in (ROOT / "docs" / "api").glob("*.md")]
+    listed = [
+        n for page in pages for n in re.findall(r"^::: eqx_hpo\.(\w+)$", page, re.M)
+    ]
+    listed += [
+        n for page in pages for n in re.findall(r"^ +::: eqx_hpo\.(\w+)$", page, re.M)
+    ]
+    assert sorted(listed) == PUBLIC
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_sizes(path):
+    source = path.read_text()
+    assert source.count("\n") <= 300
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            doc = ast.get_docstring(node, clean=False) or ""
+            length = (node.end_lineno or 0) - node.lineno - doc.count("\n")
+            assert length <= 60, node.name
+    assert "equinox.internal" not in source
+
+
+def test_readme_is_short():
+    assert (ROOT / "README.md").read_text().count("\n") < 110

@@ -1,0 +1,533 @@
+"""What the base class gives to every algorithm."""
+
+import functools as ft
+from typing import Any
+
+import equinox as eqx
+import eqx_hpo as hpo
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import optax
+import pytest
+
+from .helpers import ALGORITHMS, arrays, equal, relative_error
+from .problems import CASES, quadratic, ridge
+
+
+@ft.cache
+def _ridge_optimizer():
+    case = ridge()
+    return case, hpo.T1T2(case.problem, optax.sgd(0.1, momentum=0.9), optax.adam(0.05))
+
+
+def _start(case, optimizer):
+    return optimizer.init(case.model, case.hyperparams)
+
+
+@pytest.mark.filterwarnings("ignore:The hyperparameters get a hypergradient of zero")
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_structure_never_changes_and_step_uses_the_hypergradient(name):
+    case = quadratic()
+    optimizer = ALGORITHMS[name](case.problem, optax.adam(0.1), optax.sgd(0.5))
+    state = _start(case, optimizer)
+    grads = optimizer.compute_hypergradient(state, case.train, case.val)
+    after = optimizer.step(state, case.train, case.val)
+    assert jtu.tree_structure(after) == jtu.tree_structure(state)
+    assert [(x.shape, x.dtype, x.weak_type) for x in arrays(after)] == [
+        (x.shape, x.dtype, x.weak_type) for x in arrays(state)
+    ]
+    assert jnp.allclose(after.hyperparams, state.hyperparams - 0.5 * grads, rtol=1e-13)
+    assert (int(state.step), int(after.step), int(after.skipped)) == (0, 1, 0)
+    assert jnp.allclose(after.metrics.hypergradient_norm, jnp.linalg.norm(grads))
+
+
+@pytest.mark.parametrize("name", ["t1t2_3", "unrolled_4"])
+def test_one_compilation_for_a_whole_run(name, getkey):
+    """Counts what JAX compiles, and how often the loss is traced."""
+    case = ridge()
+    traces = 0
+
+    def train_loss(*args):
+        nonlocal traces
+        traces += 1
+        return case.problem.train_loss(*args)
+
+    problem = hpo.Problem(train_loss, case.problem.val_loss)
+    optimizer = ALGORITHMS[name](problem, optax.adam(0.1), optax.adam(0.1))
+    state = optimizer.init(case.model, case.hyperparams)
+    keys = list(jr.split(getkey(), 4))
+    state = optimizer.step(state, case.train, case.val, key=keys[0])
+    before, compiled = traces, []
+    listener = lambda event, *_, **__: compiled.append(event)
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    for key in keys[1:]:
+        state = optimizer.step(state, case.train, case.val, key=key)
+    jax.monitoring.unregister_event_duration_listener(listener)
+    assert traces == before
+    assert not [event for event in compiled if "compile" in event]
+
+
+def test_jit_and_scan_agree_with_a_loop():
+    case, optimizer = _ridge_optimizer()
+    start = _start(case, optimizer)
+    looped = start
+    for _ in range(5):
+        looped = optimizer.step(looped, case.train, case.val)
+
+    @jax.jit
+    def scanned(state, train, val):
+        body = lambda state, _: (optimizer.step(state, train, val), None)
+        return jax.lax.scan(body, state, length=5)[0]
+
+    assert relative_error(scanned(start, case.train, case.val), looped) < 1e-13
+    jitted = jax.jit(optimizer.step)(start, case.train, case.val)
+    expected = optimizer.step(start, case.train, case.val)
+    assert relative_error(jitted, expected) < 1e-13
+
+
+def _noisy(model, h, batch, key):
+    noise = jr.normal(key, batch.shape)
+    return jnp.sum((model - batch - h["noise"] * noise) ** 2)
+
+
+def _seeds(problem=hpo.Problem(_noisy, _noisy)):
+    """A run of three steps as a function of its seed."""
+    inner = lambda h: optax.sgd(h["rate"], momentum=0.5)
+    optimizer = hpo.T1T2(problem, inner, optax.adam(0.1))
+
+    def run(key, rate):
+        hyperparams = {"noise": hpo.Positive(0.1), "rate": hpo.Positive(rate)}
+        state = optimizer.init(jr.normal(key, (3,)), hyperparams)
+        for i in range(3):
+            step_key = jr.fold_in(key, i)
+            state = optimizer.step(state, jnp.ones(3), jnp.ones(3), key=step_key)
+        return state
+
+    return jax.jit(run)
+
+
+def test_vmap_over_seeds_and_learning_rates(getkey):
+    run = _seeds()
+    keys, rates = jr.split(getkey(), 3), jnp.array([0.01, 0.1, 0.2])
+    batched = jax.vmap(run)(keys, rates)
+    for i in range(3):
+        single = run(keys[i], rates[i])
+        assert relative_error(jtu.tree_map(lambda x: x[i], batched), single) < 1e-12
+
+
+def test_vmap_over_learning_rates_of_the_optimiser(getkey):
+    """The rate is a tracer in the closure of the Optax transformation."""
+    case = ridge()
+
+    def run(rate):
+        optimizer = hpo.T1T2(case.problem, optax.sgd(rate), optax.sgd(0.1))
+        state = optimizer.init(case.model, case.hyperparams)
+        return optimizer.step(state, case.train, case.val).hyperparams["penalty"]
+
+    batched = jax.vmap(run)(jnp.array([0.01, 0.1]))
+    assert jnp.allclose(batched, jnp.stack([run(0.01), run(0.1)]), rtol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")  # of `pmap` itself
+def test_pmap_over_seeds_equals_vmap(getkey):
+    run = _seeds()
+    keys, rates = jr.split(getkey(), 4), jnp.array([0.01, 0.1, 0.2, 0.3])
+    assert jax.device_count() >= 4
+    parallel = eqx.filter_pmap(run)(keys, rates)
+    assert relative_error(parallel, jax.vmap(run)(keys, rates)) < 1e-12
+
+
+def test_batch_sharded_over_devices(getkey):
+    """Data parallel: the batch is split over devices, the state is on all of them."""
+    case, optimizer = _ridge_optimizer()
+    state = _start(case, optimizer)
+    expected = optimizer.step(state, case.train, case.val)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.NamedSharding(mesh, jax.P("data"))
+    everywhere = jax.NamedSharding(mesh, jax.P())
+    train, val = jax.device_put((case.train, case.val), rows)
+    got = optimizer.step(jax.device_put(state, everywhere), train, val)
+    assert relative_error(got, expected) < 1e-12
+
+
+# Guard
+
+
+@pytest.mark.parametrize("where", ["train", "val"])
+def test_a_non_finite_step_changes_only_counters_and_metrics(where):
+    case, optimizer = _ridge_optimizer()
+    state = optimizer.step(_start(case, optimizer), case.train, case.val)
+    data = {"train": case.train, "val": case.val}
+    data[where] = (data[where][0].at[0, 0].set(jnp.nan), data[where][1])
+    skipped = optimizer.step(state, **data)
+    skipped = optimizer.step(skipped, **data)
+    assert (int(skipped.step), int(skipped.skipped)) == (3, 2)
+    assert jnp.isnan(skipped.metrics.val_loss)
+    restore = lambda s: (s.step, s.skipped, s.metrics)
+    assert equal(eqx.tree_at(restore, skipped, restore(state)), state)
+    good = optimizer.step(skipped, case.train, case.val)
+    assert int(good.skipped) == 0
+    assert bool(jnp.isfinite(good.metrics.val_loss))
+
+
+def test_a_non_finite_update_of_an_unused_parameter_is_skipped():
+    """Both losses are finite, but the gradient of one parameter is not."""
+    train_loss = lambda w, h, batch, key: jnp.sum(w["a"] ** 2) * h + jnp.sqrt(w["b"])
+    val_loss = lambda w, h, batch, key: jnp.sum(w["a"] ** 2)
+    optimizer = hpo.T1T2(
+        hpo.Problem(train_loss, val_loss), optax.sgd(0.1), optax.sgd(0.1)
+    )
+    state = optimizer.init({"a": jnp.ones(2), "b": jnp.array(0.0)}, 0.5)
+    after = optimizer.step(state, jnp.ones(1), jnp.ones(1))
+    assert int(after.skipped) == 1
+    assert equal(after.model, state.model)
+
+
+def test_an_outer_update_that_overflows_is_skipped():
+    case, inner = quadratic(), optax.sgd(0.1)
+    optimizer = hpo.T1T2(case.problem, inner, optax.sgd(jnp.inf))
+    state = _start(case, optimizer)
+    after = optimizer.step(state, case.train, case.val)
+    assert int(after.skipped) == 1
+    assert equal(after.hyperparams, state.hyperparams)
+
+
+# Restart
+
+
+def test_restart_keeps_the_outer_level_alone():
+    case, optimizer = _ridge_optimizer()
+    start = _start(case, optimizer)
+    state = start
+    for _ in range(3):
+        state = optimizer.step(state, case.train, case.val)
+    again = optimizer.restart(state, case.model)
+    assert equal(again.model, start.model)
+    assert equal(again.inner_opt_state, start.inner_opt_state)
+    assert equal(again.hyperparams, state.hyperparams)
+    assert equal(again.outer_opt_state, state.outer_opt_state)
+    assert int(again.step) == 3
+    assert not equal(state.inner_opt_state, start.inner_opt_state)
+
+
+def test_restart_refuses_another_model():
+    case, optimizer = _ridge_optimizer()
+    with pytest.raises(ValueError, match=r"`model` is float64\[7\].*float64\[6\]"):
+        optimizer.restart(_start(case, optimizer), jnp.zeros(7))
+    with pytest.raises(ValueError, match="does not have the structure"):
+        optimizer.restart(_start(case, optimizer), {"w": jnp.zeros(6)})
+
+
+# Structures
+
+
+def test_empty_hyperparameters():
+    problem = hpo.Problem(
+        lambda w, h, batch, key: jnp.sum((w - batch) ** 2),
+        lambda w, h, batch, key: jnp.sum((w - batch) ** 2),
+    )
+    optimizer = hpo.T1T2(problem, optax.sgd(0.5), optax.adam(0.1))
+    for empty in (None, {}, ()):
+        state = optimizer.init(jnp.zeros(2), empty)
+        state = optimizer.step(state, jnp.ones(2), jnp.ones(2))
+        assert jnp.allclose(state.model, 1.0)
+        assert state.metrics.hypergradient_norm == 0
+        assert int(state.skipped) == 0
+
+
+def test_other_leaves_of_the_model_pass_through():
+    model = {"w": jnp.ones(2), "n": 3, "ints": jnp.arange(2), "f": jax.nn.relu}
+
+    def loss(model, h, batch, key):
+        scaled = model["f"](model["w"]) * model["n"] + model["ints"]
+        return h * jnp.sum((scaled - batch) ** 2)
+
+    optimizer = hpo.T1T2(hpo.Problem(loss, loss), optax.adam(0.1), optax.sgd(0.1))
+    state = optimizer.step(optimizer.init(model, 0.5), jnp.ones(2), jnp.ones(2))
+    assert state.model["n"] == 3
+    assert state.model["f"] is jax.nn.relu
+    assert jnp.array_equal(state.model["ints"], jnp.arange(2))
+    assert not jnp.array_equal(state.model["w"], model["w"])
+
+
+def test_numpy_models_and_batches():
+    case, optimizer = _ridge_optimizer()
+    to_numpy = lambda tree: jtu.tree_map(np.asarray, tree)
+    state = optimizer.init(to_numpy(case.model), to_numpy(case.hyperparams))
+    got = optimizer.step(state, to_numpy(case.train), to_numpy(case.val))
+    expected = optimizer.step(_start(case, optimizer), case.train, case.val)
+    assert equal(got, expected)
+
+
+def test_hyperparameters_inside_the_model(getkey):
+    """Split off, put back by the loss, and trained as a model with masks."""
+
+    class Noisy(eqx.Module):
+        mlp: eqx.nn.MLP
+        noise: Any
+
+        def __call__(self, x, key):
+            return self.mlp(x + self.noise * jr.normal(key, x.shape))
+
+    model = Noisy(eqx.nn.MLP(3, 1, 8, 1, key=getkey()), hpo.Positive(0.2))
+    hyperparams, model = hpo.partition(model)
+    assert model.noise is None and hyperparams.mlp.layers[0].weight is None
+
+    def loss(model, hyperparams, batch, key):
+        model = eqx.combine(model, hyperparams)
+        keys = jr.split(key, batch[0].shape[0])
+        return jnp.mean((jax.vmap(model)(*(batch[0], keys)) - batch[1]) ** 2)
+
+    # An Equinox model is callable: masks must be functions of the parameters.
+    mask = lambda params: jtu.tree_map(lambda x: x.ndim == 2, params)
+    inner = optax.adamw(0.01, mask=mask)
+    optimizer = hpo.T1T2(hpo.Problem(loss, loss), inner, optax.adam(0.1))
+    state = optimizer.init(model, hyperparams)
+    batch = (jr.normal(getkey(), (5, 3)), jnp.ones((5, 1)))
+    grads = optimizer.compute_hypergradient(state, batch, batch, key=getkey())
+    assert grads.noise.raw.shape == () and grads.noise.raw != 0
+    after = optimizer.step(state, batch, batch, key=getkey())
+    assert after.hyperparams.noise.raw != state.hyperparams.noise.raw
+    assert after.model.noise is None
+
+
+def test_bounds_are_never_trained():
+    problem = hpo.Problem(
+        lambda w, h, batch, key: jnp.sum((w - h) ** 2),
+        lambda w, h, batch, key: jnp.sum((w - batch) ** 2),
+    )
+    outer = optax.adamw(0.1, weight_decay=0.1)  # moves whatever it is given
+    optimizer = hpo.T1T2(problem, optax.sgd(0.1), outer)
+    state = optimizer.init(jnp.array(0.0), hpo.Interval(0.5, 0.0, 2.0))
+    after = optimizer.step(state, jnp.array(1.0), jnp.array(1.0))
+    assert (after.hyperparams.lower, after.hyperparams.upper) == (0.0, 2.0)
+    assert after.hyperparams.raw != state.hyperparams.raw
+    grads = optimizer.compute_hypergradient(state, jnp.array(1.0), jnp.array(1.0))
+    assert grads.lower is None and grads.upper is None
+
+
+# Errors
+
+
+def test_integer_hyperparameters_raise():
+    case, optimizer = _ridge_optimizer()
+    for bad in (3, True, jnp.arange(2), np.array([True])):
+        with pytest.raises(ValueError, match=r"hyperparams\['n'\].*floating point"):
+            optimizer.init(case.model, {"n": bad})
+
+
+def test_placeholders_left_in_the_model_raise():
+    case, optimizer = _ridge_optimizer()
+    with pytest.raises(ValueError, match=r"model\['noise'\].*Positive.*partition"):
+        optimizer.init({"w": case.model, "noise": hpo.Positive(1.0)}, None)
+
+
+def test_a_model_without_parameters_raises():
+    _, optimizer = _ridge_optimizer()
+    with pytest.raises(ValueError, match="no floating-point array"):
+        optimizer.init({"n": 3, "i": jnp.arange(2)}, 0.5)
+
+
+def test_a_state_of_another_optimizer_raises():
+    case, optimizer = _ridge_optimizer()
+    state = _start(case, optimizer)
+    other = hpo.T1T2(case.problem, optax.adam(0.1), optax.adam(0.05))
+    with pytest.raises(ValueError, match="state.inner_opt_state.*`init` of the same"):
+        other.step(state, case.train, case.val)
+    swapped = eqx.tree_at(lambda s: s.hyperparams, state, {"penalty": jnp.zeros(4)})
+    with pytest.raises(ValueError, match="state.outer_opt_state.*state.hyperparams"):
+        optimizer.step(swapped, case.train, case.val)
+
+
+def test_a_zero_hypergradient_is_said():
+    case = ridge()
+    ignoring = lambda w, h, batch, key: (
+        jnp.sum(w**2) + jnp.sum(jax.lax.stop_gradient(h["penalty"]))
+    )
+    problem = hpo.Problem(ignoring, case.problem.val_loss)
+    optimizer = hpo.T1T2(problem, optax.sgd(0.1), optax.sgd(0.1))
+    state = _start(case, optimizer)
+    with pytest.warns(UserWarning, match="hypergradient of zero: neither") as record:
+        for _ in range(3):
+            state = optimizer.step(state, case.train, case.val)
+    assert len(record) == 1
+    optimizer = hpo.FirstOrder(case.problem, optax.sgd(0.1), optax.sgd(0.1))
+    with pytest.warns(UserWarning, match="looks at nothing else"):
+        optimizer.step(_start(case, optimizer), case.train, case.val)
+
+
+def test_a_learning_rate_alone_is_not_zero():
+    case = ridge()
+    problem = hpo.Problem(
+        lambda w, h, batch, key: case.problem.val_loss(w, h, batch, key),
+        case.problem.val_loss,
+    )
+    optimizer = hpo.T1T2(problem, lambda h: optax.sgd(h), optax.sgd(0.1))
+    state = optimizer.init(case.model, hpo.Positive(0.1))
+    grads = optimizer.compute_hypergradient(state, case.train, case.val)
+    assert grads.raw != 0
+
+
+def test_a_missing_key_is_said():
+    optimizer = hpo.T1T2(hpo.Problem(_noisy, _noisy), optax.sgd(0.1), optax.sgd(0.1))
+    state = optimizer.init(jnp.zeros(3), {"noise": jnp.array(0.1)})
+    with pytest.raises(ValueError, match="`key` is missing"):
+        optimizer.step(state, jnp.ones(3), jnp.ones(3))
+
+
+def test_an_error_of_the_loss_itself_is_passed_on():
+    def loss(model, h, batch, key):
+        raise RuntimeError("mine")
+
+    optimizer = hpo.T1T2(hpo.Problem(loss, loss), optax.sgd(0.1), optax.sgd(0.1))
+    state = optimizer.init(jnp.zeros(3), jnp.array(0.1))
+    with pytest.raises(RuntimeError, match="mine"):
+        optimizer.step(state, jnp.ones(3), jnp.ones(3))
+
+
+def test_optimisers_that_need_the_loss_value_raise():
+    case = ridge()
+    inner = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
+    optimizer = hpo.T1T2(case.problem, inner, optax.sgd(0.1))
+    state = _start(case, optimizer)
+    with pytest.raises(ValueError, match="value of the loss"):
+        optimizer.step(state, case.train, case.val)
+
+
+@pytest.mark.parametrize(
+    "kwargs, match",
+    [
+        ({"inner_steps": 0}, "inner_steps"),
+        ({"inner_steps": True}, "inner_steps"),
+        ({"unroll": 0}, "unroll"),
+        ({"outer": 0.1}, "outer"),
+        ({"inner": 0.1}, "inner"),
+    ],
+)
+def test_bad_settings(kwargs, match):
+    settings = {"inner": optax.sgd(0.1), "outer": optax.sgd(0.1), **kwargs}
+    with pytest.raises((ValueError, TypeError), match=match):
+        hpo.T1T2(quadratic().problem, **settings)
+
+
+def test_inner_must_make_a_transformation():
+    case = quadratic()
+    optimizer = hpo.T1T2(
+        case.problem,
+        lambda h: 0.1,  # pyright: ignore[reportArgumentType]
+        optax.sgd(0.1),
+    )
+    with pytest.raises(ValueError, match="`inner` must be"):
+        _start(case, optimizer)
+
+
+# Model state and aux
+
+
+class _BatchNormNet(eqx.Module):
+    linear: eqx.nn.Linear
+    norm: eqx.nn.BatchNorm
+    head: eqx.nn.Linear
+
+    def __init__(self, key):
+        keys = jr.split(key)
+        self.linear = eqx.nn.Linear(3, 4, key=keys[0])
+        self.norm = eqx.nn.BatchNorm(4, axis_name="batch", mode="batch")
+        self.head = eqx.nn.Linear(4, 1, key=keys[1])
+
+    def __call__(self, x, state):
+        x, state = self.norm(self.linear(x), state)
+        return self.head(jax.nn.relu(x)), state
+
+
+def _apply(model_and_state, x):
+    model, state = model_and_state
+    batched = jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+    return batched(x, state)
+
+
+def _bn_train(model_and_state, h, batch, key):
+    x, y = batch
+    out, state = _apply(model_and_state, x + h * jr.normal(key, x.shape))
+    return jnp.mean((out[:, 0] - y) ** 2), state
+
+
+def _bn_val(model_and_state, h, batch, key):
+    model, state = model_and_state
+    out, _ = _apply((eqx.nn.inference_mode(model), state), batch[0])
+    return jnp.mean((out[:, 0] - batch[1]) ** 2)
+
+
+@pytest.mark.parametrize(
+    "second_order", [hpo.ReverseOverReverse(), hpo.ForwardOverReverse()]
+)
+def test_batch_norm_equals_a_python_loop(second_order, getkey):
+    """Statistics are carried from step to step, differentiated (the validation loss
+    reads them), never touched by validation."""
+    model, model_state = eqx.nn.make_with_state(_BatchNormNet)(getkey())
+    batch = lambda: (jr.normal(getkey(), (8, 3)), jr.normal(getkey(), (8,)))
+    train, val, key = batch(), batch(), getkey()
+    optimizer = hpo.Unrolled(
+        hpo.Problem(_bn_train, _bn_val),
+        optax.sgd(0.1),
+        optax.sgd(0.1),
+        second_order,
+        inner_steps=3,
+    )
+    state = optimizer.init(model, jnp.array(0.3), model_state=model_state)
+    got = optimizer.compute_hypergradient(state, train, val, key=key)
+    after = optimizer.step(state, train, val, key=key)
+
+    def by_hand(h):
+        params, static = eqx.partition(model, eqx.is_inexact_array)
+        model_state = state.model_state
+        for i in range(3):
+            step_key = jr.split(jr.fold_in(jr.fold_in(key, i), 0))[1]
+            loss = lambda p, s: _bn_train(
+                (eqx.combine(p, static), s), h, train, step_key
+            )
+            grads, model_state = jax.grad(loss, has_aux=True)(params, model_state)
+            params = jtu.tree_map(lambda p, g: p - 0.1 * g, params, grads)
+        model_ = eqx.combine(params, static)
+        return _bn_val((model_, model_state), h, val, None), (params, model_state)
+
+    by_hand = jax.jit(jax.value_and_grad(by_hand, has_aux=True))
+    (value, (params, expected_state)), expected = by_hand(jnp.array(0.3))
+    assert relative_error(got, expected) < 1e-6
+    assert relative_error(after.model_state, expected_state) < 1e-6
+    assert relative_error(eqx.filter(after.model, eqx.is_inexact_array), params) < 1e-6
+    assert jnp.allclose(after.metrics.val_loss, value)
+    fresh = optimizer.restart(after, model, model_state=model_state)
+    assert equal(fresh.model_state, state.model_state)
+    assert equal(optimizer.restart(after, model).model_state, after.model_state)
+
+
+def test_aux_of_both_losses_is_reported():
+    train = lambda w, h, b, k: (jnp.sum((w - b) ** 2) + h * w[0], {"n": jnp.sum(b)})
+    val = lambda w, h, b, k: (jnp.sum((w - b) ** 2), w)
+    problem = hpo.Problem(train, val, has_aux=True)
+    optimizer = hpo.T1T2(problem, optax.sgd(0.1), optax.sgd(0.1), inner_steps=2)
+    data = (jnp.ones(2), jnp.zeros(2))
+    state = optimizer.init(jnp.ones(2), 0.5, train=data[0], val=data[1])
+    after = optimizer.step(state, *data)
+    assert jtu.tree_structure(state) == jtu.tree_structure(after)
+    train_aux, val_aux = after.metrics.aux
+    assert train_aux["n"] == 2
+    assert equal(val_aux, after.model)
+    without = optimizer.init(jnp.ones(2), 0.5)
+    assert without.metrics.aux is None
+    assert equal(optimizer.step(without, *data).metrics.aux, after.metrics.aux)
+
+
+@pytest.mark.parametrize("case_name", CASES)
+def test_hyperparameters_improve_the_validation_loss(case_name):
+    case = CASES[case_name]()
+    run = lambda outer: hpo.tune(
+        hpo.T1T2(case.problem, optax.sgd(0.1), outer),
+        case.model, case.hyperparams, case.train, case.val,
+        steps=500, key=None,
+    ).state.metrics.val_loss  # fmt: skip
+    assert run(optax.adam(0.05)) < run(optax.set_to_zero())

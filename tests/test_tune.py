@@ -1,0 +1,372 @@
+import functools as ft
+import itertools
+import os
+import signal
+
+import equinox as eqx
+import eqx_hpo as hpo
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import optax
+import pytest
+
+from .helpers import equal, relative_error
+from .problems import ridge
+
+
+CASE = ridge()
+INNER = optax.sgd(0.1, momentum=0.9)
+
+
+@ft.cache  # so that the tests share what is compiled
+def _optimizer(**kwargs):
+    return hpo.T1T2(CASE.problem, INNER, optax.adam(0.05), **kwargs)
+
+
+def _tune(optimizer=None, train=CASE.train, val=CASE.val, **kwargs):
+    settings = {"steps": 12, "key": jr.key(0), **kwargs}
+    optimizer = _optimizer() if optimizer is None else optimizer
+    return hpo.tune(optimizer, CASE.model, CASE.hyperparams, train, val, **settings)
+
+
+def _by_hand(optimizer, train, val, steps, key):
+    state = optimizer.init(CASE.model, CASE.hyperparams)
+    for i in range(steps):
+        step_key = jr.fold_in(key, i)
+        state = optimizer.step(state, next(train), next(val), key=step_key)
+    return state
+
+
+@pytest.mark.parametrize("callback", [None, lambda state: None])
+def test_equals_steps_by_hand(callback):
+    solution = _tune(callback=callback, history=5)
+    train, val = itertools.repeat(CASE.train), itertools.repeat(CASE.val)
+    expected = _by_hand(_optimizer(), train, val, 12, jr.key(0))
+    assert relative_error(solution.state, expected) < 1e-13
+    assert equal(solution.model, solution.state.model)
+    assert equal(solution.hyperparams, solution.state.hyperparams)
+    assert equal(solution.values, hpo.unwrap(solution.hyperparams))
+    assert solution.result == hpo.RESULTS.successful
+    assert solution.message == "Finished after step 12."
+
+
+@pytest.mark.parametrize(
+    "history, expected", [(1, 12), (5, 3), (4, 3), (100, 1), (None, 12)]
+)
+def test_history(history, expected):
+    solution = _tune(history=history)
+    h = solution.history
+    assert h.step.shape == h.val_loss.shape == (expected,)
+    assert h.hyperparams["penalty"].shape == (expected, 6)
+    interval = history or 1
+    assert h.step.tolist() == sorted({*range(interval, 13, interval), 12})
+    assert h.val_loss[-1] == solution.state.metrics.val_loss
+    assert h.train_loss[-1] == solution.state.metrics.train_loss
+    assert h.hypergradient_norm[-1] == solution.state.metrics.hypergradient_norm
+    assert np.array_equal(h.hyperparams["penalty"][-1], solution.values["penalty"])
+    dense = _tune(history=1).history
+    rows = h.step - 1
+    assert np.allclose(h.val_loss, dense.val_loss[rows], rtol=1e-12)
+    assert np.allclose(h.hyperparams["penalty"], dense.hyperparams["penalty"][rows])
+
+
+def test_a_history_longer_than_its_block_on_the_device():
+    solution = _tune(steps=700, history=1)
+    assert np.array_equal(solution.history.step, np.arange(1, 701))
+    assert np.all(np.isfinite(solution.history.val_loss))
+
+
+DATA = {
+    "arrays": lambda: (CASE.train, CASE.val),
+    "minibatch": lambda: (hpo.Minibatch(CASE.train, 8), hpo.Minibatch(CASE.val, 8)),
+    "epochs": lambda: (
+        hpo.Minibatch(CASE.train, 8, replacement=False),
+        hpo.Minibatch(CASE.val, 8, replacement=False, seed=1),
+    ),
+}
+
+
+@pytest.mark.parametrize("data_name", DATA)
+@pytest.mark.parametrize("settings", [{}, {"restart": 5, "history": 4}])
+def test_stopped_saved_and_continued_equals_uninterrupted(
+    data_name, settings, tmp_path
+):
+    train, val = DATA[data_name]()
+    optimizer = _optimizer(inner_steps=2)
+    whole = _tune(optimizer, train, val, steps=17, **settings)
+    path = tmp_path / "state"
+    _tune(optimizer, train, val, steps=10, checkpoint=path, **settings)
+    state = hpo.load(path, optimizer.init(CASE.model, CASE.hyperparams))
+    rest = _tune(optimizer, train, val, steps=7, state=state, **settings)
+    assert equal(rest.state, whole.state)
+    assert int(state.step) == 10  # `tune` donated a copy of it
+
+
+def test_restart_every_few_steps():
+    solution = _tune(steps=12, restart=5)
+    optimizer = _optimizer()
+    state = optimizer.init(CASE.model, CASE.hyperparams)
+    for i in range(12):
+        if i in (5, 10):
+            state = optimizer.restart(state, CASE.model)
+        state = optimizer.step(state, CASE.train, CASE.val)
+    assert relative_error(solution.state, state) < 1e-13
+
+
+def _host_batches(seed, count=None):
+    rng = np.random.default_rng(seed)
+    x, y = map(np.asarray, CASE.train)
+    for _ in itertools.count() if count is None else range(count):
+        rows = rng.integers(0, len(x), 8)
+        yield x[rows], y[rows]
+
+
+class _Loader:
+    """As a data loader: started again at each epoch."""
+
+    def __init__(self, batches):
+        self.batches = batches
+        self.epochs = 0
+
+    def __iter__(self):
+        self.epochs += 1
+        return iter(self.batches)
+
+
+def test_python_iterators():
+    solution = _tune(train=_host_batches(0), val=_host_batches(1))
+    expected = _by_hand(_optimizer(), _host_batches(0), _host_batches(1), 12, jr.key(0))
+    assert relative_error(solution.state, expected) < 1e-13
+
+
+def test_an_iterator_gives_a_batch_to_each_inner_step():
+    solution = _tune(_optimizer(inner_steps=3), train=_host_batches(0), steps=4)
+    batches = _host_batches(0)
+    stack = lambda *x: np.stack(x)
+    stacked = (
+        hpo.Stacked(jtu.tree_map(stack, *itertools.islice(batches, 3)))
+        for _ in range(4)
+    )
+    val = itertools.repeat(CASE.val)
+    expected = _by_hand(_optimizer(inner_steps=3), stacked, val, 4, jr.key(0))
+    assert relative_error(solution.state, expected) < 1e-13
+    batches = list(itertools.islice(_host_batches(0), 12))
+    ready = [
+        hpo.Stacked(jtu.tree_map(stack, *batches[i : i + 3])) for i in (0, 3, 6, 9)
+    ]
+    ready = _tune(_optimizer(inner_steps=3), train=iter(ready), steps=4)
+    assert equal(ready.state, solution.state)
+
+
+def test_a_loader_is_started_again():
+    loader = _Loader(list(_host_batches(0, 5)))
+    solution = _tune(train=loader, val=_Loader([CASE.val]))
+    assert loader.epochs == 3
+    assert solution.result == hpo.RESULTS.successful
+    assert int(solution.state.step) == 12
+
+
+def test_an_iterator_that_ends_ends_the_run():
+    solution = _tune(train=_host_batches(0, 5), history=2)
+    assert solution.result == hpo.RESULTS.data_exhausted
+    assert int(solution.state.step) == 5
+    assert solution.history.step.tolist() == [2, 4, 5]
+    assert "iterator" in solution.message and "5" in solution.message
+
+
+def test_bad_loaders():
+    with pytest.raises(ValueError, match="`train` is empty"):
+        _tune(train=_Loader([]))
+    x, y = CASE.train
+    odd = _Loader([(x[:8], y[:8]), (x[:5], y[:5])])
+    with pytest.raises(ValueError, match="batches of different shapes"):
+        _tune(_optimizer(inner_steps=2), train=odd)
+
+
+@pytest.mark.parametrize("how", ["raised", "signal", "second_signal"])
+def test_ctrl_c_returns_what_there_is(how, tmp_path):
+    def interrupt(state):
+        if state.step == 6:
+            if how == "raised":
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
+            if how == "second_signal":
+                os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    path = tmp_path / "state"
+    solution = _tune(callback=interrupt, history=2, checkpoint=path)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert solution.result == hpo.RESULTS.interrupted
+    assert int(solution.state.step) == 6
+    assert solution.history.step.tolist() == [2, 4, 6]
+    assert "interrupted" in solution.message
+    saved = hpo.load(path, _optimizer().init(CASE.model, CASE.hyperparams))
+    assert equal(saved, solution.state)
+
+
+def test_ctrl_c_in_a_loader():
+    def batches():
+        yield from _host_batches(0, 3)
+        raise KeyboardInterrupt
+
+    solution = _tune(train=batches())
+    assert solution.result == hpo.RESULTS.interrupted
+    assert int(solution.state.step) == 3
+
+
+def test_another_error_saves_before_it_is_raised(tmp_path):
+    def fail(state):
+        if state.step == 4:
+            raise RuntimeError("mine")
+
+    path = tmp_path / "state"
+    with pytest.raises(RuntimeError, match="mine"):
+        _tune(callback=fail, history=2, checkpoint=path)
+    saved = hpo.load(path, _optimizer().init(CASE.model, CASE.hyperparams))
+    assert int(saved.step) == 4
+
+
+def test_callback_sees_records_and_stops():
+    seen = []
+
+    def callback(state):
+        seen.append(state)
+        return len(seen) == 3
+
+    solution = _tune(callback=callback, history=2)
+    assert [int(state.step) for state in seen] == [2, 4, 6]  # still alive
+    assert solution.result == hpo.RESULTS.stopped
+    assert int(solution.state.step) == 6
+
+
+def _batches_with_nan():
+    """NaN from the eighth on."""
+    x, y = map(np.asarray, CASE.train)
+    for i in itertools.count():
+        yield x, (y if i < 7 else y * np.nan)
+
+
+def _count_up():
+    """An outer update that adds one to `n` and leaves the rest alone."""
+
+    def update(updates, state, params=None):
+        del params
+        zeros = jtu.tree_map(jnp.zeros_like, updates)
+        return {**zeros, "n": jnp.ones(())}, state
+
+    return optax.GradientTransformation(lambda params: (), update)
+
+
+def _nan_from_the_eighth_step(w, h, batch, key):
+    bad = jnp.where(h["n"] >= 7, jnp.nan, 0.0)
+    return CASE.problem.train_loss(w, h, batch, key) + bad
+
+
+@pytest.mark.parametrize("from_host", [False, True])
+def test_non_finite_steps_end_the_run(from_host):
+    if from_host:
+        problem, outer, train = CASE.problem, optax.adam(0.05), _batches_with_nan()
+    else:
+        problem = hpo.Problem(_nan_from_the_eighth_step, CASE.problem.val_loss)
+        outer, train = _count_up(), CASE.train
+    hyperparams = {**CASE.hyperparams, "n": jnp.array(0.0)}
+    optimizer = hpo.T1T2(problem, INNER, outer)
+    run = lambda train, **kwargs: hpo.tune(
+        optimizer, CASE.model, hyperparams, train, CASE.val,
+        key=None, max_skipped=5, **kwargs,
+    )  # fmt: skip
+    solution = run(train, steps=100)
+    assert solution.result == hpo.RESULTS.nonfinite
+    assert "Not finite since step 8" in solution.message
+    assert "Likely causes" in solution.message and "nan" in solution.message
+    assert 5 <= int(solution.state.skipped) <= 6
+    assert int(solution.state.step) == 7 + int(solution.state.skipped)
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jtu.tree_leaves(solution.model))
+    again = run(CASE.train, steps=6, state=solution.state)
+    expected = hpo.RESULTS.successful if from_host else hpo.RESULTS.nonfinite
+    assert again.result == expected
+    assert int(again.state.step) > int(solution.state.step)
+
+
+def test_progress(capsys, monkeypatch):
+    _tune()
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    solution = _tune(steps=12)
+    err = capsys.readouterr().err
+    for word in ("train", "val", "hypergradient", "12/12", "it/s"):
+        assert word in err
+    _tune(progress=False)
+    assert capsys.readouterr() == ("", "")
+    assert solution.result == hpo.RESULTS.successful
+
+
+def test_a_state_of_another_problem_raises():
+    other = ridge(features=4)
+    state = _optimizer().init(other.model, other.hyperparams)
+    with pytest.raises(ValueError, match=r"`state.model` is float64\[4\]"):
+        _tune(state=state)
+
+
+@pytest.mark.parametrize(
+    "name", ["steps", "restart", "history", "checkpoint_every", "max_skipped"]
+)
+def test_bad_options(name):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        _tune(**{name: 0})
+
+
+def test_checkpoint_every(tmp_path, monkeypatch):
+    steps = []
+    real = hpo.save
+    monkeypatch.setattr(
+        "eqx_hpo._tune.save", lambda path, s: (steps.append(int(s.step)), real(path, s))
+    )
+    _tune(checkpoint=tmp_path / "state", checkpoint_every=5)
+    assert steps == [5, 10, 12]
+
+
+def test_aux_is_kept_in_one_structure():
+    loss = lambda w, h, b, k: (h * jnp.sum((w - b) ** 2), {"norm": jnp.sum(w**2)})
+    problem = hpo.Problem(loss, loss, has_aux=True)
+    optimizer = hpo.T1T2(problem, optax.sgd(0.1), optax.sgd(0.01))
+    data = jnp.ones(2)
+    run = lambda state: hpo.tune(
+        optimizer, jnp.zeros(2), jnp.array(0.5), data, data, steps=3, key=None,
+        state=state,
+    )  # fmt: skip
+    started = run(None)
+    assert started.state.metrics.aux[1]["norm"] > 0
+    assert equal(run(optimizer.init(jnp.zeros(2), jnp.array(0.5))).state, started.state)
+
+
+def test_convolutions_run_a_step_a_call(getkey):
+    conv = eqx.nn.Conv2d(1, 2, 3, key=getkey())
+    images = jr.normal(getkey(), (4, 1, 8, 8))
+
+    def loss(model, h, batch, key):
+        return jnp.mean((jax.vmap(model)(batch) - h) ** 2)
+
+    optimizer = hpo.T1T2(hpo.Problem(loss, loss), optax.sgd(0.1), optax.sgd(0.1))
+    solution = hpo.tune(
+        optimizer, conv, jnp.array(0.1), images, images, steps=5, key=None, history=2
+    )
+    state = optimizer.init(conv, jnp.array(0.1))
+    for _ in range(5):
+        state = optimizer.step(state, images, images)
+    assert relative_error(solution.state, state) < 1e-5
+    assert solution.history.step.tolist() == [2, 4, 5]
+
+
+def test_tune_in_another_thread():
+    import threading
+
+    out = []
+    thread = threading.Thread(target=lambda: out.append(_tune(steps=3)))
+    thread.start()
+    thread.join()
+    assert int(out[0].state.step) == 3
