@@ -6,7 +6,7 @@ device and drained by the host when their block is full.
 """
 
 import time
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -107,6 +107,10 @@ class Run:
         if self.step // self._interval - self._drained == self._capacity:
             self._drain()
 
+    def has_failed(self) -> bool:
+        """Whether too many steps in a row were skipped."""
+        return self.skipped >= self._max_skipped
+
     def is_alive(self) -> bool:
         """Whether the state was not lost to a call that failed after donating it."""
         arrays = jtu.tree_leaves(eqx.filter(self.state, eqx.is_array))
@@ -119,14 +123,15 @@ class Run:
         if len(self._history) == 0 or self._history[-1].step[-1] != last.step[0]:
             self._history.append(last)
         step, skipped = int(self.state.step), int(self.state.skipped)
-        if result == RESULTS.successful and skipped >= self._max_skipped:
+        self.skipped = skipped
+        if result == RESULTS.successful and self.has_failed():
             result = RESULTS.nonfinite
         return Solution(
             model=self.state.model,
             hyperparams=self.state.hyperparams,
             values=unwrap(self.state.hyperparams),
             history=as_history(self._history),
-            result=result,
+            result=cast(RESULTS, result),
             state=self.state,
             message=_message(result, self.state, step, skipped),
         )
@@ -229,7 +234,7 @@ def _copy(state: BilevelState) -> BilevelState:
     return jtu.tree_map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, state)
 
 
-def _message(result: RESULTS, state: BilevelState, step: int, skipped: int) -> str:
+def _message(result: Any, state: BilevelState, step: int, skipped: int) -> str:
     text = "Finished" if result == RESULTS.successful else RESULTS[result]
     where = f"{text} Steps taken: {step}."
     if result == RESULTS.successful:

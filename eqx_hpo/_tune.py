@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 from jaxtyping import PyTree
 
@@ -16,6 +16,10 @@ from ._progress import catch_interrupt, ProgressBar
 from ._run import Run, start
 from ._solution import RESULTS, Solution
 from ._state import BilevelState
+
+
+# A number of steps, and what is done whenever it has passed.
+_Event: TypeAlias = tuple[int, Callable[[], Any]]
 
 
 def tune(
@@ -98,44 +102,49 @@ def tune(
         optimizer, model, hyperparams, train_feed, val_feed, key, state, model_state
     )
     run = Run(optimizer, train_feed, val_feed, key, state, interval, max_skipped)
-    end = run.step + steps
-
-    periods = [restart] if restart is not None else []
+    before, after = [], []
+    if restart is not None:
+        before.append((restart, lambda: run.restart(model, model_state)))
     if checkpoint is not None:
-        periods.append(checkpoint_every)
+        after.append((checkpoint_every, lambda: save(checkpoint, run.state)))
     if callback is not None:
-        periods.append(interval)
-
-    result = RESULTS.successful
-    with catch_interrupt() as interrupted, ProgressBar(steps, progress) as bar:
-        try:
-            while run.step < end:
-                if restart is not None and _is_due(run.step, restart):
-                    run.restart(model, model_state)
-                before = run.step
-                left = [period - run.step % period for period in periods]
-                run.advance(min([end - run.step, *left]), donate=callback is None)
-                bar.update(run.step - before, run.state)
-                if checkpoint is not None and _is_due(run.step, checkpoint_every):
-                    save(checkpoint, run.state)
-                if callback is not None and _is_due(run.step, interval):
-                    if callback(run.state) is True:
-                        result = RESULTS.stopped
-                if run.skipped >= max_skipped:
-                    result = RESULTS.nonfinite
-                if interrupted():
-                    result = RESULTS.interrupted
-                if result != RESULTS.successful:
-                    break
-        except StopIteration:
-            result = RESULTS.data_exhausted
-        except KeyboardInterrupt:
-            result = RESULTS.interrupted
-        finally:
-            if checkpoint is not None and run.is_alive():
-                save(checkpoint, run.state)
+        after.append((interval, lambda: callback(run.state)))
+    try:
+        with ProgressBar(steps, progress) as bar:
+            result = _drive(run, run.step + steps, before, after, bar)
+    except StopIteration:
+        result = RESULTS.data_exhausted
+    except KeyboardInterrupt:
+        result = RESULTS.interrupted
+    finally:
+        if checkpoint is not None and run.is_alive():
+            save(checkpoint, run.state)
     return run.finish(result)
 
 
-def _is_due(step: int, period: int) -> bool:
-    return step > 0 and step % period == 0
+def _drive(
+    run: Run, end: int, before: list[_Event], after: list[_Event], bar: ProgressBar
+) -> Any:
+    """Steps until `end`, or until there is a reason to stop."""
+    periods = [period for period, _ in (*before, *after)]
+    # What a callback is given must outlive the next step.
+    donate = len(after) == 0
+    with catch_interrupt() as interrupted:
+        while run.step < end:
+            start = run.step
+            for action in _due(before, start):
+                action()
+            left = [period - start % period for period in periods]
+            run.advance(min([end - start, *left]), donate)
+            bar.update(run.step - start, run.state)
+            if any([action() is True for action in _due(after, run.step)]):
+                return RESULTS.stopped
+            if run.has_failed():
+                return RESULTS.nonfinite
+            if interrupted():
+                return RESULTS.interrupted
+    return RESULTS.successful
+
+
+def _due(events: list[_Event], step: int) -> list[Callable[[], Any]]:
+    return [action for period, action in events if step > 0 and step % period == 0]

@@ -10,24 +10,22 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import eqx_hpo as hpo
-import image_data
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray, Scalar
+from image_data import Images, load, NAMES, Splits
+from jaxtyping import Array, Float, Scalar
 from matplotlib.figure import Figure
 
 
 HIDDEN_LAYERS = 2
 INNER_STEPS = 5  # training steps for each update of the hyperparameters
 
-DEFAULT, TUNED, RETRAINED = (
-    "default hyperparameters",
-    "tuned online",
-    "retrained from scratch",
-)
+DEFAULT = "default hyperparameters"
+TUNED = "tuned online"
+RETRAINED = "retrained from scratch with the tuned values"
 
 
 class Regularisation(NamedTuple):
@@ -44,36 +42,30 @@ class Row(NamedTuple):
     test: float
 
 
-def cross_entropy(model: eqx.nn.MLP, batch: image_data.Images) -> Scalar:
+def cross_entropy(model: eqx.nn.MLP, batch: Images) -> Scalar:
     logits = jax.vmap(model)(flatten(batch.images))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
     return jnp.mean(losses)
 
 
 def train_loss(
-    model: eqx.nn.MLP,
-    regularisation: Regularisation,
-    batch: image_data.Images,
-    key: PRNGKeyArray,
+    model: eqx.nn.MLP, values: Regularisation, batch: Images, key: Any
 ) -> Scalar:
-    noise = regularisation.noise * jr.normal(key, batch.images.shape)
+    noise = values.noise * jr.normal(key, batch.images.shape)
     norms = jnp.stack([jnp.sum(layer.weight**2) for layer in model.layers])
     loss = cross_entropy(model, batch._replace(images=batch.images + noise))
-    return loss + jnp.sum(regularisation.decay * norms)
+    return loss + jnp.sum(values.decay * norms)
 
 
 def val_loss(
-    model: eqx.nn.MLP,
-    regularisation: Regularisation,
-    batch: image_data.Images,
-    key: PRNGKeyArray,
+    model: eqx.nn.MLP, values: Regularisation, batch: Images, key: Any
 ) -> Scalar:
-    del regularisation, key
+    del values, key
     return cross_entropy(model, batch)
 
 
 @eqx.filter_jit
-def accuracy(model: eqx.nn.MLP, data: image_data.Images) -> Scalar:
+def accuracy(model: eqx.nn.MLP, data: Images) -> Scalar:
     guesses = jnp.argmax(jax.vmap(model)(flatten(data.images)), axis=-1)
     return jnp.mean(guesses == data.labels)
 
@@ -96,7 +88,7 @@ def make_optimizer(steps: int, outer: optax.GradientTransformation) -> hpo.T1T2:
 
 
 def compare(
-    data: image_data.Splits,
+    data: Splits,
     start: Regularisation,
     tuner: hpo.T1T2,
     fixed: hpo.T1T2,
@@ -113,16 +105,8 @@ def compare(
 
     def run(optimizer: hpo.T1T2, values: Regularisation) -> Row:
         hyperparams = jax.tree.map(hpo.Positive, values)
-        solution = hpo.tune(
-            optimizer,
-            model,
-            hyperparams,
-            train,
-            val,
-            steps=steps,
-            key=tune_key,
-            history=1,
-        )
+        options = dict(steps=steps, key=tune_key, history=1)
+        solution = hpo.tune(optimizer, model, hyperparams, train, val, **options)
         return Row(solution, *(float(accuracy(solution.model, x)) for x in data))
 
     default, tuned = run(fixed, start), run(tuner, start)
@@ -135,9 +119,9 @@ def make_start(decay: float, noise: float) -> Regularisation:
 
 
 def print_table(rows: dict[str, Row]) -> None:
-    print(f"{'accuracy':26}{'train':>8}{'val':>8}{'test':>8}")
+    print(f"{'accuracy':46}{'train':>8}{'val':>8}{'test':>8}")
     for name, row in rows.items():
-        print(f"{name:26}{row.train:8.1%}{row.val:8.1%}{row.test:8.1%}")
+        print(f"{name:46}{row.train:8.1%}{row.val:8.1%}{row.test:8.1%}")
     print(f"\n{'hyperparameters':26}{'noise':>8}   decay of each layer")
     for name in (DEFAULT, TUNED):
         values = rows[name].solution.values
@@ -146,36 +130,34 @@ def print_table(rows: dict[str, Row]) -> None:
 
 
 def draw(rows: dict[str, Row], path: str) -> None:
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
     losses, trajectories = figure.subplots(1, 2)
     for name, style in [(DEFAULT, ":"), (TUNED, "-")]:
         history = rows[name].solution.history
-        for loss, kind, colour in [
-            (history.train_loss, "train", "tab:blue"),
-            (history.val_loss, "validation", "tab:orange"),
+        for kind, loss, colour in [
+            ("train", history.train_loss, "tab:blue"),
+            ("validation", history.val_loss, "tab:orange"),
         ]:
             x, y = smooth(history.step * INNER_STEPS), smooth(loss)
             losses.plot(x, y, style, color=colour, label=f"{kind}, {name}")
-    losses.set(xlabel="training step", ylabel="loss", yscale="log", title="Losses")
 
     history = rows[TUNED].solution.history
     x, values = history.step * INNER_STEPS, history.hyperparams
     trajectories.plot(x, values.noise, color="black", label="input noise")
-    decays = np.transpose(values.decay)
-    for layer, (decay, style) in enumerate(zip(decays, ["-", "--", ":"]), start=1):
+    for layer, decay in enumerate(np.transpose(values.decay), start=1):
         # Thinner on top of thicker, as the layers may well agree.
-        width = 4 - layer
-        label = f"weight decay, layer {layer}"
-        trajectories.plot(x, decay, style, linewidth=width, label=label)
-    trajectories.set(xlabel="training step", yscale="log", title="Hyperparameters")
-    for axes in (losses, trajectories):
-        axes.legend(frameon=False)
+        look = dict(color=f"C{layer + 1}", linewidth=6 / layer)
+        trajectories.plot(x, decay, label=f"weight decay, layer {layer}", **look)
+
+    for axes, title in [(losses, "Losses"), (trajectories, "Hyperparameters")]:
+        axes.set(title=title, xlabel="training step", yscale="log")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 
 
 def smooth(x: np.ndarray) -> np.ndarray:
-    # A loss in the history is that of one batch.
+    # Each loss in the history is that of a single batch.
     window = max(1, len(x) // 30)
     return np.convolve(x, np.full(window, 1 / window), mode="valid")
 
@@ -189,7 +171,7 @@ def main(
     seed: int = 0,
     figure: str = "quickstart.png",
 ) -> dict[str, Row]:
-    data = image_data.load(dataset, folder=folder, size=size, seed=seed)
+    data = load(dataset, folder=folder, size=size, seed=seed)
     tuner = make_optimizer(steps, outer=optax.adam(0.05))
     fixed = make_optimizer(steps, outer=optax.set_to_zero())
     start = make_start(decay=1e-4, noise=0.1)
@@ -202,7 +184,7 @@ def main(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", choices=image_data.NAMES, default="digits")
+    parser.add_argument("--dataset", choices=NAMES, default="digits")
     parser.add_argument("--folder", help="with the data; else they are downloaded")
     parser.add_argument("--size", type=int, default=300, help="of the train set")
     parser.add_argument("--steps", type=int, default=600, help="hyperparameter updates")

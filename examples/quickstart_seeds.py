@@ -9,9 +9,9 @@ batches. The three runs of a seed share them, so their differences are paired.
 
 import argparse
 
-import image_data
 import numpy as np
 import optax
+from image_data import load, NAMES
 from quickstart import compare, DEFAULT, make_optimizer, make_start
 
 
@@ -23,15 +23,15 @@ STARTS = {
 
 
 def print_table(start: str, accuracies: dict[str, list[float]]) -> None:
-    print(f"\nstart: {start}\n{'test accuracy, %':26}{'mean':>7}{'std':>7}", end="")
-    print(f"{'gain':>8}{'its standard error':>20}")
+    print(f"\nstart: {start}\n{'test accuracy, %':46}{'mean':>7}{'std':>7}", end="")
+    print(f"{'gain':>8}{'its SE':>8}")
     default = np.array(accuracies[DEFAULT])
     for name, values in accuracies.items():
         gain = np.array(values) - default
-        line = f"{name:26}{np.mean(values):7.2f}{np.std(values, ddof=1):7.2f}"
+        line = f"{name:46}{np.mean(values):7.2f}{np.std(values, ddof=1):7.2f}"
         if name != DEFAULT:
             error = np.std(gain, ddof=1) / len(gain) ** 0.5
-            line += f"{np.mean(gain):+8.2f}{error:20.2f}"
+            line += f"{np.mean(gain):+8.2f}{error:8.2f}"
         print(line, flush=True)
 
 
@@ -50,7 +50,7 @@ def main(
     for name, start in STARTS.items():
         results[name] = {}
         for seed in range(seeds):
-            data = image_data.load(dataset, folder=folder, size=size, seed=seed)
+            data = load(dataset, folder=folder, size=size, seed=seed)
             rows = compare(data, start, tuner, fixed, steps=steps, seed=seed)
             for row_name, row in rows.items():
                 results[name].setdefault(row_name, []).append(100 * row.test)
@@ -60,7 +60,7 @@ def main(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", choices=image_data.NAMES, default="digits")
+    parser.add_argument("--dataset", choices=NAMES, default="digits")
     parser.add_argument("--folder", help="with the data; else they are downloaded")
     parser.add_argument("--size", type=int, default=300, help="of the train set")
     parser.add_argument("--steps", type=int, default=600, help="hyperparameter updates")

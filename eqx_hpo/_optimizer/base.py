@@ -33,10 +33,8 @@ from . import checks
 
 
 class AbstractBilevelOptimizer(eqx.Module):
-    """An algorithm that trains a model and tunes its hyperparameters by gradient.
-
-    An immutable collection of settings. All that changes lives in a
-    [`eqx_hpo.BilevelState`][].
+    """An algorithm that trains a model and tunes its hyperparameters by gradient: an
+    immutable collection of settings. What changes is in [`eqx_hpo.BilevelState`][].
 
     **Attributes:**
 
@@ -48,8 +46,8 @@ class AbstractBilevelOptimizer(eqx.Module):
         hyperparameters.
     - `second_order`: the rule for derivatives of the training gradient.
     - `inner_steps`: the number of inner steps in a call of `step`.
-    - `unroll`: how many inner steps a compiled loop holds in its body. More compile
-        longer; a full unroll avoids that convolutions run slowly inside loops on CPUs.
+    - `unroll`: how many inner steps a compiled loop holds in its body. A full unroll
+        avoids that convolutions run slowly inside loops on CPUs, and compiles longer.
     """
 
     problem: eqx.AbstractVar[Problem]
@@ -122,9 +120,9 @@ class AbstractBilevelOptimizer(eqx.Module):
             through.
         - `hyperparams`: any pytree of placeholders and floating-point arrays. Python
             floats become arrays. May be empty.
-        - `train`, `val`: the data, as for `step`. Needed only to find the structure of
-            the `aux` of losses with `has_aux=True`; without them `state.metrics.aux` is
-            `None` until the first step, which then compiles twice.
+        - `train`, `val`: the data, as for `step`. Needed only for losses with
+            `has_aux=True`, to find its structure; without them `state.metrics.aux` is
+            `None` until the first step, and `step` compiles twice.
         - `model_state`: an `eqx.nn.State`, for losses that take and return one.
         - `key`: a PRNG key, where the losses need one.
 
@@ -168,10 +166,8 @@ class AbstractBilevelOptimizer(eqx.Module):
         key: Key = None,
     ) -> BilevelState:
         """Trains the model for `inner_steps`, then updates the hyperparameters once.
-        Compiled once for a run of any length.
-
-        A step whose losses, hypergradient or updates are not all finite changes nothing
-        but the counters `step` and `skipped` and the `metrics`.
+        Compiled once for a run of any length. A step whose losses, hypergradient or
+        updates are not all finite changes only `step`, `skipped` and `metrics`.
 
         **Arguments:**
 
@@ -240,9 +236,8 @@ class AbstractBilevelOptimizer(eqx.Module):
     def restart(
         self, state: BilevelState, model: Model, *, model_state: PyTree = None
     ) -> BilevelState:
-        """Starts the inner level afresh: the model, the inner optimiser's state and
-        what the algorithm carries of the trajectory. The hyperparameters, the outer
-        optimiser's state and the counters live on.
+        """Starts the inner level afresh: the model, the inner optimiser's state and the
+        memory of the trajectory. All else lives on.
 
         **Arguments:**
 

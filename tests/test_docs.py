@@ -1,0 +1,39 @@
+"""Every Python block of the README and of the docs runs, page by page."""
+
+import pathlib
+import re
+
+import jax
+import pytest
+
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def _blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if _blocks(page)],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_blocks_run(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "docs"}
+    with jax.enable_x64(False):  # as a reader has it
+        for block in _blocks(page):
+            exec(compile(block, str(page), "exec"), namespace)
+    if page.name == "README.md":
+        printed = re.findall(r"^```text\n(.*?)^```", page.read_text(), re.M | re.S)
+        numbers = lambda text: [float(x) for x in re.findall(r"-?\d+\.\d+", text)]
+        got = numbers(capsys.readouterr().out)
+        expected = numbers(printed[0])
+        assert got[: len(expected)] == pytest.approx(expected, rel=0.01)
+
+
+def test_the_example_of_the_readme_has_15_lines():
+    first = _blocks(ROOT / "README.md")[0]
+    assert len([line for line in first.splitlines() if line.strip()]) <= 15
