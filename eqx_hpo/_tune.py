@@ -111,7 +111,9 @@ def tune(
         after.append((interval, lambda: callback(run.state)))
     try:
         with ProgressBar(steps, progress) as bar:
-            result = _drive(run, run.step + steps, before, after, bar)
+            # What a callback is given must outlive the next step.
+            donate = callback is None
+            result = _drive(run, run.step + steps, before, after, bar, donate)
     except StopIteration:
         result = RESULTS.data_exhausted
     except KeyboardInterrupt:
@@ -123,12 +125,15 @@ def tune(
 
 
 def _drive(
-    run: Run, end: int, before: list[_Event], after: list[_Event], bar: ProgressBar
+    run: Run,
+    end: int,
+    before: list[_Event],
+    after: list[_Event],
+    bar: ProgressBar,
+    donate: bool,
 ) -> Any:
     """Steps until `end`, or until there is a reason to stop."""
     periods = [period for period, _ in (*before, *after)]
-    # What a callback is given must outlive the next step.
-    donate = len(after) == 0
     with catch_interrupt() as interrupted:
         while run.step < end:
             start = run.step

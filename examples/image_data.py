@@ -52,9 +52,10 @@ def load(
     **Arguments:**
 
     - `name`: `digits` (comes with scikit-learn), `mnist`, `fashion_mnist` or `cifar10`.
-    - `folder`: where the files of the last three are: `<name>.npz`, or the four IDX
-        files of (Fashion-)MNIST, plain or compressed. Without it they are downloaded
-        from Hugging Face.
+    - `folder`: where the files of the last three are: `<name>.npz` with
+        `train_images`, `train_labels`, `test_images` and `test_labels`, or `images`
+        and `labels`; or the four IDX files of (Fashion-)MNIST, plain or compressed.
+        Without it they are downloaded from Hugging Face.
     - `size`: the number of train images, and of validation images; by default each
         gets half of what is not test.
     - `seed`: of the split. The test part is the publisher's, whatever the seed; a third
@@ -115,27 +116,35 @@ def _load_folder(name: str, folder: pathlib.Path) -> tuple[Images, Images | None
                 return _as_images(arrays["images"], arrays["labels"]), None
             train = _as_images(arrays["train_images"], arrays["train_labels"])
             return train, _as_images(arrays["test_images"], arrays["test_labels"])
-    idx = lambda part, kind, axes: _read_idx(
-        folder / f"{part}-{kind}-idx{axes}-ubyte", archive
-    )
+    if name == "cifar10":
+        raise SystemExit(f"Found no `{archive}`; {_advise(name)}.")
     train, test = (
-        _as_images(idx(part, "images", 3), idx(part, "labels", 1))
+        _as_images(
+            _read_idx(name, folder / f"{part}-images-idx3-ubyte"),
+            _read_idx(name, folder / f"{part}-labels-idx1-ubyte"),
+        )
         for part in ("train", "t10k")
     )
     return train, test
 
 
-def _read_idx(path: pathlib.Path, archive: pathlib.Path) -> np.ndarray:
+def _advise(name: str) -> str:
+    files = (
+        f"`{name}.npz` (`train_images`, `train_labels`, `test_images`, `test_labels`)"
+    )
+    if name != "cifar10":
+        files += " or the four IDX files (`train-images-idx3-ubyte.gz`, ...)"
+    return f"pass as `folder` (`--folder`) a local folder with {files}"
+
+
+def _read_idx(name: str, path: pathlib.Path) -> np.ndarray:
     compressed = path.with_name(path.name + ".gz")
     if compressed.exists():
         content = gzip.decompress(compressed.read_bytes())
     elif path.exists():
         content = path.read_bytes()
     else:
-        raise SystemExit(
-            f"Found neither `{archive}` nor `{path}[.gz]`: put the data there, or "
-            "leave `folder` out to download them."
-        )
+        raise SystemExit(f"Found no `{path}`, plain or `.gz`; {_advise(name)}.")
     # The header: two zero bytes, the type, the number of axes, the length of each.
     axes = content[3]
     shape = np.frombuffer(content, ">i4", count=axes, offset=4)
@@ -144,20 +153,19 @@ def _read_idx(path: pathlib.Path, archive: pathlib.Path) -> np.ndarray:
 
 def _download(name: str) -> tuple[Images, Images]:
     source = _SOURCES[name]
-    advice = "pass `folder` (`--folder`), a local folder that holds the files"
     try:
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError as e:
         raise SystemExit(
-            f"`{name}` is not on this computer: `pip install 'eqx_hpo[datasets]'` to "
-            f"download it, or {advice}."
+            f"To download `{name}`, `pip install 'eqx_hpo[datasets]'`; or "
+            f"{_advise(name)}."
         ) from e
     try:
         parts = load_dataset(source.repository, revision=source.revision)
     except Exception as e:
         raise SystemExit(
-            f"Could not download `{source.repository}` ({type(e).__name__}): connect "
-            f"to the internet, or {advice}."
+            f"Could not download `{source.repository}` ({type(e).__name__}): check the "
+            f"connection, or {_advise(name)}."
         ) from e
     train, test = (
         _as_images(

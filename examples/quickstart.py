@@ -105,8 +105,16 @@ def compare(
 
     def run(optimizer: hpo.T1T2, values: Regularisation) -> Row:
         hyperparams = jax.tree.map(hpo.Positive, values)
-        options = dict(steps=steps, key=tune_key, history=1)
-        solution = hpo.tune(optimizer, model, hyperparams, train, val, **options)
+        solution = hpo.tune(
+            optimizer,
+            model,
+            hyperparams,
+            train,
+            val,
+            steps=steps,
+            key=tune_key,
+            history=1,
+        )
         return Row(solution, *(float(accuracy(solution.model, x)) for x in data))
 
     default, tuned = run(fixed, start), run(tuner, start)

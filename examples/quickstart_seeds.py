@@ -15,10 +15,10 @@ from image_data import load, NAMES
 from quickstart import compare, DEFAULT, make_optimizer, make_start
 
 
-STARTS = {
-    "good": make_start(decay=1e-4, noise=0.1),
-    "too weak": make_start(decay=1e-6, noise=0.03),
-    "too strong": make_start(decay=1e-2, noise=0.6),
+STARTS = {  # decay, noise
+    "good": (1e-4, 0.1),
+    "too weak": (1e-6, 0.03),
+    "too strong": (1e-2, 0.6),
 }
 
 
@@ -47,8 +47,9 @@ def main(
     tuner = make_optimizer(steps, outer=optax.adam(0.05))
     fixed = make_optimizer(steps, outer=optax.set_to_zero())
     results = {}
-    for name, start in STARTS.items():
+    for name, (decay, noise) in STARTS.items():
         results[name] = {}
+        start = make_start(decay, noise)
         for seed in range(seeds):
             data = load(dataset, folder=folder, size=size, seed=seed)
             rows = compare(data, start, tuner, fixed, steps=steps, seed=seed)

@@ -320,6 +320,16 @@ def test_bad_options(name):
         _tune(**{name: 0})
 
 
+def test_a_zero_hypergradient_is_said_once():
+    loss = lambda w, h, batch, key: jnp.sum((w - batch) ** 2)
+    optimizer = hpo.T1T2(hpo.Problem(loss, loss), optax.sgd(0.1), optax.sgd(0.1))
+    with pytest.warns(UserWarning, match="hypergradient of zero") as record:
+        hpo.tune(
+            optimizer, jnp.zeros(2), 0.5, jnp.ones(2), jnp.ones(2), steps=9, key=None
+        )
+    assert len(record) == 1
+
+
 def test_checkpoint_every(tmp_path, monkeypatch):
     steps = []
     real = hpo.save
