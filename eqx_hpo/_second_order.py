@@ -145,6 +145,21 @@ def _gradient(loss: LossFn, params: PyTree, rest: PyTree, args: PyTree):
 
 
 def _with_product(loss: LossFn, product: _Product) -> GradientFn:
+    def gradient(params, rest, args):
+        # A custom VJP must not close over tracers, as a loss may: make them arguments.
+        closed = eqx.filter_closure_convert(loss, params, rest, args)
+        consts, static = eqx.partition(closed, eqx.is_array)
+
+        def explicit(params, rest, args):
+            args, consts = args
+            return eqx.combine(consts, static)(params, rest, args)
+
+        return _custom_gradient(explicit, product)(params, rest, (args, consts))
+
+    return gradient
+
+
+def _custom_gradient(loss: LossFn, product: _Product) -> GradientFn:
     @jax.custom_vjp
     def gradient(params, rest, args):
         return _gradient(loss, params, rest, args)

@@ -129,9 +129,7 @@ def _load_folder(name: str, folder: pathlib.Path) -> tuple[Images, Images | None
 
 
 def _advise(name: str) -> str:
-    files = (
-        f"`{name}.npz` (`train_images`, `train_labels`, `test_images`, `test_labels`)"
-    )
+    files = f"`{name}.npz` (`train_images`, `train_labels`, `test_images`, ...)"
     if name != "cifar10":
         files += " or the four IDX files (`train-images-idx3-ubyte.gz`, ...)"
     return f"pass as `folder` (`--folder`) a local folder with {files}"

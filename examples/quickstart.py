@@ -140,14 +140,14 @@ def print_table(rows: dict[str, Row]) -> None:
 def draw(rows: dict[str, Row], path: str) -> None:
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     losses, trajectories = figure.subplots(1, 2)
-    for name, style in [(DEFAULT, ":"), (TUNED, "-")]:
+    for name, label, style in [(DEFAULT, "default", ":"), (TUNED, "tuned", "-")]:
         history = rows[name].solution.history
         for kind, loss, colour in [
             ("train", history.train_loss, "tab:blue"),
             ("validation", history.val_loss, "tab:orange"),
         ]:
             x, y = smooth(history.step * INNER_STEPS), smooth(loss)
-            losses.plot(x, y, style, color=colour, label=f"{kind}, {name}")
+            losses.plot(x, y, style, color=colour, label=f"{kind}, {label}")
 
     history = rows[TUNED].solution.history
     x, values = history.step * INNER_STEPS, history.hyperparams
@@ -157,9 +157,9 @@ def draw(rows: dict[str, Row], path: str) -> None:
         look = dict(color=f"C{layer + 1}", linewidth=6 / layer)
         trajectories.plot(x, decay, label=f"weight decay, layer {layer}", **look)
 
-    for axes, title in [(losses, "Losses"), (trajectories, "Hyperparameters")]:
-        axes.set(title=title, xlabel="training step", yscale="log")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+    for axes, label in [(losses, "loss of a batch"), (trajectories, "hyperparameter")]:
+        axes.set(xlabel="training step", ylabel=label, yscale="log")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 

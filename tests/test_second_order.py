@@ -176,3 +176,25 @@ def _by_hand(h):
     for _ in range(3):
         w = w - 0.1 * (2 * jnp.array([1.0, 2.0]) * w + 2 * h * w)
     return jnp.sum(w**2) + h * jnp.sum(w**2)
+
+
+@pytest.mark.parametrize("rule_name", RULES)
+def test_a_loss_may_close_over_tracers(rule_name, getkey):
+    """A problem made inside `jit` and `vmap`."""
+
+    def run(x):
+        loss = lambda w, h, batch, key: jnp.sum((x @ w - batch) ** 2) + h * w @ w
+        optimizer = hpo.Unrolled(
+            hpo.Problem(loss, loss),
+            optax.adam(0.1),
+            optax.sgd(0.1),
+            RULES[rule_name],
+            inner_steps=3,
+        )
+        state = optimizer.init(jnp.ones(2), hpo.Positive(0.1))
+        return optimizer.compute_hypergradient(state, jnp.ones(3), jnp.ones(3)).raw
+
+    xs = jr.normal(getkey(), (2, 3, 2))
+    expected = jnp.stack([run(x) for x in xs])
+    assert jnp.allclose(jax.vmap(run)(xs), expected, rtol=1e-10)
+    assert jnp.allclose(jax.jit(run)(xs[0]), expected[0], rtol=1e-10)
