@@ -13,7 +13,8 @@ FloatScalar: TypeAlias = Float[Array, ""]
 Hyperparams: TypeAlias = PyTree[Any]
 IntScalar: TypeAlias = Int[Array, ""]
 Key: TypeAlias = PRNGKeyArray | None
-Loss: TypeAlias = Callable[[PyTree, Hyperparams, Batch, Key], Any]
+# loss(model, hyperparams, batch, key). `Any`: a user annotates them as they are.
+Loss: TypeAlias = Callable[[Any, Any, Any, Any], Any]
 Model: TypeAlias = PyTree[Any]
 
 # A function of the unwrapped hyperparameters puts a learning rate, a momentum or a

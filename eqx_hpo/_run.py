@@ -54,7 +54,9 @@ class Run:
         self.skipped = int(state.skipped)
         if self.skipped >= max_skipped:
             self.skipped = 0
-            self.state = eqx.tree_at(lambda s: s.skipped, self.state, jnp.array(0))
+            self.state = eqx.tree_at(
+                lambda s: s.skipped, self.state, jnp.zeros((), int)
+            )
         self._optimizer = optimizer
         self._train = train
         self._val = val

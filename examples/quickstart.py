@@ -16,7 +16,7 @@ import jax.random as jr
 import numpy as np
 import optax
 from image_data import Images, load, NAMES, Splits
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 from matplotlib.figure import Figure
 
 
@@ -49,7 +49,7 @@ def cross_entropy(model: eqx.nn.MLP, batch: Images) -> Scalar:
 
 
 def train_loss(
-    model: eqx.nn.MLP, values: Regularisation, batch: Images, key: Any
+    model: eqx.nn.MLP, values: Regularisation, batch: Images, key: PRNGKeyArray
 ) -> Scalar:
     noise = values.noise * jr.normal(key, batch.images.shape)
     norms = jnp.stack([jnp.sum(layer.weight**2) for layer in model.layers])
@@ -58,7 +58,7 @@ def train_loss(
 
 
 def val_loss(
-    model: eqx.nn.MLP, values: Regularisation, batch: Images, key: Any
+    model: eqx.nn.MLP, values: Regularisation, batch: Images, key: PRNGKeyArray
 ) -> Scalar:
     del values, key
     return cross_entropy(model, batch)

@@ -42,6 +42,7 @@ def main(
     size: int = 300,
     steps: int = 600,
     seeds: int = 5,
+    first: int = 0,
 ) -> dict[str, dict[str, list[float]]]:
     # Made once: a new optimizer would be compiled anew.
     tuner = make_optimizer(steps, outer=optax.adam(0.05))
@@ -50,7 +51,7 @@ def main(
     for name, (decay, noise) in STARTS.items():
         results[name] = {}
         start = make_start(decay, noise)
-        for seed in range(seeds):
+        for seed in range(first, first + seeds):
             data = load(dataset, folder=folder, size=size, seed=seed)
             rows = compare(data, start, tuner, fixed, steps=steps, seed=seed)
             for row_name, row in rows.items():
@@ -66,4 +67,5 @@ if __name__ == "__main__":
     parser.add_argument("--size", type=int, default=300, help="of the train set")
     parser.add_argument("--steps", type=int, default=600, help="hyperparameter updates")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first", type=int, default=0, help="seed")
     main(**vars(parser.parse_args()))

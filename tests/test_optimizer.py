@@ -89,7 +89,7 @@ def test_jit_and_scan_agree_with_a_loop():
 
 
 def _noisy(model, h, batch, key):
-    noise = jr.normal(key, batch.shape)
+    noise = jr.uniform(key, batch.shape)
     return jnp.sum((model - batch - h["noise"] * noise) ** 2)
 
 
@@ -100,7 +100,7 @@ def _seeds(problem=hpo.Problem(_noisy, _noisy)):
 
     def run(key, rate):
         hyperparams = {"noise": hpo.Positive(0.1), "rate": hpo.Positive(rate)}
-        state = optimizer.init(jr.normal(key, (3,)), hyperparams)
+        state = optimizer.init(jr.uniform(key, (3,)), hyperparams)
         for i in range(3):
             step_key = jr.fold_in(key, i)
             state = optimizer.step(state, jnp.ones(3), jnp.ones(3), key=step_key)
@@ -451,7 +451,7 @@ def _apply(model_and_state, x):
 
 def _bn_train(model_and_state, h, batch, key):
     x, y = batch
-    out, state = _apply(model_and_state, x + h * jr.normal(key, x.shape))
+    out, state = _apply(model_and_state, x + h * jr.uniform(key, x.shape))
     return jnp.mean((out[:, 0] - y) ** 2), state
 
 

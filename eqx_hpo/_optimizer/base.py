@@ -151,8 +151,8 @@ class AbstractBilevelOptimizer(eqx.Module):
             outer_opt_state=as_device_arrays(self.outer.init(raw)),
             memory=as_device_arrays(self.init_memory(inner, plain)),
             model_state=model_state,
-            step=jnp.array(0),
-            skipped=jnp.array(0),
+            step=jnp.zeros((), int),
+            skipped=jnp.zeros((), int),
             metrics=Metrics(nan, nan, nan, aux),
         )
 
