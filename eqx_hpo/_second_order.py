@@ -116,16 +116,17 @@ class FiniteDifference(AbstractSecondOrder):
             # v / ||v||, and zero for v = 0: then both gradients are the same.
             inverse = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), 0)
 
-            def at(sign):
-                def move(p, x):
-                    scale = (sign * self.epsilon * inverse).astype(p.dtype)
-                    return p + scale * x
+            # In the dtype of the norm: a half-precision scale might overflow.
+            times = lambda x, scale: (x.astype(norm.dtype) * scale).astype(x.dtype)
 
+            def at(epsilon):
+                step = epsilon * inverse
+                move = lambda p, x: p + times(x, step).astype(p.dtype)
                 return gradients(jtu.tree_map(move, params, v))
 
+            up, down = at(self.epsilon), at(-self.epsilon)
             scale = norm / (2 * self.epsilon)
-            difference = lambda up, down: (up - down) * scale.astype(up.dtype)
-            return jtu.tree_map(difference, at(1), at(-1))
+            return jtu.tree_map(lambda u, d: times(u - d, scale), up, down)
 
         return _drop_dead_cotangents(_with_product(loss, product))
 
