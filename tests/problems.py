@@ -41,7 +41,7 @@ class Case:
             plain = hpo.unwrap(eqx.combine(raw, constants))
             return self.problem.val_loss(self.response(plain), plain, self.val, None)
 
-        return jax.grad(loss)(raw)
+        return jax.jit(jax.grad(loss))(raw)
 
 
 @ft.cache

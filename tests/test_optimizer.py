@@ -461,10 +461,7 @@ def _bn_val(model_and_state, h, batch, key):
     return jnp.mean((out[:, 0] - batch[1]) ** 2)
 
 
-@pytest.mark.parametrize(
-    "second_order", [hpo.ReverseOverReverse(), hpo.ForwardOverReverse()]
-)
-def test_batch_norm_equals_a_python_loop(second_order, getkey):
+def test_batch_norm_equals_a_python_loop(getkey):
     """Statistics are carried from step to step, differentiated (the validation loss
     reads them), never touched by validation."""
     model, model_state = eqx.nn.make_with_state(_BatchNormNet)(getkey())
@@ -474,7 +471,6 @@ def test_batch_norm_equals_a_python_loop(second_order, getkey):
         hpo.Problem(_bn_train, _bn_val),
         optax.sgd(0.1),
         optax.sgd(0.1),
-        second_order,
         inner_steps=3,
     )
     state = optimizer.init(model, jnp.array(0.3), model_state=model_state)

@@ -1,4 +1,5 @@
 import functools as ft
+import itertools
 
 import equinox as eqx
 import eqx_hpo as hpo
@@ -20,10 +21,16 @@ INNERS = {
 TOLERANCE = {"finite_difference": 1e-4}
 
 
-SETTINGS = [
-    *[("logistic", name, "both", steps) for name in INNERS for steps in (1, 5, 20)],
-    *[("logistic", name, "loss", 5) for name in ("sgd", "adam")],
-    *[("ridge", name, "rate", 5) for name in ("momentum", "adamw")],
+SETTINGS = list(
+    itertools.product(
+        ["logistic", "ridge"], INNERS, ["loss", "rate", "both"], [1, 5, 20]
+    )
+)
+DEFAULT_SETTINGS = [
+    *[("logistic", name, "both", 5) for name in INNERS],
+    *[("logistic", "adam", "both", steps) for steps in (1, 20)],
+    ("logistic", "momentum", "loss", 5),
+    ("ridge", "adamw", "rate", 5),
 ]
 
 
@@ -51,7 +58,14 @@ def _setting(case_name, inner_name, where, steps):
     return case, problem, inner, hyperparams, expected
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda x: "-".join(map(str, x)))
+@pytest.mark.parametrize(
+    "setting",
+    [
+        pytest.param(x, marks=[] if x in DEFAULT_SETTINGS else [pytest.mark.slow])
+        for x in SETTINGS
+    ],
+    ids=lambda x: "-".join(map(str, x)),
+)
 @pytest.mark.parametrize("rule_name", RULES)
 def test_equals_hand_written_unroll(rule_name, setting):
     case, problem, inner, hyperparams, expected = _setting(*setting)

@@ -16,6 +16,7 @@ import optax
 
 
 BATCH = 256
+KEY = jr.key(3)
 RULES = [
     hpo.ReverseOverReverse(),
     hpo.ForwardOverReverse(),
@@ -98,16 +99,14 @@ def cost(fn, *args) -> tuple[float, int]:
     return costs["flops"], memory.temp_size_in_bytes
 
 
-def ratio(model, train_loss, hyperparams, second_order) -> tuple[float, float]:
-    """Flops and temporary memory of a step, over those of the two gradients."""
-    train, val, key = data(jr.key(1)), data(jr.key(2)), jr.key(3)
-    gradient = lambda loss: (
-        lambda model, hyperparams, batch: eqx.filter_grad(loss)(
-            model, hyperparams, batch, key
-        )
+def gradient_cost(model, loss, hyperparams) -> tuple[float, int]:
+    gradient = lambda model, hyperparams, batch: eqx.filter_grad(loss)(
+        model, hyperparams, batch, KEY
     )
-    train_cost = cost(gradient(train_loss), model, hyperparams, train)
-    val_cost = cost(gradient(val_loss), model, hyperparams, val)
+    return cost(gradient, model, hyperparams, data(jr.key(1)))
+
+
+def step_cost(model, train_loss, hyperparams, second_order) -> tuple[float, int]:
     optimizer = hpo.T1T2(
         hpo.Problem(train_loss, val_loss),
         inner=optax.sgd(0.1),
@@ -115,9 +114,19 @@ def ratio(model, train_loss, hyperparams, second_order) -> tuple[float, float]:
         second_order=second_order,
     )
     state = optimizer.init(model, hyperparams)
-    step = lambda state, train, val: optimizer.step(state, train, val, key=key)
-    flops, memory = cost(step, state, train, val)
-    return flops / (train_cost[0] + val_cost[0]), memory / max(train_cost[1], 1)
+    step = lambda state, train, val: optimizer.step(state, train, val, key=KEY)
+    return cost(step, state, data(jr.key(1)), data(jr.key(2)))
+
+
+def ratios(model, rules):
+    """For each hyperparameter and rule, the flops of a step over those of the two
+    gradients, and its temporary memory over that of the training gradient."""
+    val_flops, _ = gradient_cost(model, val_loss, None)
+    for name, (train_loss, hyperparams) in problems(model).items():
+        flops, memory = gradient_cost(model, train_loss, hyperparams)
+        for rule in rules:
+            step_flops, step_memory = step_cost(model, train_loss, hyperparams, rule)
+            yield name, rule, step_flops / (flops + val_flops), step_memory / memory
 
 
 def main():
@@ -127,12 +136,9 @@ def main():
     }
     print(f"{'model':20}{'hyperparameter':16}{'rule':20}{'flops':>8}{'memory':>8}")
     for model_name, model in models.items():
-        for name, (train_loss, hyperparams) in problems(model).items():
-            for rule in RULES:
-                flops, memory = ratio(model, train_loss, hyperparams, rule)
-                rule_name = type(rule).__name__
-                row = f"{model_name:20}{name:16}{rule_name:20}"
-                print(f"{row}{flops:8.3f}{memory:8.2f}")
+        for name, rule, flops, memory in ratios(model, RULES):
+            row = f"{model_name:20}{name:16}{type(rule).__name__:20}"
+            print(f"{row}{flops:8.3f}{memory:8.2f}")
 
 
 if __name__ == "__main__":
