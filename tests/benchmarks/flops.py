@@ -86,8 +86,8 @@ def data(key):
     return x, jr.randint(y_key, (BATCH,), 0, 10)
 
 
-def cost(fn, *args) -> tuple[float, int]:
-    """The flops and the bytes of temporary memory of a function."""
+def cost(fn, *args) -> tuple[float, int, int]:
+    """The flops of a function, its bytes of temporary memory and of output."""
     arrays, static = eqx.partition(args, eqx.is_array)
 
     def traced(arrays):
@@ -96,17 +96,17 @@ def cost(fn, *args) -> tuple[float, int]:
     compiled = jax.jit(traced).lower(arrays).compile()
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
     assert memory is not None and costs is not None
-    return costs["flops"], memory.temp_size_in_bytes
+    return costs["flops"], memory.temp_size_in_bytes, memory.output_size_in_bytes
 
 
-def gradient_cost(model, loss, hyperparams) -> tuple[float, int]:
+def gradient_cost(model, loss, hyperparams) -> tuple[float, int, int]:
     gradient = lambda model, hyperparams, batch: eqx.filter_grad(loss)(
         model, hyperparams, batch, KEY
     )
     return cost(gradient, model, hyperparams, data(jr.key(1)))
 
 
-def step_cost(model, train_loss, hyperparams, second_order) -> tuple[float, int]:
+def step_cost(model, train_loss, hyperparams, second_order) -> tuple[float, int, int]:
     optimizer = hpo.T1T2(
         hpo.Problem(train_loss, val_loss),
         inner=optax.sgd(0.1),
@@ -120,13 +120,15 @@ def step_cost(model, train_loss, hyperparams, second_order) -> tuple[float, int]
 
 def ratios(model, rules):
     """For each hyperparameter and rule, the flops of a step over those of the two
-    gradients, and its temporary memory over that of the training gradient."""
-    val_flops, _ = gradient_cost(model, val_loss, None)
+    gradients, and its temporary memory over that of the training gradient, which is
+    the activations and the gradient itself."""
+    val_flops, *_ = gradient_cost(model, val_loss, None)
     for name, (train_loss, hyperparams) in problems(model).items():
-        flops, memory = gradient_cost(model, train_loss, hyperparams)
+        flops, *memory = gradient_cost(model, train_loss, hyperparams)
         for rule in rules:
-            step_flops, step_memory = step_cost(model, train_loss, hyperparams, rule)
-            yield name, rule, step_flops / (flops + val_flops), step_memory / memory
+            step_flops, step_memory, _ = step_cost(model, train_loss, hyperparams, rule)
+            flops_ratio = step_flops / (flops + val_flops)
+            yield name, rule, flops_ratio, step_memory / sum(memory)
 
 
 def main():
