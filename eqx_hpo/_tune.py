@@ -86,13 +86,9 @@ def tune(
     **Raises:** a `ValueError` if `state` does not match `model` and `hyperparams`, or
     an option is out of range.
     """
-    for name, value in [
-        ("steps", steps),
-        ("restart", restart),
-        ("history", history),
-        ("checkpoint_every", checkpoint_every),
-        ("max_skipped", max_skipped),
-    ]:
+    options = {"steps": steps, "restart": restart, "history": history}
+    options |= {"checkpoint_every": checkpoint_every, "max_skipped": max_skipped}
+    for name, value in options.items():
         if value is not None:
             check_positive_int(name, value)
     train_feed = Feed(train, "train", optimizer.inner_steps)
@@ -111,8 +107,7 @@ def tune(
         after.append((interval, lambda: callback(run.state)))
     try:
         with ProgressBar(steps, progress) as bar:
-            # What a callback is given must outlive the next step.
-            donate = callback is None
+            donate = callback is None  # what it is given must outlive the next step
             result = _drive(run, run.step + steps, before, after, bar, donate)
     except StopIteration:
         result = RESULTS.data_exhausted

@@ -156,6 +156,36 @@ def test_a_non_finite_cotangent_elsewhere_is_kept():
     assert not jnp.isfinite(alive[1])
 
 
+@jax.custom_vjp
+def _square(x):
+    return x**2
+
+
+def _square_backward(x, cotangent):
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return (cotangent * jax.pure_callback(lambda x: 2 * np.asarray(x), shape, x),)
+
+
+_square.defvjp(lambda x: (x**2, x), _square_backward)
+
+
+def test_finite_differences_need_first_derivatives_only():
+    """The derivative of the loss is computed outside of JAX."""
+    loss = lambda w, h, batch, key: (
+        jnp.sum(_square(w - h)) + jnp.sum(_square(w - batch))
+    )
+    optimizer = hpo.T1T2(
+        hpo.Problem(loss, lambda w, h, batch, key: jnp.sum((w - batch) ** 2)),
+        optax.sgd(0.1),
+        optax.sgd(0.1),
+        hpo.FiniteDifference(),
+    )
+    state = optimizer.init(jnp.ones(2), jnp.zeros(2))
+    got = optimizer.compute_hypergradient(state, jnp.zeros(2), jnp.ones(2))
+    # w1 = w - 0.1 (2 (w - h) + 2 w) = 0.6 ; dw1/dh = 0.2
+    assert jnp.allclose(got, 2 * (0.6 - 1) * 0.2)
+
+
 class _Scaled(eqx.Module):
     """A loss that is a module with arrays of its own."""
 

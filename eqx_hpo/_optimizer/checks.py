@@ -99,7 +99,11 @@ def warn_if_independent(
     index = jnp.array(0)
     val = lambda x: levels.validate(inner, eqx.combine(x, rest), index)[0]
     update = lambda x: levels.update(inner, eqx.combine(x, rest), index)[0].params
-    if depends_on(val, arrays) or (through_update and depends_on(update, arrays)):
+    try:
+        if depends_on(val, arrays) or (through_update and depends_on(update, arrays)):
+            return
+    except Exception:
+        # A loss that JAX cannot differentiate twice: this cannot tell.
         return
     if through_update:
         reason = "neither the training update nor the validation loss depends on them"
@@ -153,7 +157,6 @@ def empty_aux(
 
 
 def _reports(levels, inner, hyperparams):
-
     def reports():
         index = jnp.array(0)
         train = levels.update(inner, hyperparams, index)[1]
