@@ -38,14 +38,14 @@ def equal(left, right) -> bool:
     )
 
 
-def relative_error(got, expected) -> float:
-    """The Euclidean distance of two trees, over the norm of the second."""
+def relative_error(got, expected, floor=0.0) -> float:
+    """The Euclidean distance of two trees, over the norm of the second or `floor`."""
     got, expected = arrays(got), arrays(expected)
     assert [x.shape for x in got] == [x.shape for x in expected]
     flat = lambda leaves: jnp.concatenate([x.ravel().astype(float) for x in leaves])
-    return float(
-        jnp.linalg.norm(flat(got) - flat(expected)) / jnp.linalg.norm(flat(expected))
-    )
+    got, expected = flat(got), flat(expected)
+    scale = jnp.maximum(jnp.linalg.norm(expected), floor)
+    return float(jnp.linalg.norm(got - expected) / scale)
 
 
 def hand_unrolled(problem, inner, model, hyperparams, train, val, steps):

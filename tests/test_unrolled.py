@@ -74,7 +74,10 @@ def test_equals_hand_written_unroll(rule_name, setting):
     )
     state = optimizer.init(case.model, hyperparams)
     got = optimizer.compute_hypergradient(state, case.train, case.val)
-    assert relative_error(got, expected) < TOLERANCE.get(rule_name, 1e-10)
+    # The first step of Adam is a sign: its derivative is what is left of terms that
+    # cancel, around 1e-10.
+    error = relative_error(got, expected, floor=1e-5)
+    assert error < TOLERANCE.get(rule_name, 1e-10)
 
 
 @pytest.mark.parametrize("case_name", CASES)
