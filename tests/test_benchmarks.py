@@ -4,6 +4,7 @@ import equinox as eqx
 import eqx_hpo as hpo
 import jax
 import jax.random as jr
+import pytest
 
 from .benchmarks import flops, overhead
 
@@ -16,6 +17,9 @@ LIMITS = {
 }
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="older XLA counts one percent more"
+)
 def test_flops_of_a_step():
     """Over those of one training and one validation gradient."""
     rules = [hpo.ForwardOverReverse(), hpo.FiniteDifference()]

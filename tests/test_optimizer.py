@@ -65,7 +65,6 @@ def test_one_compilation_for_a_whole_run(name, getkey):
     jax.monitoring.register_event_duration_secs_listener(listener)
     for key in keys[1:]:
         state = optimizer.step(state, case.train, case.val, key=key)
-    jax.monitoring.unregister_event_duration_listener(listener)
     assert traces == before
     assert not [event for event in compiled if "compile" in event]
 

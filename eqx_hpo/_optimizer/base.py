@@ -187,13 +187,11 @@ class AbstractBilevelOptimizer(eqx.Module):
         )
 
         losses = (estimate.train[0], estimate.val[0])
-        finite = tree_all_finite((losses, gradient, estimate.inner.params, new_raw))
+        norm = tree_norm(gradient)  # finite if all of the gradient is, and only then
+        finite = tree_all_finite((losses, norm, estimate.inner.params, new_raw))
         params, frozen = eqx.partition(state.model, eqx.is_inexact_array)
-        old = (
-            InnerState(params, state.inner_opt_state, state.model_state),
-            (raw, state.outer_opt_state),
-            state.memory,
-        )
+        old_inner = InnerState(params, state.inner_opt_state, state.model_state)
+        old = (old_inner, (raw, state.outer_opt_state), state.memory)
         new = (estimate.inner, (new_raw, outer_opt_state), estimate.memory)
         inner, (raw, outer_opt_state), memory = tree_where(
             finite, match_dtypes(new, old), old
@@ -211,7 +209,7 @@ class AbstractBilevelOptimizer(eqx.Module):
             metrics=Metrics(
                 train_loss=float_scalar(losses[0]),
                 val_loss=float_scalar(losses[1]),
-                hypergradient_norm=float_scalar(tree_norm(gradient)),
+                hypergradient_norm=float_scalar(norm),
                 aux=aux,
             ),
         )
