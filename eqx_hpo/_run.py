@@ -237,15 +237,15 @@ def _copy(state: BilevelState) -> BilevelState:
 
 
 def _message(result: Any, state: BilevelState, step: int, skipped: int) -> str:
-    text = "Finished" if result == RESULTS.successful else RESULTS[result]
-    where = f"{text} Steps taken: {step}."
     if result == RESULTS.successful:
-        where = f"Finished after step {step}."
+        text = f"Finished after step {step}."
+    else:
+        text = f"{RESULTS[result]} Steps taken: {step}."
     if skipped > 0:
         metrics = state.metrics
-        where += (
+        text += (
             f" Not finite since step {step - skipped + 1}: train loss "
             f"{float(metrics.train_loss)}, validation loss {float(metrics.val_loss)}, "
             f"hypergradient norm {float(metrics.hypergradient_norm)}."
         )
-    return where
+    return text
