@@ -6,12 +6,18 @@ import jax.random as jr
 import optax
 import pytest
 
-from .helpers import arrays, relative_error, RULES
+from .helpers import arrays, relative_error
 from .problems import CASES, ridge
 
 
-@pytest.mark.parametrize("case_name", CASES)
-@pytest.mark.parametrize("inner", [optax.sgd(0.1, momentum=0.9), optax.adam(0.01)])
+@pytest.mark.parametrize(
+    "case_name, inner",
+    [
+        ("quadratic", optax.sgd(0.1)),
+        ("ridge", optax.sgd(0.1, momentum=0.9)),
+        ("logistic", optax.adam(0.01)),
+    ],
+)
 def test_equals_unrolled_one_step(case_name, inner):
     case = CASES[case_name]()
     exact = hpo.Unrolled(case.problem, inner, optax.adam(0.1), inner_steps=1)
@@ -44,12 +50,9 @@ def test_closed_form_on_the_quadratic(getkey):
     assert jnp.allclose(state.metrics.hypergradient_norm, jnp.linalg.norm(expected))
 
 
-@pytest.mark.parametrize("rule_name", RULES)
-def test_inner_steps_are_plain_training_but_the_last(rule_name):
+def test_inner_steps_are_plain_training_but_the_last():
     case, inner = ridge(), optax.sgd(0.1, momentum=0.9)
-    make = lambda **kw: hpo.T1T2(
-        case.problem, inner, optax.sgd(0.0), RULES[rule_name], **kw
-    )
+    make = lambda **kw: hpo.T1T2(case.problem, inner, optax.sgd(0.0), **kw)
     state = make().init(case.model, case.hyperparams)
     got = make(inner_steps=4).compute_hypergradient(state, case.train, case.val)
     for _ in range(3):

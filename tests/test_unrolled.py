@@ -28,7 +28,7 @@ SETTINGS = list(
 )
 DEFAULT_SETTINGS = [
     *[("logistic", name, "both", 5) for name in INNERS],
-    *[("logistic", "adam", "both", steps) for steps in (1, 20)],
+    ("logistic", "adam", "both", 20),
     ("logistic", "momentum", "loss", 5),
     ("ridge", "adamw", "rate", 5),
 ]
@@ -166,7 +166,7 @@ def test_scalar_model():
     assert jnp.allclose(got, 2 * (1.1 - 3.0) * -0.2)
 
 
-@pytest.mark.parametrize("rule_name", RULES)
+@pytest.mark.parametrize("rule_name", ["forward_over_reverse", "finite_difference"])
 def test_mixed_dtypes(rule_name):
     def train_loss(model, h, batch, key):
         low, high = model["low"].astype(jnp.float64), model["high"]
