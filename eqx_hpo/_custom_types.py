@@ -4,11 +4,10 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import optax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 
 Batch: TypeAlias = PyTree[Any]
-BoolScalar: TypeAlias = Bool[Array, ""]
 FloatScalar: TypeAlias = Float[Array, ""]
 Hyperparams: TypeAlias = PyTree[Any]
 IntScalar: TypeAlias = Int[Array, ""]

@@ -96,7 +96,8 @@ class Run:
         if self._loops:
             self.step, self.skipped = jax.device_get(status).tolist()
             seconds = time.monotonic() - start
-            if seconds < _CALL_SECONDS / 2:
+            # Only where the chunk was what bounded the call: else it grows for ever.
+            if seconds < _CALL_SECONDS / 2 and limit == self._chunk:
                 self._chunk *= 2
             elif seconds > _CALL_SECONDS * 2 and self._chunk > 1:
                 self._chunk //= 2
