@@ -20,6 +20,7 @@ from ._levels import Levels as Levels
 from ._optimizer import (
     AbstractBilevelOptimizer as AbstractBilevelOptimizer,
     FirstOrder as FirstOrder,
+    Greedy as Greedy,
     T1T2 as T1T2,
     Unrolled as Unrolled,
 )

@@ -71,6 +71,20 @@ class Levels(eqx.Module):
         **Returns:** the new inner state, and `(train_loss, aux)` at $\theta_{t-1}$,
         which is not differentiated.
         """
+        gradient, model_state, report = self.gradient(state, hyperparams, index)
+        return self.apply(gradient, state, hyperparams, model_state), report
+
+    def gradient(
+        self, state: InnerState, hyperparams: Hyperparams, index: IntScalar
+    ) -> tuple[PyTree, PyTree, tuple[FloatScalar, Any]]:
+        r"""The training gradient $\nabla_\theta C_1(\theta_{t-1}, \lambda; D_t)$ of one
+        inner step, differentiable by the second-order rule.
+
+        **Arguments:** those of `update`.
+
+        **Returns:** the gradient, the model's state after the step, and `(train_loss,
+        aux)`, which is not differentiated.
+        """
         rest, fixed = eqx.partition(
             (hyperparams, state.model_state), eqx.is_inexact_array
         )
@@ -87,12 +101,27 @@ class Levels(eqx.Module):
             carried, fixed = eqx.partition(model_state, eqx.is_inexact_array)
             return loss, (carried, (fixed, aux))
 
-        gradient = self.second_order.differentiate(loss)
-        grad, carried, (value, (fixed, aux)) = gradient(state.params, rest, args)
-        params, opt_state = _apply(self.inner, grad, state, hyperparams)
-        model_state = eqx.combine(carried, fixed)
-        new = InnerState(params, opt_state, model_state)
-        return match_dtypes(new, state), (value, aux)
+        differentiated = self.second_order.differentiate(loss)
+        grad, carried, (value, (fixed, aux)) = differentiated(state.params, rest, args)
+        return grad, eqx.combine(carried, fixed), (value, aux)
+
+    def apply(
+        self,
+        gradient: PyTree,
+        state: InnerState,
+        hyperparams: Hyperparams,
+        model_state: PyTree,
+    ) -> InnerState:
+        """The inner state after the optimiser has moved it along a training gradient.
+
+        **Arguments:**
+
+        - `gradient`: the training gradient.
+        - `state`, `hyperparams`: as those of `update`.
+        - `model_state`: the model's state after the step.
+        """
+        params, opt_state = _apply(self.inner, gradient, state, hyperparams)
+        return match_dtypes(InnerState(params, opt_state, model_state), state)
 
     def run(
         self, state: InnerState, hyperparams: Hyperparams, start: int, stop: int

@@ -25,6 +25,11 @@ def tree_add(left: PyTree, right: PyTree) -> PyTree:
     return jtu.tree_map(jnp.add, left, right)
 
 
+def tree_scale(scale: Float[Array, ""], tree: PyTree) -> PyTree:
+    """Scales each leaf, in its own dtype."""
+    return jtu.tree_map(lambda x: scale.astype(x.dtype) * x, tree)
+
+
 def tree_where(pred: Bool[Array, ""], true: PyTree, false: PyTree) -> PyTree:
     return jtu.tree_map(lambda t, f: jnp.where(pred, t, f), true, false)
 

@@ -58,8 +58,9 @@ def tune(
     - `train`, `val`: the data of the two levels: a pytree of arrays (one batch, used at
         every inner step), [`eqx_hpo.Minibatch`][], [`eqx_hpo.Stacked`][], or a Python
         iterator or iterable of batches. Of a train iterator each step takes
-        `inner_steps` batches, of a validation iterator one. An iterable that can be
-        started again, such as a data loader, is.
+        `inner_steps` batches; of a validation iterator one, or `inner_steps` if
+        `optimizer` validates after each inner step. An iterable that can be started
+        again, such as a data loader, is.
     - `steps`: the number of calls of `optimizer.step` to make.
     - `key`: a PRNG key, or `None` if nothing is random. Step number `i` gets
         `jax.random.fold_in(key, i)`.
@@ -92,7 +93,8 @@ def tune(
         if value is not None:
             check_positive_int(name, value)
     train_feed = Feed(train, "train", optimizer.inner_steps)
-    val_feed = Feed(val, "val", 1)
+    val_count = optimizer.inner_steps if optimizer.val_at_each_step else 1
+    val_feed = Feed(val, "val", val_count)
     interval = max(1, steps // 100) if history is None else history
     state = start(
         optimizer, model, hyperparams, train_feed, val_feed, key, state, model_state

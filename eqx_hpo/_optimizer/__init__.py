@@ -1,4 +1,5 @@
 from .base import AbstractBilevelOptimizer as AbstractBilevelOptimizer
 from .first_order import FirstOrder as FirstOrder
+from .greedy import Greedy as Greedy
 from .t1t2 import T1T2 as T1T2
 from .unrolled import Unrolled as Unrolled

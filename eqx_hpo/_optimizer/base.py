@@ -58,6 +58,8 @@ class AbstractBilevelOptimizer(eqx.Module):
     unroll: eqx.AbstractVar[int]
     # Whether the estimate has a part that goes through the inner update.
     through_update: eqx.AbstractClassVar[bool]
+    # Whether the validation loss is taken after each inner step, or after the last.
+    val_at_each_step: eqx.AbstractClassVar[bool]
 
     def __check_init__(self):
         checks.check_settings(self.inner, self.outer, self.inner_steps, self.unroll)

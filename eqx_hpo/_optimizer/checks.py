@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import optax
-from jaxtyping import PyTree
+from jax.core import Tracer
+from jaxtyping import Array, PyTree
 
 from .._custom_types import Hyperparams, Model
 from .._hyperparameter import is_hyperparameter
@@ -24,6 +25,20 @@ from .._state import BilevelState, InnerState
 def check_positive_int(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`{name}` must be an integer of at least 1; got {value!r}.")
+
+
+def as_share(name: str, value: Any) -> Array | None:
+    """A number from 0 to 1 as a scalar array, so that another value compiles nothing
+    anew; or `None`."""
+    if value is None:
+        return None
+    array = jnp.asarray(value, jnp.result_type(float))
+    message = f"`{name}` must be a number from 0 to 1"
+    if array.shape != ():
+        raise ValueError(f"{message}; got an array of shape {array.shape}.")
+    if not isinstance(array, Tracer) and not 0 <= float(array) <= 1:
+        raise ValueError(f"{message}; got {value!r}.")
+    return array
 
 
 def check_settings(inner: Any, outer: Any, inner_steps: Any, unroll: Any) -> None:

@@ -34,6 +34,7 @@ class FirstOrder(AbstractMemoryless):
     inner_steps: int = eqx.field(static=True, kw_only=True, default=1)
     unroll: int = eqx.field(static=True, kw_only=True, default=1)
     through_update: ClassVar[bool] = False
+    val_at_each_step: ClassVar[bool] = False
 
     def __check_init__(self):
         if not isinstance(self.inner, optax.GradientTransformation):

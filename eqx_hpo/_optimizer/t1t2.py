@@ -44,6 +44,7 @@ class T1T2(AbstractMemoryless):
     inner_steps: int = eqx.field(static=True, kw_only=True, default=1)
     unroll: int = eqx.field(static=True, kw_only=True, default=1)
     through_update: ClassVar[bool] = True
+    val_at_each_step: ClassVar[bool] = False
 
     def estimate(
         self,

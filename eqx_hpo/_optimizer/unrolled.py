@@ -44,6 +44,7 @@ class Unrolled(AbstractMemoryless):
     truncation: int | None = eqx.field(static=True, kw_only=True, default=None)
     unroll: int = eqx.field(static=True, kw_only=True, default=1)
     through_update: ClassVar[bool] = True
+    val_at_each_step: ClassVar[bool] = False
 
     def __check_init__(self):
         if self.truncation is not None:

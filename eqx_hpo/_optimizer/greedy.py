@@ -1,0 +1,137 @@
+"""Generalized greedy hypergradients: a discounted sum over the inner steps."""
+
+import functools as ft
+from typing import ClassVar
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optax
+from jax import lax
+from jaxtyping import Array, Float, PyTree
+
+from .._custom_types import Hyperparams, InnerOptimiser
+from .._levels import Levels
+from .._misc import tree_add, tree_scale
+from .._problem import Problem
+from .._second_order import AbstractSecondOrder, ForwardOverReverse
+from .._state import Estimate, InnerState
+from .checks import as_share
+from .memoryless import AbstractMemoryless
+
+
+class Greedy(AbstractMemoryless):
+    r"""Sums what the hyperparameters do to the validation loss at each inner step:
+
+    $$\frac{dC_2}{d\lambda} \approx \frac{\partial C_2}{\partial \lambda}(\theta_T) +
+    \sum_{t=1}^{T} \gamma^{T-t} \alpha_t B_t, \qquad
+    \alpha_t = \frac{\partial C_2}{\partial \theta_t}, \quad
+    B_t = \frac{\partial \Phi(\theta_{t-1}, \lambda)}{\partial \lambda}.$$
+
+    The sum is carried forward, $S_t = \gamma S_{t-1} + \alpha_t B_t$, so memory is $O(P
+    + H)$ whatever the number of inner steps $T$. Each inner step costs a training
+    gradient, a validation gradient and one second-order product. Train and validation
+    batches are fresh at each inner step where the data give them.
+
+    A discount of zero is [`eqx_hpo.T1T2`][]. It is made for training that goes on from
+    call to call: where the model is restarted at each call, $\alpha_t$ early on the way
+    may point elsewhere than $\alpha_T$.
+
+    ??? cite "Reference"
+
+        *Generalized Greedy Gradient-Based Hyperparameter Optimization*, submitted to
+        ICLR 2025, eq. 6 (and eq. 5 with $A_t = \gamma I$ for `final_gradient=True`).
+    """
+
+    problem: Problem
+    inner: InnerOptimiser
+    outer: optax.GradientTransformation
+    second_order: AbstractSecondOrder = ForwardOverReverse()
+    inner_steps: int = eqx.field(static=True, kw_only=True)
+    decay: Float[Array, ""] = eqx.field(
+        kw_only=True, default=0.9, converter=ft.partial(as_share, "decay")
+    )
+    momentum: Float[Array, ""] | None = eqx.field(
+        kw_only=True, default=None, converter=ft.partial(as_share, "momentum")
+    )
+    final_gradient: bool = eqx.field(static=True, kw_only=True, default=False)
+    unroll: int = eqx.field(static=True, kw_only=True, default=1)
+    through_update: ClassVar[bool] = True
+    val_at_each_step: ClassVar[bool] = True
+
+    def estimate(
+        self,
+        levels: Levels,
+        inner: InnerState,
+        hyperparams: Hyperparams,
+        memory: PyTree,
+    ) -> Estimate:
+        last = jnp.asarray(self.inner_steps - 1)
+        final = None
+        if self.final_gradient:
+            end, _ = levels.run(inner, hyperparams, 0, self.inner_steps)
+            final = levels.validation_gradient(end, hyperparams, last)
+
+        def advance(carry, index):
+            inner, sums = carry
+            inner, product, train, val = _step(levels, inner, hyperparams, index, final)
+            return (inner, self._accumulate(sums, product)), (train, val)
+
+        carry = (inner, self._empty_sums(hyperparams))
+        # The direct term is that of the last step alone, so this one stands apart: in
+        # the scan nothing asks for it, and it is not computed.
+        if self.inner_steps > 1:
+            carry, _ = lax.scan(
+                lambda carry, index: (advance(carry, index)[0], None),
+                carry,
+                jnp.arange(self.inner_steps - 1),
+                unroll=self.unroll,
+            )
+        (inner, (total, _)), (train, (val, direct)) = advance(carry, last)
+        return Estimate(inner, memory, tree_add(direct, total), train, val)
+
+    def _empty_sums(self, hyperparams):
+        arrays = eqx.filter(hyperparams, eqx.is_inexact_array)
+        zeros = jtu.tree_map(jnp.zeros_like, arrays)
+        return zeros, None if self.momentum is None else zeros
+
+    def _accumulate(self, sums, product):
+        old, velocity = sums
+        total = tree_add(tree_scale(self.decay, old), product)
+        if self.momentum is None:
+            return total, None
+        total = tree_add(total, tree_scale(self.momentum, velocity))
+        return total, jtu.tree_map(jnp.subtract, total, old)
+
+
+def _step(levels, inner, hyperparams, index, final):
+    def update(hyperparams):
+        new, train = levels.update(inner, hyperparams, index)
+        return (new.params, new.model_state), (new.opt_state, train)
+
+    reached, pullback, (opt_state, train) = eqx.filter_vjp(
+        update, hyperparams, has_aux=True
+    )
+    params, model_state = reached
+    inner = InnerState(params, opt_state, model_state)
+    if final is None:
+        val, alpha, direct = levels.validation_gradient(inner, hyperparams, index)
+    else:
+        val, alpha, direct = final
+    (product,) = pullback(alpha)
+    return inner, product, train, (val, direct)
+
+
+Greedy.__init__.__doc__ = r"""**Arguments:** besides those of
+[`eqx_hpo.AbstractBilevelOptimizer`][],
+
+- `decay`: the discount $\gamma$ of each later inner step, from 0 to 1. It stands for
+    $A_t = \gamma I$: how fast the model forgets where it was.
+- `momentum`: the momentum $\mu$ of `inner`, from 0 to 1, if the sum shall follow it: then
+    $S_t = \gamma S_{t-1} + \mu (S_{t-1} - S_{t-2}) + \alpha_t B_t$, the recursion of
+    gradient descent with momentum whose loss has a Hessian that is a multiple of the
+    identity. For `optax.sgd(..., momentum=mu)`; see "How to choose" for when it helps.
+- `final_gradient`: whether to take $\alpha_T$, the gradient after the last inner step, in
+    place of each $\alpha_t$. It is known only at the end, so the inner steps run twice:
+    one more training gradient for each, and one validation gradient in all.
+"""
