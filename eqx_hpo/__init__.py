@@ -6,6 +6,13 @@ from ._data import (
     Minibatch as Minibatch,
     Stacked as Stacked,
 )
+from ._discrete import (
+    AbstractDiscrete as AbstractDiscrete,
+    Choice as Choice,
+    discretise as discretise,
+    Integer as Integer,
+    Switch as Switch,
+)
 from ._hyperparameter import (
     AbstractHyperparameter as AbstractHyperparameter,
     Interval as Interval,
@@ -24,6 +31,17 @@ from ._optimizer import (
     T1T2 as T1T2,
     Unrolled as Unrolled,
 )
+from ._outer import (
+    AbstractPenalty as AbstractPenalty,
+    Box as Box,
+    ElasticNet as ElasticNet,
+    GroupLasso as GroupLasso,
+    L1 as L1,
+    mirror as mirror,
+    project as project,
+    proximal as proximal,
+    select_top_k as select_top_k,
+)
 from ._problem import Problem as Problem
 from ._second_order import (
     AbstractSecondOrder as AbstractSecondOrder,
@@ -31,7 +49,12 @@ from ._second_order import (
     ForwardOverReverse as ForwardOverReverse,
     ReverseOverReverse as ReverseOverReverse,
 )
-from ._solution import History as History, RESULTS as RESULTS, Solution as Solution
+from ._solution import (
+    Discretised as Discretised,
+    History as History,
+    RESULTS as RESULTS,
+    Solution as Solution,
+)
 from ._state import (
     BilevelState as BilevelState,
     Estimate as Estimate,

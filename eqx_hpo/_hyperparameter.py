@@ -48,7 +48,7 @@ class Real(AbstractHyperparameter):
 
         - `value`: the starting value, of any shape. Floating point.
         """
-        self.raw = _as_float(value, "Real")
+        self.raw = as_float(value, "Real")
 
     def unwrap(self) -> Float[Array, "..."]:
         return self.raw
@@ -70,7 +70,7 @@ class Positive(AbstractHyperparameter):
 
         **Raises:** a `ValueError` if an entry is not above zero.
         """
-        value = _as_float(value, "Positive")
+        value = as_float(value, "Positive")
         value = _require(value, value > 0, "`Positive(value)` needs `value` > 0")
         self.raw = jnp.log(value)
 
@@ -96,7 +96,7 @@ class Interval(AbstractHyperparameter):
         **Raises:** a `ValueError` unless `lower < value < upper` everywhere. A value
         on a bound has no finite `raw` and no gradient.
         """
-        value = _as_float(value, "Interval")
+        value = as_float(value, "Interval")
         self.lower = jnp.asarray(lower, value.dtype)
         self.upper = jnp.asarray(upper, value.dtype)
         inside = (value > self.lower) & (value < self.upper)
@@ -123,7 +123,7 @@ class Simplex(AbstractHyperparameter):
         **Raises:** a `ValueError` unless all entries are above zero and sum to one
         along the last axis, to the square root of the machine precision.
         """
-        value = _as_float(value, "Simplex")
+        value = as_float(value, "Simplex")
         if value.ndim == 0:
             raise ValueError("`Simplex(value)` needs at least one axis; got a scalar.")
         total = jnp.sum(value, axis=-1, keepdims=True)
@@ -228,7 +228,7 @@ def _raw_spec(hyperparams: Hyperparams) -> PyTree[bool]:
     return jtu.tree_map(spec, hyperparams, is_leaf=is_leaf)
 
 
-def _as_float(value: ArrayLike, name: str) -> Float[Array, "..."]:
+def as_float(value: ArrayLike, name: str) -> Float[Array, "..."]:
     if isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     dtype = jnp.result_type(float) if isinstance(value, float) else None

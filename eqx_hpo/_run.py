@@ -18,12 +18,22 @@ from jax import lax
 from jaxtyping import PyTree
 
 from ._custom_types import Hyperparams, Key, Model
+from ._data import as_batches
+from ._discrete import has_discrete, without_noise
 from ._feed import Feed
 from ._hyperparameter import unwrap
 from ._jit import filter_jit, filter_jit_donating_first
 from ._misc import check_same_structure
 from ._optimizer import AbstractBilevelOptimizer
-from ._solution import as_history, Record, record, RESULTS, Solution
+from ._solution import (
+    as_history,
+    compare_discretised,
+    Discretised,
+    Record,
+    record,
+    RESULTS,
+    Solution,
+)
 from ._state import BilevelState
 
 
@@ -66,6 +76,7 @@ class Run:
         self._loops = _can_loop(optimizer, self.state, train, val, key)
         self._chunk = 1
         self._status: Any = None
+        self._last_val: list[Any] = []  # none before the first step
         self._history: list[Record] = []
         self._drained = self.step // interval
         self._rows, self._capacity = _empty_rows(self.state)
@@ -79,6 +90,7 @@ class Run:
         room = (self._drained + self._capacity) * self._interval - self.step
         limit = min(limit, room, self._chunk if self._loops else 1)
         train, val = self._train.next(), self._val.next()
+        self._last_val = [val]
         call = _advance_donating if donate else _advance_keeping
         start = time.monotonic()
         self.state, self._rows, status = call(
@@ -129,15 +141,27 @@ class Run:
         self.skipped = skipped
         if result == RESULTS.successful and self.has_failed():
             result = RESULTS.nonfinite
+        # The next step draws its noise anew anyhow.
+        hyperparams = without_noise(self.state.hyperparams)
+        self.state = eqx.tree_at(lambda s: s.hyperparams, self.state, hyperparams)
+        discretised = self._discretise()
         return Solution(
             model=self.state.model,
-            hyperparams=self.state.hyperparams,
-            values=unwrap(self.state.hyperparams),
+            hyperparams=hyperparams,
+            values=unwrap(hyperparams),
             history=as_history(self._history),
             result=cast(RESULTS, result),
             state=self.state,
-            message=_message(result, self.state, step, skipped),
+            message=_message(result, self.state, step, skipped, discretised),
+            discretised=discretised,
         )
+
+    def _discretise(self) -> Discretised | None:
+        if not has_discrete(self.state.hyperparams) or len(self._last_val) == 0:
+            return None
+        key = self._key if self._key is None else jr.fold_in(self._key, self.step)
+        val = as_batches(self._last_val[0], "val", self._optimizer.inner_steps)
+        return compare_discretised(self._optimizer.problem, self.state, val, key)
 
     def _drain(self) -> None:
         count = self.step // self._interval - self._drained
@@ -237,7 +261,13 @@ def _copy(state: BilevelState) -> BilevelState:
     return jtu.tree_map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, state)
 
 
-def _message(result: Any, state: BilevelState, step: int, skipped: int) -> str:
+def _message(
+    result: Any,
+    state: BilevelState,
+    step: int,
+    skipped: int,
+    discretised: Discretised | None,
+) -> str:
     if result == RESULTS.successful:
         text = f"Finished after step {step}."
     else:
@@ -248,5 +278,11 @@ def _message(result: Any, state: BilevelState, step: int, skipped: int) -> str:
             f" Not finite since step {step - skipped + 1}: train loss "
             f"{float(metrics.train_loss)}, validation loss {float(metrics.val_loss)}, "
             f"hypergradient norm {float(metrics.hypergradient_norm)}."
+        )
+    if discretised is not None:
+        text += (
+            f" Validation loss {float(discretised.val_loss):.4g} with discretised "
+            f"hyperparameters, {float(discretised.relaxed_val_loss):.4g} with relaxed "
+            "ones."
         )
     return text

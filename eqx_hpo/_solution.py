@@ -3,14 +3,20 @@
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
 import jax.tree_util as jtu
 import lineax as lx
 import numpy as np
-from jaxtyping import Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
-from ._custom_types import Hyperparams, Model
+from ._custom_types import Hyperparams, Key, Model
+from ._data import AbstractBatches
+from ._discrete import discretise, without_noise
 from ._hyperparameter import unwrap
-from ._state import BilevelState
+from ._jit import filter_jit
+from ._problem import evaluate_val, Problem
+from ._state import BilevelState, float_scalar
 
 
 class RESULTS(lx.RESULTS):  # pyright: ignore
@@ -58,6 +64,24 @@ class History(eqx.Module):
     hyperparams: PyTree[Any]
 
 
+class Discretised(eqx.Module):
+    """What becomes of discrete hyperparameters when they stop being relaxed. The gap of
+    the two losses is what the relaxation hid.
+
+    **Attributes:**
+
+    - `values`: the hyperparameters by [`eqx_hpo.discretise`][].
+    - `val_loss`: the validation loss of the final model with them. The model was
+        trained with the relaxed ones; train it again with these to know their worth.
+    - `relaxed_val_loss`: the validation loss of the same model, batch and key with the
+        relaxed ones, at the centre of their noise.
+    """
+
+    values: Hyperparams
+    val_loss: Float[Array, ""]
+    relaxed_val_loss: Float[Array, ""]
+
+
 class Solution(eqx.Module):
     """What a run came to.
 
@@ -70,6 +94,9 @@ class Solution(eqx.Module):
     - `result`: an item of [`eqx_hpo.RESULTS`][].
     - `state`: the last state; pass it to `tune` to go on.
     - `message`: the result in words, with the step at which it came about.
+    - `discretised`: an [`eqx_hpo.Discretised`][] if there are discrete hyperparameters
+        ([`eqx_hpo.Choice`][], [`eqx_hpo.Integer`][], [`eqx_hpo.Switch`][]), else
+        `None`.
     """
 
     model: Model
@@ -79,11 +106,12 @@ class Solution(eqx.Module):
     result: RESULTS
     state: BilevelState
     message: str
+    discretised: Discretised | None
 
 
 def record(state: BilevelState) -> Record:
     """The line of the history that a state makes."""
-    arrays = eqx.filter(unwrap(state.hyperparams), eqx.is_array)
+    arrays = eqx.filter(unwrap(without_noise(state.hyperparams)), eqx.is_array)
     metrics = state.metrics
     return Record(
         step=state.step,
@@ -103,4 +131,25 @@ def as_history(blocks: list[Record]) -> History:
         val_loss=joined.val_loss,
         hypergradient_norm=joined.hypergradient_norm,
         hyperparams=joined.hyperparams,
+    )
+
+
+@filter_jit
+def compare_discretised(
+    problem: Problem, state: BilevelState, val: AbstractBatches, key: Key
+) -> Discretised:
+    """Evaluates both forms of the hyperparameters on the same batch."""
+    draw_key, loss_key = (None, None) if key is None else jr.split(key)
+    batch = val.draw(jnp.array(0), state.step, draw_key)
+
+    def loss(values):
+        model, model_state = state.model, state.model_state
+        return evaluate_val(problem, model, model_state, values, batch, loss_key)[0]
+
+    relaxed = unwrap(without_noise(state.hyperparams))
+    values = discretise(state.hyperparams)
+    return Discretised(
+        values=values,
+        val_loss=float_scalar(loss(values)),
+        relaxed_val_loss=float_scalar(loss(relaxed)),
     )

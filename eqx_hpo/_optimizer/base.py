@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 
 from .._custom_types import Batch, Hyperparams, InnerOptimiser, Key, Model
 from .._data import AbstractBatches, as_batches
+from .._discrete import refresh
 from .._hyperparameter import canonical, partition_raw, unwrap
 from .._jit import filter_jit
 from .._levels import inner_transformation, Levels
@@ -182,26 +183,28 @@ class AbstractBilevelOptimizer(eqx.Module):
 
         **Returns:** a new state; the old one stays valid.
         """
-        estimate, gradient = self._estimate(state, train, val, key)
-        raw, constants = partition_raw(state.hyperparams)
-        new_raw, outer_opt_state = outer_update(
+        estimate, gradient, hyperparams = self._estimate(state, train, val, key)
+        raw, constants = partition_raw(hyperparams)
+        raw, outer_opt_state = outer_update(
             self.outer, gradient, state.outer_opt_state, raw
         )
 
         losses = (estimate.train[0], estimate.val[0])
         norm = tree_norm(gradient)  # finite if all of the gradient is, and only then
-        finite = tree_all_finite((losses, norm, estimate.inner.params, new_raw))
+        finite = tree_all_finite((losses, norm, estimate.inner.params, raw))
         params, frozen = eqx.partition(state.model, eqx.is_inexact_array)
         old_inner = InnerState(params, state.inner_opt_state, state.model_state)
-        old = (old_inner, (raw, state.outer_opt_state), state.memory)
-        new = (estimate.inner, (new_raw, outer_opt_state), estimate.memory)
-        inner, (raw, outer_opt_state), memory = tree_where(
+        arrays, fixed = eqx.partition(state.hyperparams, eqx.is_array)
+        old = (old_inner, (arrays, state.outer_opt_state), state.memory)
+        arrays = eqx.filter(eqx.combine(raw, constants), eqx.is_array)
+        new = (estimate.inner, (arrays, outer_opt_state), estimate.memory)
+        inner, (arrays, outer_opt_state), memory = tree_where(
             finite, match_dtypes(new, old), old
         )
         aux = (estimate.train[1], estimate.val[1]) if self.problem.has_aux else None
         return BilevelState(
             model=eqx.combine(inner.params, frozen),
-            hyperparams=eqx.combine(raw, constants),
+            hyperparams=eqx.combine(arrays, fixed),
             inner_opt_state=inner.opt_state,
             outer_opt_state=outer_opt_state,
             memory=memory,
@@ -264,7 +267,8 @@ class AbstractBilevelOptimizer(eqx.Module):
 
     def _estimate(self, state, train, val, key):
         levels = self._levels(state.model, train, val, state.step, key)
-        raw, constants = partition_raw(state.hyperparams)
+        hyperparams = refresh(state.hyperparams, key, state.step)
+        raw, constants = partition_raw(hyperparams)
         to_plain = lambda raw: unwrap(eqx.combine(raw, constants))
         plain, pullback = eqx.filter_vjp(to_plain, raw)
         inner = InnerState(
@@ -279,7 +283,7 @@ class AbstractBilevelOptimizer(eqx.Module):
             estimate = self.estimate(levels, inner, plain, state.memory)
         checks.warn_if_independent(levels, inner, plain, self.through_update)
         (gradient,) = pullback(estimate.hypergradient)
-        return estimate, gradient
+        return estimate, gradient, hyperparams
 
     def _levels(self, model, train, val, step, key):
         return Levels(

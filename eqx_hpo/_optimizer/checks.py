@@ -27,11 +27,9 @@ def check_positive_int(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be an integer of at least 1; got {value!r}.")
 
 
-def as_share(name: str, value: Any) -> Array | None:
+def as_share(name: str, value: Any) -> Array:
     """A number from 0 to 1 as a scalar array, so that another value compiles nothing
-    anew; or `None`."""
-    if value is None:
-        return None
+    anew."""
     array = jnp.asarray(value, jnp.result_type(float))
     message = f"`{name}` must be a number from 0 to 1"
     if array.shape != ():

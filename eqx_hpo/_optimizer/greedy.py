@@ -1,7 +1,7 @@
 """Generalized greedy hypergradients: a discounted sum over the inner steps."""
 
 import functools as ft
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -18,6 +18,10 @@ from .._second_order import AbstractSecondOrder, ForwardOverReverse
 from .._state import Estimate, InnerState
 from .checks import as_share
 from .memoryless import AbstractMemoryless
+
+
+def _as_optional_momentum(value: Any) -> Array | None:
+    return None if value is None else as_share("momentum", value)
 
 
 class Greedy(AbstractMemoryless):
@@ -52,7 +56,7 @@ class Greedy(AbstractMemoryless):
         kw_only=True, default=0.9, converter=ft.partial(as_share, "decay")
     )
     momentum: Float[Array, ""] | None = eqx.field(
-        kw_only=True, default=None, converter=ft.partial(as_share, "momentum")
+        kw_only=True, default=None, converter=_as_optional_momentum
     )
     final_gradient: bool = eqx.field(static=True, kw_only=True, default=False)
     unroll: int = eqx.field(static=True, kw_only=True, default=1)
@@ -127,11 +131,11 @@ Greedy.__init__.__doc__ = r"""**Arguments:** besides those of
 
 - `decay`: the discount $\gamma$ of each later inner step, from 0 to 1. It stands for
     $A_t = \gamma I$: how fast the model forgets where it was.
-- `momentum`: the momentum $\mu$ of `inner`, from 0 to 1, if the sum shall follow it: then
-    $S_t = \gamma S_{t-1} + \mu (S_{t-1} - S_{t-2}) + \alpha_t B_t$, the recursion of
-    gradient descent with momentum whose loss has a Hessian that is a multiple of the
-    identity. For `optax.sgd(..., momentum=mu)`; see "How to choose" for when it helps.
-- `final_gradient`: whether to take $\alpha_T$, the gradient after the last inner step, in
-    place of each $\alpha_t$. It is known only at the end, so the inner steps run twice:
-    one more training gradient for each, and one validation gradient in all.
+- `momentum`: the momentum $\mu$ of `inner`, from 0 to 1, if the sum shall follow it:
+    then $S_t = \gamma S_{t-1} + \mu (S_{t-1} - S_{t-2}) + \alpha_t B_t$, the recursion
+    of gradient descent with momentum on a loss whose Hessian is a multiple of the
+    identity. For `optax.sgd(..., momentum=mu)`; "How to choose" says when it helps.
+- `final_gradient`: whether to take $\alpha_T$, the gradient after the last inner step,
+    in place of each $\alpha_t$. It is known only at the end, so the inner steps run
+    twice: one more training gradient for each, and one validation gradient in all.
 """

@@ -1,0 +1,299 @@
+"""Discrete hyperparameters, relaxed: placeholders that are tuned by gradient as
+continuous values, and become discrete at the end by `discretise`.
+
+What is drawn at random (`noise`) and what is scheduled (`temperature`) are constants of
+the placeholder. `refresh` renews them once before a step, so that all that the step
+evaluates sees the same.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+from jax import lax
+from jax.core import Tracer
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
+
+from ._custom_types import Hyperparams, IntScalar, Key
+from ._hyperparameter import (
+    AbstractHyperparameter,
+    as_float,
+    Interval,
+    is_hyperparameter,
+    unwrap,
+)
+
+
+# A number, or a function of the step, as Optax's schedules are.
+Temperature: TypeAlias = ArrayLike | Callable[[IntScalar], Any]
+
+
+class AbstractDiscrete(AbstractHyperparameter):
+    """A placeholder for discrete values, which unwraps to a relaxation of them."""
+
+    @abc.abstractmethod
+    def discretise(self) -> Float[Array, "..."]:
+        """The discrete value that is meant, in the shape and dtype of the relaxed
+        one."""
+
+
+class AbstractRelaxed(AbstractDiscrete):
+    """A relaxation with a temperature, at zero of which it is discrete, and with noise
+    on `raw` if it is a random sample."""
+
+    temperature: eqx.AbstractVar[Float[Array, ""]]
+    noise: eqx.AbstractVar[Float[Array, "..."] | None]
+    schedule: eqx.AbstractVar[Callable[[IntScalar], Any] | None]
+
+    @abc.abstractmethod
+    def sample_noise(self, key: PRNGKeyArray) -> Float[Array, "..."]:
+        """New noise, of the shape of `raw`."""
+
+
+class Choice(AbstractRelaxed):
+    r"""One of `n` options: unwraps to weights that sum to one along the last axis,
+
+    $$w = \mathrm{softmax}\Big( \frac{\text{raw} + \text{noise}}{\text{temperature}}
+    \Big).$$
+
+    Use them to mix the outputs of the options, `jnp.tensordot(w, outputs, axes=1)`, or
+    to average their values, `w @ jnp.array([16.0, 32.0, 64.0])`. [`eqx_hpo.discretise`]
+    [] makes them a one at the largest logit and zeros.
+
+    ??? cite "References"
+
+        Liu et al., *DARTS: Differentiable Architecture Search*, ICLR 2019 (softmax).
+        Jang et al., *Categorical Reparameterization with Gumbel-Softmax*, ICLR 2017;
+        Maddison et al., *The Concrete Distribution*, ICLR 2017 (sampling). Bengio et
+        al., arXiv:1308.3432 (straight-through).
+    """
+
+    raw: Float[Array, "... n"]
+    temperature: Float[Array, ""]
+    noise: Float[Array, "... n"] | None
+    schedule: Callable[[IntScalar], Any] | None = eqx.field(static=True)
+    straight_through: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        logits: ArrayLike,
+        *,
+        temperature: Temperature = 1.0,
+        sample: bool = False,
+        straight_through: bool = False,
+    ):
+        """**Arguments:**
+
+        - `logits`: the starting logits, of shape `(..., n)`, floating point; or the
+            number `n` of options, for equal weights.
+        - `temperature`: above zero; a number, or a function of the step to one, such as
+            a schedule of Optax, starting at step 0.
+        - `sample`: whether Gumbel noise is added to the logits, new for each step: then
+            the weights are a sample of the relaxed categorical distribution. Needs the
+            `key` of `step`.
+        - `straight_through`: whether the weights are discrete already, with the
+            derivative of the relaxed ones.
+
+        **Raises:** a `ValueError` if `temperature` is not above zero, or there are no
+        options.
+        """
+        if isinstance(logits, int) and not isinstance(logits, bool):
+            logits = jnp.zeros(max(logits, 0))
+        self.raw = as_float(logits, "Choice")
+        if self.raw.ndim == 0 or self.raw.shape[-1] == 0:
+            raise ValueError(
+                "`Choice(logits)` needs at least one option on its last axis; got "
+                f"shape {self.raw.shape}."
+            )
+        self.temperature, self.schedule = _temperature(temperature, self.raw, "Choice")
+        self.noise = jnp.zeros_like(self.raw) if sample else None
+        self.straight_through = straight_through
+
+    def unwrap(self) -> Float[Array, "... n"]:
+        logits = self.raw if self.noise is None else self.raw + self.noise
+        soft = jax.nn.softmax(logits / self.temperature, axis=-1)
+        return _straight_through(_one_hot(logits), soft, self.straight_through)
+
+    def discretise(self) -> Float[Array, "... n"]:
+        return _one_hot(self.raw)
+
+    def sample_noise(self, key: PRNGKeyArray) -> Float[Array, "... n"]:
+        return jr.gumbel(key, self.raw.shape, self.raw.dtype)
+
+
+class Switch(AbstractRelaxed):
+    """Off or on: unwraps to a number between 0 and 1, `sigmoid((raw + noise) /
+    temperature)`, to multiply with what is switched. [`eqx_hpo.discretise`][] makes it
+    0 or 1. The case of two options of [`eqx_hpo.Choice`][]; see there."""
+
+    raw: Float[Array, "..."]
+    temperature: Float[Array, ""]
+    noise: Float[Array, "..."] | None
+    schedule: Callable[[IntScalar], Any] | None = eqx.field(static=True)
+    straight_through: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        logits: ArrayLike,
+        *,
+        temperature: Temperature = 1.0,
+        sample: bool = False,
+        straight_through: bool = False,
+    ):
+        """**Arguments:**
+
+        - `logits`: the starting logits, of any shape, floating point: above zero is on.
+        - `temperature`, `sample`, `straight_through`: those of [`eqx_hpo.Choice`][],
+            with logistic noise.
+
+        **Raises:** a `ValueError` if `temperature` is not above zero.
+        """
+        self.raw = as_float(logits, "Switch")
+        self.temperature, self.schedule = _temperature(temperature, self.raw, "Switch")
+        self.noise = jnp.zeros_like(self.raw) if sample else None
+        self.straight_through = straight_through
+
+    def unwrap(self) -> Float[Array, "..."]:
+        logits = self.raw if self.noise is None else self.raw + self.noise
+        soft = jax.nn.sigmoid(logits / self.temperature)
+        hard = (logits > 0).astype(soft.dtype)
+        return _straight_through(hard, soft, self.straight_through)
+
+    def discretise(self) -> Float[Array, "..."]:
+        return (self.raw > 0).astype(self.raw.dtype)
+
+    def sample_noise(self, key: PRNGKeyArray) -> Float[Array, "..."]:
+        return jr.logistic(key, self.raw.shape, self.raw.dtype)
+
+
+class Integer(AbstractDiscrete):
+    """A whole number of a range: unwraps to a real number, from half below `lower` to
+    half above `upper`. [`eqx_hpo.discretise`][] rounds it."""
+
+    raw: Float[Array, "..."]
+    lower: Float[Array, "..."]
+    upper: Float[Array, "..."]
+    straight_through: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        value: ArrayLike,
+        lower: int,
+        upper: int,
+        *,
+        straight_through: bool = False,
+    ):
+        """**Arguments:**
+
+        - `value`: the starting value, of any shape, from `lower` to `upper`.
+        - `lower`, `upper`: the bounds, which belong to the range.
+        - `straight_through`: whether the number is rounded already, with the derivative
+            of the real one.
+
+        **Raises:** a `ValueError` unless `lower <= value <= upper` everywhere.
+        """
+        try:
+            interval = Interval(value, lower - 0.5, upper + 0.5)
+        except ValueError as e:
+            raise ValueError(
+                "`Integer(value, lower, upper)` needs `lower` <= `value` <= `upper`; "
+                f"got `value`={value}, `lower`={lower}, `upper`={upper}."
+            ) from e
+        self.raw, self.lower, self.upper = interval.raw, interval.lower, interval.upper
+        self.straight_through = straight_through
+
+    def unwrap(self) -> Float[Array, "..."]:
+        soft = self._real()
+        return _straight_through(self.discretise(), soft, self.straight_through)
+
+    def discretise(self) -> Float[Array, "..."]:
+        # The bounds themselves are reached by rounding of the sigmoid.
+        return jnp.clip(jnp.round(self._real()), self.lower + 0.5, self.upper - 0.5)
+
+    def _real(self) -> Float[Array, "..."]:
+        share = jax.nn.sigmoid(self.raw)
+        return self.lower * (1 - share) + self.upper * share
+
+
+def discretise(hyperparams: Hyperparams) -> Hyperparams:
+    """Replaces each placeholder by its final value: a discrete one by the discrete
+    value that is meant, any other one as [`eqx_hpo.unwrap`][] does.
+
+    **Arguments:**
+
+    - `hyperparams`: any pytree.
+
+    **Returns:** the same pytree with plain arrays in place of placeholders, of the
+    shapes and dtypes of the unwrapped ones, so that both fit a loss.
+    """
+    choose = lambda x: x.discretise() if isinstance(x, AbstractDiscrete) else x
+    return unwrap(jtu.tree_map(choose, hyperparams, is_leaf=is_hyperparameter))
+
+
+def has_discrete(hyperparams: Hyperparams) -> bool:
+    nodes = jtu.tree_leaves(hyperparams, is_leaf=is_hyperparameter)
+    return any(isinstance(x, AbstractDiscrete) for x in nodes)
+
+
+def refresh(hyperparams: Hyperparams, key: Key, step: IntScalar) -> Hyperparams:
+    """Renews noise and temperature, as a function of the key and the step alone."""
+    nodes, treedef = jtu.tree_flatten(hyperparams, is_leaf=is_hyperparameter)
+    relaxed = [i for i, x in enumerate(nodes) if isinstance(x, AbstractRelaxed)]
+    for number, i in enumerate(relaxed):
+        node = nodes[i]
+        if node.schedule is not None:
+            temperature = jnp.asarray(node.schedule(step), node.temperature.dtype)
+            node = eqx.tree_at(lambda x: x.temperature, node, temperature)
+        if node.noise is not None:
+            if key is None:
+                raise ValueError(
+                    f"`key` is missing: a `{type(node).__name__}(..., sample=True)` "
+                    "is random. Pass `key=jax.random.key(...)`."
+                )
+            # The levels fold their own key with 0 and 1.
+            noise_key = jr.fold_in(jr.fold_in(jr.fold_in(key, step), 2), number)
+            noise = node.sample_noise(noise_key)
+            node = eqx.tree_at(lambda x: x.noise, node, noise)
+        nodes[i] = node
+    return jtu.tree_unflatten(treedef, nodes)
+
+
+def without_noise(hyperparams: Hyperparams) -> Hyperparams:
+    """The same at the centre of the noise, for a report that is not random."""
+
+    def silence(x):
+        if not isinstance(x, AbstractRelaxed) or x.noise is None:
+            return x
+        return eqx.tree_at(lambda x: x.noise, x, jnp.zeros_like(x.noise))
+
+    return jtu.tree_map(silence, hyperparams, is_leaf=is_hyperparameter)
+
+
+def _temperature(temperature: Temperature, raw: Array, name: str):
+    schedule = temperature if callable(temperature) else None
+    start = temperature if schedule is None else schedule(jnp.array(0))
+    array = jnp.asarray(start, raw.dtype)
+    if array.shape != ():
+        raise ValueError(
+            f"`temperature` of `{name}` must be a scalar; got shape {array.shape}."
+        )
+    if not isinstance(array, Tracer) and not array > 0:
+        raise ValueError(
+            f"`temperature` of `{name}` must be above zero; got {float(array)}."
+        )
+    return array, schedule
+
+
+def _one_hot(logits: Float[Array, "... n"]) -> Float[Array, "... n"]:
+    return jax.nn.one_hot(
+        jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=logits.dtype
+    )
+
+
+def _straight_through(hard: Array, soft: Array, active: bool) -> Array:
+    return hard + (soft - lax.stop_gradient(soft)) if active else soft

@@ -1,0 +1,157 @@
+"""Constraints on the values that the outer optimiser itself moves: by projection, and
+by mirror steps on a simplex."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optax
+from jax.core import Tracer
+from jaxtyping import Array, Float, PyTree
+
+from .._hyperparameter import is_hyperparameter, Real
+
+
+# A function of the hyperparameters that returns one part of them, or a tuple of parts.
+Where = Callable[[PyTree], Any] | None
+
+
+def project(
+    projection: Callable[..., PyTree], *args: Any, where: Where = None
+) -> optax.GradientTransformationExtraArgs:
+    """Projects the hyperparameters onto a set after each update. To stand last in
+    `optax.chain`, so that they are feasible whatever comes before.
+
+    ```python
+    simplex = hpo.project(optax.projections.projection_simplex)
+    box = hpo.project(optax.projections.projection_box, 0.0, 1.0)
+    outer = optax.chain(optax.sgd(0.1, momentum=0.9), box)
+    ```
+
+    **Arguments:**
+
+    - `projection`: any of `optax.projections` (`projection_box`,
+        `projection_non_negative`, `projection_simplex`, `projection_l2_ball`,
+        `projection_l2_sphere`, ...), or a function of a tree of arrays that returns its
+        projection. Optax's take all arrays of the tree together as one vector.
+    - `*args`: what `projection` takes besides the tree: bounds, a radius.
+    - `where`: what to project, as a function of the hyperparameters that returns a part
+        of them, or a tuple of parts to be projected one by one; all of them together by
+        default. [`eqx_hpo.Real`][] and plain arrays only, since what is moved in any
+        other placeholder is not its value.
+
+    **Returns:** an `optax.GradientTransformationExtraArgs`.
+
+    **Raises:** a `ValueError` if `where` selects another placeholder.
+    """
+    return update_by(lambda old, moved: projection(moved, *args), "project", where)
+
+
+def mirror(where: Where = None) -> optax.GradientTransformationExtraArgs:
+    r"""Makes each update $u$ of weights $w$ on a simplex a mirror step (exponentiated
+    gradient),
+
+    $$w_i \leftarrow \frac{w_i e^{u_i}}{\sum_j w_j e^{u_j}}$$
+
+    along the last axis. To stand last in `optax.chain`. Against
+    [`eqx_hpo.project`][]`(optax.projections.projection_simplex)` it moves along the
+    simplex at every point, and a weight becomes zero only by underflow, and then stays
+    so.
+
+    **Arguments:**
+
+    - `where`: as that of [`eqx_hpo.project`][]. Each array must start with entries not
+        below zero that sum to one along its last axis.
+
+    **Returns:** an `optax.GradientTransformationExtraArgs`.
+
+    **Raises:** a `ValueError` from `init` if an array does not start on a simplex.
+
+    ??? cite "Reference"
+
+        Kivinen and Warmuth, *Exponentiated Gradient versus Gradient Descent for Linear
+        Predictors*, Information and Computation, 1997.
+    """
+
+    def step(old, moved):
+        tilt = lambda w, m: jax.nn.softmax(jnp.log(w) + (m - w), axis=-1)
+        return jtu.tree_map(tilt, old, moved)
+
+    return update_by(step, "mirror", where, _check_simplex)
+
+
+def update_by(
+    step: Callable[[PyTree, PyTree], PyTree],
+    name: str,
+    where: Where,
+    check: Callable[[PyTree], None] = lambda part: None,
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation that replaces where an update leads to by `step(old, new)`."""
+    select = (lambda tree: tree) if where is None else where
+
+    def init(params):
+        check_parts(select(params), name)
+        check(select(params))
+        return optax.EmptyState()
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        return replace_moved(step, name, select, updates, params), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def replace_moved(
+    step: Callable[[PyTree, PyTree], PyTree],
+    name: str,
+    select: Callable[[PyTree], Any],
+    updates: PyTree,
+    params: PyTree | None,
+) -> PyTree:
+    """The updates, with those of the selected parts leading to `step(old, new)`."""
+    if params is None:
+        raise ValueError(
+            f"`{name}` needs the parameters: call `update(updates, state, params)`."
+        )
+    moved = optax.apply_updates(params, updates)
+    old, new = _as_parts(select(params)), _as_parts(select(moved))
+    replaced = [step(x, y) for x, y in zip(old, new, strict=True)]
+    changes = [jtu.tree_map(jnp.subtract, x, y) for x, y in zip(replaced, old)]
+    return eqx.tree_at(lambda tree: _as_parts(select(tree)), updates, changes)
+
+
+def check_parts(selected: Any, name: str) -> None:
+    nodes = jtu.tree_leaves_with_path(selected, is_leaf=is_hyperparameter)
+    for path, node in nodes:
+        if is_hyperparameter(node) and not isinstance(node, Real):
+            raise ValueError(
+                f"`{name}` acts on `Real` and on plain arrays, but "
+                f"`{jtu.keystr(path) or 'where'}` is a {type(node).__name__}: the "
+                "optimiser moves its `raw`, not its value. Use `where` to leave it "
+                "out."
+            )
+
+
+def _as_parts(selected: Any) -> list[Any]:
+    return list(selected) if type(selected) is tuple else [selected]
+
+
+def _check_simplex(selected: PyTree[Float[Array, "... n"]]) -> None:
+    for x in jtu.tree_leaves(selected):
+        if isinstance(x, Tracer) or not hasattr(x, "shape"):
+            continue
+        values = np.asarray(x, np.float64)
+        tolerance = float(jnp.finfo(x.dtype).eps) ** 0.5
+        if (
+            values.ndim == 0
+            or np.any(values < 0)
+            or np.any(np.abs(values.sum(-1) - 1) > tolerance)
+        ):
+            raise ValueError(
+                "`mirror` needs weights that are not below zero and sum to one on the "
+                f"last axis; got {values}."
+            )

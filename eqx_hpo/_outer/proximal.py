@@ -1,0 +1,187 @@
+"""Non-smooth penalties on hyperparameters, by proximal steps."""
+
+import abc
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optax
+from jax.core import Tracer
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from .constrain import check_parts, replace_moved, Where
+
+
+class ProximalState(NamedTuple):
+    """The number of updates so far, which a schedule is a function of."""
+
+    step: Int[Array, ""]
+
+
+class AbstractPenalty(eqx.Module):
+    """A convex function $h$ of an array, which need not be smooth."""
+
+    @abc.abstractmethod
+    def value(self, x: Float[Array, "..."]) -> Float[Array, ""]:
+        """$h(x)$."""
+
+    @abc.abstractmethod
+    def prox(self, x: Float[Array, "..."], step: ArrayLike) -> Float[Array, "..."]:
+        r"""The proximal operator, $\\arg\\min_z h(z) + \\frac{1}{2\\,\\text{step}}
+        \\lVert z - x \\rVert^2$."""
+
+
+class L1(AbstractPenalty):
+    r"""$s \lVert x \rVert_1$. Its proximal operator is the soft threshold: small
+    entries become exactly zero."""
+
+    strength: ArrayLike
+
+    def __check_init__(self):
+        _check_not_negative("strength", self.strength)
+
+    def value(self, x: Float[Array, "..."]) -> Float[Array, ""]:
+        return jnp.sum(self.strength * jnp.abs(x))
+
+    def prox(self, x: Float[Array, "..."], step: ArrayLike) -> Float[Array, "..."]:
+        return _soft_threshold(x, step * jnp.asarray(self.strength, x.dtype))
+
+
+class ElasticNet(AbstractPenalty):
+    r"""$s_1 \lVert x \rVert_1 + \frac{s_2}{2} \lVert x \rVert_2^2$."""
+
+    l1: ArrayLike
+    l2: ArrayLike
+
+    def __check_init__(self):
+        _check_not_negative("l1", self.l1)
+        _check_not_negative("l2", self.l2)
+
+    def value(self, x: Float[Array, "..."]) -> Float[Array, ""]:
+        return jnp.sum(self.l1 * jnp.abs(x) + 0.5 * self.l2 * jnp.square(x))
+
+    def prox(self, x: Float[Array, "..."], step: ArrayLike) -> Float[Array, "..."]:
+        shrunk = _soft_threshold(x, step * jnp.asarray(self.l1, x.dtype))
+        return shrunk / (1 + step * jnp.asarray(self.l2, x.dtype))
+
+
+class GroupLasso(AbstractPenalty):
+    r"""$s \sum_g \lVert x_g \rVert_2$, where a group runs along `axis`, or is the whole
+    array if that is `None`. Small groups become exactly zero."""
+
+    strength: ArrayLike
+    axis: int | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self):
+        _check_not_negative("strength", self.strength)
+
+    def value(self, x: Float[Array, "..."]) -> Float[Array, ""]:
+        return jnp.sum(self.strength * jnp.linalg.vector_norm(x, axis=self.axis))
+
+    def prox(self, x: Float[Array, "..."], step: ArrayLike) -> Float[Array, "..."]:
+        norm = jnp.linalg.vector_norm(x, axis=self.axis, keepdims=True)
+        threshold = step * jnp.asarray(self.strength, x.dtype)
+        safe = jnp.where(norm > 0, norm, 1)
+        return jnp.where(norm > threshold, x * (1 - threshold / safe), 0)
+
+
+class Box(AbstractPenalty):
+    """Zero from `lower` to `upper`, infinite elsewhere: its proximal operator clips."""
+
+    lower: ArrayLike
+    upper: ArrayLike
+
+    def __check_init__(self):
+        concrete = not isinstance(self.lower, Tracer | eqx.Module)
+        if concrete and np.any(np.asarray(self.lower) > np.asarray(self.upper)):
+            raise ValueError(
+                "`Box(lower, upper)` needs `lower` <= `upper`; got "
+                f"{self.lower} and {self.upper}."
+            )
+
+    def value(self, x: Float[Array, "..."]) -> Float[Array, ""]:
+        inside = jnp.all((x >= self.lower) & (x <= self.upper))
+        return jnp.where(inside, jnp.zeros((), x.dtype), jnp.inf)
+
+    def prox(self, x: Float[Array, "..."], step: ArrayLike) -> Float[Array, "..."]:
+        del step
+        return jnp.clip(x, self.lower, self.upper)
+
+
+def proximal(
+    penalty: AbstractPenalty,
+    learning_rate: float | Callable[[Array], Any],
+    *,
+    where: Where = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adds a penalty to what the outer level minimises, by a proximal step after each
+    update: $\lambda \leftarrow \mathrm{prox}_{\eta h}(\lambda + u)$. To stand last in
+    `optax.chain`. With an L1 penalty the hyperparameters that are not worth it come out
+    exactly zero, which a gradient step on the penalty never does.
+
+    ```python
+    sparse = hpo.proximal(hpo.L1(0.01), learning_rate=0.1)
+    outer = optax.chain(optax.sgd(0.1), sparse)
+    ```
+
+    **Arguments:**
+
+    - `penalty`: [`eqx_hpo.L1`][], [`eqx_hpo.ElasticNet`][], [`eqx_hpo.GroupLasso`][],
+        [`eqx_hpo.Box`][], or any [`eqx_hpo.AbstractPenalty`][].
+    - `learning_rate`: $\eta$, above zero: a number, or a function of the number of
+        updates so far to one. It must be how far the optimiser before it moves along a
+        constant gradient of one, for the strength to mean what it says: the learning
+        rate of plain `optax.sgd`, divided by `1 - momentum` if there is momentum. After
+        Adam, whose steps do not grow with the gradient, the strength is relative to the
+        size of the gradient.
+    - `where`: as that of [`eqx_hpo.project`][]. Applied to each array by itself.
+
+    **Returns:** an `optax.GradientTransformationExtraArgs`.
+
+    **Raises:** a `ValueError` if `learning_rate` is not above zero, or if `where`
+    selects a placeholder other than [`eqx_hpo.Real`][].
+
+    ??? cite "Reference"
+
+        Parikh and Boyd, *Proximal Algorithms*, Foundations and Trends in Optimization,
+        2014.
+    """
+    if not isinstance(penalty, AbstractPenalty):
+        raise ValueError(
+            "`penalty` must be an `eqx_hpo.AbstractPenalty`, such as `eqx_hpo.L1(0.1)`;"
+            f" got a {type(penalty).__name__}."
+        )
+    if not callable(learning_rate) and not learning_rate > 0:
+        raise ValueError(f"`learning_rate` must be above zero; got {learning_rate!r}.")
+    select = (lambda tree: tree) if where is None else where
+
+    def init(params):
+        check_parts(select(params), "proximal")
+        return ProximalState(jnp.zeros((), int))
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        rate = learning_rate
+        rate = rate(state.step) if callable(rate) else rate
+
+        def step(old, moved):
+            del old
+            prox = lambda x: penalty.prox(x, jnp.asarray(rate, x.dtype))
+            return jtu.tree_map(prox, moved)
+
+        updates = replace_moved(step, "proximal", select, updates, params)
+        return updates, ProximalState(state.step + 1)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _soft_threshold(x: Array, threshold: ArrayLike) -> Array:
+    return jnp.sign(x) * jnp.maximum(jnp.abs(x) - threshold, 0)
+
+
+def _check_not_negative(name: str, value: Any) -> None:
+    if not isinstance(value, Tracer) and np.any(np.asarray(value) < 0):
+        raise ValueError(f"`{name}` must not be below zero; got {value}.")
