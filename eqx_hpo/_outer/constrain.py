@@ -48,7 +48,17 @@ def project(
 
     **Raises:** a `ValueError` if `where` selects another placeholder.
     """
-    return update_by(lambda old, moved: projection(moved, *args), "project", where)
+
+    def step(old, moved):
+        del old
+        if projection is not optax.projections.projection_box:
+            return projection(moved, *args)
+        # As it stands its scalar bounds fit a single array only.
+        is_tree = lambda b: jtu.tree_structure(b) == jtu.tree_structure(moved)
+        spread = lambda b: b if is_tree(b) else jtu.tree_map(lambda _: b, moved)
+        return projection(moved, *map(spread, args))
+
+    return update_by(step, "project", where)
 
 
 def mirror(where: Where = None) -> optax.GradientTransformationExtraArgs:

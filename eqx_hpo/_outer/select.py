@@ -32,7 +32,7 @@ class _Unit(NamedTuple):
 def select_top_k(
     k: int | float,
     *,
-    by: Literal["gradient", "step", "decrease"] = "gradient",
+    by: str = "gradient",
     groups: Any = "coordinates",
     rotate: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
