@@ -92,14 +92,11 @@ def tune(
     for name, value in options.items():
         if value is not None:
             check_positive_int(name, value)
-    train_feed = Feed(train, "train", optimizer.inner_steps)
     val_count = optimizer.inner_steps if optimizer.val_at_each_step else 1
-    val_feed = Feed(val, "val", val_count)
+    feeds = Feed(train, "train", optimizer.inner_steps), Feed(val, "val", val_count)
     interval = max(1, steps // 100) if history is None else history
-    state = start(
-        optimizer, model, hyperparams, train_feed, val_feed, key, state, model_state
-    )
-    run = Run(optimizer, train_feed, val_feed, key, state, interval, max_skipped)
+    state = start(optimizer, model, hyperparams, *feeds, key, state, model_state)
+    run = Run(optimizer, *feeds, key, state, interval, max_skipped)
     before, after = [], []
     if restart is not None:
         before.append((restart, lambda: run.restart(model, model_state)))

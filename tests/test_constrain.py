@@ -63,7 +63,7 @@ def test_holds_at_each_of_1000_random_steps(getkey, constraint):
             gradient = size * jr.normal(key, x.shape, x.dtype)
             gradient = gradient.astype(x.dtype)
             updates, state = outer.update(gradient, state, x, grad=gradient)
-            x = optax.apply_updates(x, updates)
+            x = jnp.asarray(optax.apply_updates(x, updates))
             return (x, state), (violation(x), jnp.all(jnp.isfinite(x)))
 
         carry = (start, outer.init(start))
@@ -138,7 +138,7 @@ def test_mirror_step_is_the_exponentiated_gradient():
     updates, _ = outer.update(gradient, outer.init(weights), weights)
     tilted = weights * jnp.exp(-0.4 * gradient)
     expected = tilted / tilted.sum(-1, keepdims=True)
-    assert jnp.allclose(weights + updates, expected, rtol=1e-12)
+    assert jnp.allclose(jnp.add(weights, updates), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+from typing import Any
+
 import equinox as eqx
 import eqx_hpo as hpo
 import jax
@@ -112,7 +114,9 @@ def test_is_exact_where_the_hessian_is_a_multiple_of_the_identity(momentum):
     problem = hpo.Problem(train_loss, val_loss)
     inner = optax.sgd(0.2, momentum=momentum)
     exact = hpo.Unrolled(problem, inner, OUTER, inner_steps=12)
-    settings = dict(decay=1 - 0.2 * 0.7, momentum=momentum, final_gradient=True)
+    settings: dict[str, Any] = dict(
+        decay=1 - 0.2 * 0.7, momentum=momentum, final_gradient=True
+    )
     greedy = hpo.Greedy(problem, inner, OUTER, inner_steps=12, **settings)
     model, target = jnp.array([1.0, -2.0, 0.3]), jnp.array([0.2, 0.8, -1.0])
     state = exact.init(model, target)
@@ -184,7 +188,9 @@ def test_temporaries_and_traces_do_not_grow_with_the_inner_steps():
             return arrays(optimizer.step(state, case.train, case.val))
 
         compiled = jax.jit(step).lower(carried).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     few = compile_step(10)
     traces_few, traces = traces, 0

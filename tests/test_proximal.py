@@ -1,3 +1,5 @@
+from typing import Any
+
 import equinox as eqx
 import eqx_hpo as hpo
 import jax
@@ -68,11 +70,12 @@ def test_converges_to_the_lasso_with_exact_zeros(momentum):
 
 
 def test_a_schedule_of_the_rate_and_a_part_of_the_tree():
-    tree = {"a": jnp.ones(2), "b": hpo.Positive(2.0)}
+    tree: Any = {"a": jnp.ones(2), "b": hpo.Positive(2.0)}
     schedule = lambda step: jnp.where(step == 0, 0.25, 0.5)
     proximal = hpo.proximal(hpo.L1(1.0), schedule, where=lambda h: h["a"])
     state = proximal.init(tree)
     zeros = jax.tree.map(jnp.zeros_like, tree)
+    updates: Any
     for expected in (-0.25, -0.5):
         updates, state = proximal.update(zeros, state, tree)
         assert jnp.allclose(updates["a"], expected)
@@ -91,7 +94,8 @@ def test_bad_input_raises():
     with pytest.raises(ValueError, match="needs `lower` <= `upper`; got 1.0 and 0.0"):
         hpo.Box(1.0, 0.0)
     with pytest.raises(ValueError, match="is a Positive"):
-        hpo.proximal(hpo.L1(0.1), 0.1).init({"b": hpo.Positive(2.0)})
+        positive: Any = {"b": hpo.Positive(2.0)}
+        hpo.proximal(hpo.L1(0.1), 0.1).init(positive)
 
 
 def test_a_strength_may_be_traced():

@@ -201,6 +201,7 @@ class AbstractBilevelOptimizer(eqx.Module):
         inner, (arrays, outer_opt_state), memory = tree_where(
             finite, match_dtypes(new, old), old
         )
+        report = [float_scalar(x) for x in (*losses, norm)]
         aux = (estimate.train[1], estimate.val[1]) if self.problem.has_aux else None
         return BilevelState(
             model=eqx.combine(inner.params, frozen),
@@ -211,12 +212,7 @@ class AbstractBilevelOptimizer(eqx.Module):
             model_state=inner.model_state,
             step=state.step + 1,
             skipped=jnp.where(finite, 0, state.skipped + 1),
-            metrics=Metrics(
-                train_loss=float_scalar(losses[0]),
-                val_loss=float_scalar(losses[1]),
-                hypergradient_norm=float_scalar(norm),
-                aux=aux,
-            ),
+            metrics=Metrics(report[0], report[1], report[2], aux),
         )
 
     @filter_jit

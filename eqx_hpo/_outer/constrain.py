@@ -38,7 +38,7 @@ def project(
         `projection_non_negative`, `projection_simplex`, `projection_l2_ball`,
         `projection_l2_sphere`, ...), or a function of a tree of arrays that returns its
         projection. Optax's take all arrays of the tree together as one vector.
-    - `*args`: what `projection` takes besides the tree: bounds, a radius.
+    - `args`: what `projection` takes besides the tree: bounds, a radius.
     - `where`: what to project, as a function of the hyperparameters that returns a part
         of them, or a tuple of parts to be projected one by one; all of them together by
         default. [`eqx_hpo.Real`][] and plain arrays only, since what is moved in any

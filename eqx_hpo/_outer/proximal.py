@@ -50,6 +50,14 @@ class L1(AbstractPenalty):
         return _soft_threshold(x, step * jnp.asarray(self.strength, x.dtype))
 
 
+L1.__init__.__doc__ = """**Arguments:**
+
+- `strength`: $s$, not below zero: a number, or an array that broadcasts to $x$.
+
+**Raises:** a `ValueError` if it is below zero.
+"""
+
+
 class ElasticNet(AbstractPenalty):
     r"""$s_1 \lVert x \rVert_1 + \frac{s_2}{2} \lVert x \rVert_2^2$."""
 
@@ -66,6 +74,14 @@ class ElasticNet(AbstractPenalty):
     def prox(self, x: Float[Array, "..."], step: ArrayLike) -> Float[Array, "..."]:
         shrunk = _soft_threshold(x, step * jnp.asarray(self.l1, x.dtype))
         return shrunk / (1 + step * jnp.asarray(self.l2, x.dtype))
+
+
+ElasticNet.__init__.__doc__ = """**Arguments:**
+
+- `l1`, `l2`: $s_1$ and $s_2$, not below zero: numbers, or arrays that broadcast to $x$.
+
+**Raises:** a `ValueError` if one is below zero.
+"""
 
 
 class GroupLasso(AbstractPenalty):
@@ -88,6 +104,15 @@ class GroupLasso(AbstractPenalty):
         return jnp.where(norm > threshold, x * (1 - threshold / safe), 0)
 
 
+GroupLasso.__init__.__doc__ = """**Arguments:**
+
+- `strength`: $s$, not below zero.
+- `axis`: the axis along which a group runs; `None` for the whole array.
+
+**Raises:** a `ValueError` if `strength` is below zero.
+"""
+
+
 class Box(AbstractPenalty):
     """Zero from `lower` to `upper`, infinite elsewhere: its proximal operator clips."""
 
@@ -95,7 +120,7 @@ class Box(AbstractPenalty):
     upper: ArrayLike
 
     def __check_init__(self):
-        concrete = not isinstance(self.lower, Tracer | eqx.Module)
+        concrete = not any(isinstance(x, Tracer) for x in (self.lower, self.upper))
         if concrete and np.any(np.asarray(self.lower) > np.asarray(self.upper)):
             raise ValueError(
                 "`Box(lower, upper)` needs `lower` <= `upper`; got "
@@ -109,6 +134,14 @@ class Box(AbstractPenalty):
     def prox(self, x: Float[Array, "..."], step: ArrayLike) -> Float[Array, "..."]:
         del step
         return jnp.clip(x, self.lower, self.upper)
+
+
+Box.__init__.__doc__ = """**Arguments:**
+
+- `lower`, `upper`: the bounds: numbers, or arrays that broadcast to $x$.
+
+**Raises:** a `ValueError` if a lower bound is above the upper one.
+"""
 
 
 def proximal(
