@@ -138,7 +138,7 @@ def test_mirror_step_is_the_exponentiated_gradient():
     updates, _ = outer.update(gradient, outer.init(weights), weights)
     tilted = weights * jnp.exp(-0.4 * gradient)
     expected = tilted / tilted.sum(-1, keepdims=True)
-    assert jnp.allclose(jnp.add(weights, updates), expected, rtol=1e-12)
+    assert jnp.allclose(jnp.add(weights, jnp.asarray(updates)), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
