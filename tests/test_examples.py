@@ -54,6 +54,83 @@ def test_quickstart_seeds(example, capsys, monkeypatch):
     assert "its SE" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_greedy_toy(example, tmp_path, capsys):
+    figure = tmp_path / "figure.png"
+    main = example("greedy_toy").main
+    histories = main(inner_steps=(5,), steps=22, figure=str(figure))
+    assert figure.stat().st_size > 10_000
+    losses = {(x.reading, x.method): h.val_loss for x, h in histories.items()}
+    # After 20 updates, as a prototype of the paper's figure has it.
+    assert losses["warm start", "T1-T2"][20] == pytest.approx(0.86, abs=0.005)
+    assert losses["warm start", "greedy 0.9"][20] == pytest.approx(0.052, abs=0.001)
+    assert "0.861" in capsys.readouterr().out
+
+
+def test_greedy_cosines(example, monkeypatch):
+    cosines = example("greedy_cosines")
+    monkeypatch.setattr(
+        cosines, "INNERS", {name: cosines.INNERS[name] for name in ("sgd", "momentum")}
+    )
+    results = cosines.main(inner_steps=(5,), tasks=20)
+    mean = {
+        name: {k: v.mean() for k, v in x.items()} for (name, _), x in results.items()
+    }
+    assert mean["sgd"]["greedy"] > 0.98
+    # Momentum spoils the sum, and the two options together mend it.
+    assert mean["momentum"]["greedy"] < 0.5
+    assert mean["momentum"]["both"] > 0.98
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_hyper_cleaning(example, tmp_path, capsys):
+    hyper_cleaning = example("hyper_cleaning")
+    hyper_cleaning.LAYERS = 1
+    methods = hyper_cleaning.make_methods()
+    few = {name: methods[name] for name in ("greedy 0.9", hyper_cleaning.EXACT)}
+    hyper_cleaning.make_methods = lambda: {"T1-T2": methods["T1-T2"], **few}
+    figure = tmp_path / "figure.png"
+    results = hyper_cleaning.main(
+        size=200, val_size=200, steps=20, seeds=1, figure=str(figure)
+    )
+    assert figure.stat().st_size > 10_000
+    assert "greedy 0.9" in capsys.readouterr().out
+    for name, (row,) in results.items():
+        if name != hyper_cleaning.NONE:
+            assert row.auc > 0.7 and row.cosines[0] > 0.2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_feature_selection(example, tmp_path, monkeypatch):
+    feature_selection = example("feature_selection")
+    make = feature_selection.make_methods
+    shown = (feature_selection.DENSE, feature_selection.TOP_K, "gates, L1, top k")
+    few = lambda *args: {name: make(*args)[name] for name in shown}
+    monkeypatch.setattr(feature_selection, "make_methods", few)
+    figure = tmp_path / "figure.png"
+    rows = feature_selection.main(steps=100, seeds=1, figure=str(figure))
+    assert figure.stat().st_size > 10_000
+    dense, top_k = (rows[name][0] for name in shown[:2])
+    assert top_k.found >= 19 and top_k.test < dense.test
+    assert top_k.kept < dense.kept
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_architecture(example, tmp_path, capsys):
+    figure = tmp_path / "figure.png"
+    architecture = example("architecture")
+    architecture.BLOCKS = 2
+    (result,) = architecture.main(size=100, steps=12, random=2, figure=str(figure))
+    assert figure.stat().st_size > 10_000
+    assert "hard samples, retrained" in capsys.readouterr().out
+    for solution, rows in result.searches.values():
+        assert solution.discretised is not None
+        assert set(rows) == {"relaxed", "discretised", "retrained"}
+    # Hard samples are discrete already: there is no gap.
+    rows = result.searches["hard samples"].rows
+    assert np.isclose(rows["relaxed"].val_loss, rows["discretised"].val_loss)
+
+
 def test_digits_are_split_without_overlap(example):
     load = example("image_data").load
     first, again, other = (load("digits", size=200, seed=seed) for seed in (0, 0, 1))
