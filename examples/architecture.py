@@ -249,7 +249,8 @@ def draw(result: Result, path: str) -> None:
         for i, (kind, row) in enumerate(search.rows.items()):
             look: Any = dict(color=f"C{i}", marker=MARKERS[kind], s=60)
             axes.scatter(x + 0.2 * i - 0.2, 100 * row.test, **look)
-    axes.set_xticks(range(len(result.searches) + 1), ["random", *result.searches])
+    names = ["random", *(name.replace(" ", "\n") for name in result.searches)]
+    axes.set_xticks(range(len(names)), names, rotation=30)
     axes.set_title("test accuracy, %")
     axes.legend(["random", *MARKERS], loc="lower right")
     figure.savefig(path, dpi=90)
