@@ -129,7 +129,8 @@ class Choice(AbstractRelaxed):
 class Switch(AbstractRelaxed):
     """Off or on: unwraps to a number between 0 and 1, `sigmoid((raw + noise) /
     temperature)`, to multiply with what is switched. [`eqx_hpo.discretise`][] makes it
-    0 or 1. The case of two options of [`eqx_hpo.Choice`][]; see there."""
+    1 if `raw` is above zero, else 0. The case of two options of [`eqx_hpo.Choice`][];
+    see there."""
 
     raw: Float[Array, "..."]
     temperature: Float[Array, ""]

@@ -251,7 +251,7 @@ def draw(result: Result, path: str) -> None:
             axes.scatter(x + 0.2 * i - 0.2, 100 * row.test, **look)
     names = ["random", *(name.replace(" ", "\n") for name in result.searches)]
     axes.set_xticks(range(len(names)), names, rotation=30)
-    axes.set_title("test accuracy, %")
+    axes.set(title="test accuracy, %")
     axes.legend(["random", *MARKERS], loc="lower right")
     figure.savefig(path, dpi=90)
 

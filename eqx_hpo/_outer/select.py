@@ -44,7 +44,9 @@ def select_top_k(
     ```
 
     After an optimiser, as here, its moments still follow all hyperparameters. Put it
-    before [`eqx_hpo.project`][] and [`eqx_hpo.proximal`][]. The search for the
+    before [`eqx_hpo.project`][] and [`eqx_hpo.proximal`][]; the latter still shrinks
+    those that are not selected, so `k` should not be much smaller than the number that
+    shall stay away from zero. The search for the
     threshold costs about thirty counts over the scores: linear, and without
     communication under sharding but for the counts.
 
