@@ -73,8 +73,8 @@ class Discretised(eqx.Module):
     - `values`: the hyperparameters by [`eqx_hpo.discretise`][].
     - `val_loss`: the validation loss of the final model with them. The model was
         trained with the relaxed ones; train it again with these to know their worth.
-    - `relaxed_val_loss`: the validation loss of the same model with the relaxed ones, at
-        the centre of their noise.
+    - `relaxed_val_loss`: the validation loss of the same model with the relaxed ones,
+        at the centre of their noise.
 
     Both losses are of the same batch and key: of a single batch if the validation data
     are a [`eqx_hpo.Minibatch`][] or an iterator, so evaluate both on all data to

@@ -75,8 +75,8 @@ def tune(
     - `checkpoint`: a file to save the state to ([`eqx_hpo.save`][]), after every
         `checkpoint_every` steps and when the run ends for whatever reason.
     - `checkpoint_every`: see `checkpoint`.
-    - `callback`: called as `callback(state)` after every so many steps as `history` says;
-        the run stops if it returns `True`.
+    - `callback`: called as `callback(state)` after every so many steps as `history`
+        says; the run stops if it returns `True`.
     - `model_state`: an `eqx.nn.State`, for losses that take and return one.
     - `max_skipped`: end the run after so many non-finite steps in a row.
 

@@ -18,6 +18,7 @@ from .._second_order import AbstractSecondOrder, ForwardOverReverse
 from .._state import Estimate, InnerState
 from .checks import as_share
 from .memoryless import AbstractMemoryless
+from .unrolled import advance_with_pullback
 
 
 def _as_optional_momentum(value: Any) -> Array | None:
@@ -109,15 +110,8 @@ class Greedy(AbstractMemoryless):
 
 
 def _step(levels, inner, hyperparams, index, final):
-    def update(hyperparams):
-        new, train = levels.update(inner, hyperparams, index)
-        return (new.params, new.model_state), (new.opt_state, train)
-
-    reached, pullback, (opt_state, train) = eqx.filter_vjp(
-        update, hyperparams, has_aux=True
-    )
-    params, model_state = reached
-    inner = InnerState(params, opt_state, model_state)
+    update = lambda hyperparams: levels.update(inner, hyperparams, index)
+    inner, pullback, train = advance_with_pullback(update, hyperparams)
     if final is None:
         val, alpha, direct = levels.validation_gradient(inner, hyperparams, index)
     else:
@@ -134,7 +128,8 @@ Greedy.__init__.__doc__ = r"""**Arguments:** besides those of
 - `momentum`: the momentum $\mu$ of `inner`, from 0 to 1, if the sum shall follow it:
     then $S_t = \gamma S_{t-1} + \mu (S_{t-1} - S_{t-2}) + \alpha_t B_t$, the recursion
     of gradient descent with momentum on a loss whose Hessian is a multiple of the
-    identity. For `optax.sgd(..., momentum=mu)`; "How to choose" says when it helps.
+    identity. For `optax.sgd(..., momentum=mu)`, and best with `final_gradient=True`;
+    "When the greedy sum is right" in the documentation derives and measures it.
 - `final_gradient`: whether to take $\alpha_T$, the gradient after the last inner step,
     in place of each $\alpha_t$. It is known only at the end, so the inner steps run
     twice: one more training gradient for each, and one validation gradient in all.

@@ -1,6 +1,7 @@
 """Exact hypergradients, by reverse mode through the inner steps."""
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -88,18 +89,30 @@ def backpropagate(
 ) -> Estimate:
     """The inner steps `start` to `stop` and the validation loss after them,
     differentiated in the hyperparameters, with the inner state before them fixed."""
-
-    def trajectory(hyperparams):
-        end, train = levels.run(inner, hyperparams, start, stop)
-        return (end.params, end.model_state), (end.opt_state, train)
-
-    reached, pullback, (opt_state, train) = eqx.filter_vjp(
-        trajectory, hyperparams, has_aux=True
-    )
-    params, model_state = reached
-    inner = InnerState(params, opt_state, model_state)
+    trajectory = lambda hyperparams: levels.run(inner, hyperparams, start, stop)
+    inner, pullback, train = advance_with_pullback(trajectory, hyperparams)
     val, alpha, direct = levels.validation_gradient(
         inner, hyperparams, jnp.asarray(stop - 1)
     )
     (indirect,) = pullback(alpha)
     return Estimate(inner, memory, tree_add(direct, indirect), train, val)
+
+
+def advance_with_pullback(
+    advance: Callable[[Hyperparams], tuple[InnerState, Any]], hyperparams: Hyperparams
+) -> tuple[InnerState, Callable[[PyTree], tuple[Hyperparams]], Any]:
+    """Advances the inner level.
+
+    **Returns:** the inner state that is reached, the pull-back from its `(params,
+    model_state)` to the hyperparameters, and the report of the last step.
+    """
+
+    def reach(hyperparams):
+        end, train = advance(hyperparams)
+        return (end.params, end.model_state), (end.opt_state, train)
+
+    reached, pullback, (opt_state, train) = eqx.filter_vjp(
+        reach, hyperparams, has_aux=True
+    )
+    params, model_state = reached
+    return InnerState(params, opt_state, model_state), pullback, train
