@@ -1,4 +1,5 @@
 import functools as ft
+from typing import Any
 
 import eqx_hpo as hpo
 import jax
@@ -129,6 +130,16 @@ def test_parts_are_projected_one_by_one():
     got = optax.apply_updates(tree, updates)
     expected = {"a": jnp.array([0.6, 0.8]), "b": jnp.array([0.0, 1.0]), "c": tree["c"]}
     assert jax.tree.all(jax.tree.map(jnp.allclose, got, expected))
+
+
+def test_a_whole_that_is_a_tuple_is_one_part():
+    tree: Any = (jnp.array([3.0]), jnp.array([4.0]), None)
+    project = hpo.project(projections.projection_l2_ball, 1.0)
+    zeros = jax.tree.map(jnp.zeros_like, tree)
+    updates, _ = project.update(zeros, project.init(tree), tree)
+    moved: Any = optax.apply_updates(tree, updates)
+    first, second, _ = moved
+    assert jnp.allclose(first, 0.6) and jnp.allclose(second, 0.8)
 
 
 def test_mirror_step_is_the_exponentiated_gradient():

@@ -101,7 +101,7 @@ def update_by(
     check: Callable[[PyTree], None] = lambda part: None,
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation that replaces where an update leads to by `step(old, new)`."""
-    select = (lambda tree: tree) if where is None else where
+    select = as_selector(where)
 
     def init(params):
         check_parts(select(params), name)
@@ -118,7 +118,7 @@ def update_by(
 def replace_moved(
     step: Callable[[PyTree, PyTree], PyTree],
     name: str,
-    select: Callable[[PyTree], Any],
+    select: Callable[[PyTree], list[Any]],
     updates: PyTree,
     params: PyTree | None,
 ) -> PyTree:
@@ -128,15 +128,26 @@ def replace_moved(
             f"`{name}` needs the parameters: call `update(updates, state, params)`."
         )
     moved = optax.apply_updates(params, updates)
-    old, new = _as_parts(select(params)), _as_parts(select(moved))
-    replaced = [step(x, y) for x, y in zip(old, new, strict=True)]
+    old = select(params)
+    replaced = [step(x, y) for x, y in zip(old, select(moved), strict=True)]
     changes = [jtu.tree_map(jnp.subtract, x, y) for x, y in zip(replaced, old)]
-    return eqx.tree_at(lambda tree: _as_parts(select(tree)), updates, changes)
+    return eqx.tree_at(select, updates, changes)
 
 
-def check_parts(selected: Any, name: str) -> None:
-    nodes = jtu.tree_leaves_with_path(selected, is_leaf=is_hyperparameter)
-    for path, node in nodes:
+def as_selector(where: Where) -> Callable[[PyTree], list[Any]]:
+    """What gives the parts of a tree that `where` selects; the whole, if `None`."""
+
+    def select(tree):
+        # The whole may be a tuple too, and is still one part.
+        parts = (tree,) if where is None else where(tree)
+        return list(parts) if type(parts) is tuple else [parts]
+
+    return select
+
+
+def check_parts(parts: list[Any], name: str) -> None:
+    flatten = lambda x: jtu.tree_leaves_with_path(x, is_leaf=is_hyperparameter)
+    for path, node in [leaf for part in parts for leaf in flatten(part)]:
         if is_hyperparameter(node) and not isinstance(node, Real):
             raise ValueError(
                 f"`{name}` acts on `Real` and on plain arrays, but "
@@ -146,12 +157,8 @@ def check_parts(selected: Any, name: str) -> None:
             )
 
 
-def _as_parts(selected: Any) -> list[Any]:
-    return list(selected) if type(selected) is tuple else [selected]
-
-
-def _check_simplex(selected: PyTree[Float[Array, "... n"]]) -> None:
-    for x in jtu.tree_leaves(selected):
+def _check_simplex(parts: PyTree[Float[Array, "... n"]]) -> None:
+    for x in jtu.tree_leaves(parts):
         if isinstance(x, Tracer) or not hasattr(x, "shape"):
             continue
         values = np.asarray(x, np.float64)

@@ -12,7 +12,7 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from .constrain import check_parts, replace_moved, Where
+from .constrain import as_selector, check_parts, replace_moved, Where
 
 
 class ProximalState(NamedTuple):
@@ -189,7 +189,7 @@ def proximal(
         )
     if not callable(learning_rate) and not learning_rate > 0:
         raise ValueError(f"`learning_rate` must be above zero; got {learning_rate!r}.")
-    select = (lambda tree: tree) if where is None else where
+    select = as_selector(where)
 
     def init(params):
         check_parts(select(params), "proximal")
