@@ -24,10 +24,13 @@ from ._hyperparameter import (
     unwrap as unwrap,
 )
 from ._levels import Levels as Levels
+from ._meta import MetaLearner as MetaLearner
 from ._optimizer import (
     AbstractBilevelOptimizer as AbstractBilevelOptimizer,
+    DrMAD as DrMAD,
     FirstOrder as FirstOrder,
     Greedy as Greedy,
+    HyperDistill as HyperDistill,
     T1T2 as T1T2,
     Unrolled as Unrolled,
 )
@@ -59,6 +62,7 @@ from ._state import (
     BilevelState as BilevelState,
     Estimate as Estimate,
     InnerState as InnerState,
+    Memory as Memory,
     Metrics as Metrics,
 )
 from ._tune import tune as tune

@@ -5,11 +5,12 @@ import abc
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import Array, Int, PRNGKeyArray, PyTree, UInt32
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt32
 
 from ._custom_types import Batch, IntScalar, Key
 from ._misc import as_device_arrays, is_array_or_numpy
@@ -106,7 +107,8 @@ class Minibatch(AbstractBatches):
 
 
 class Stacked(AbstractBatches):
-    """Batches made on the host, one for each inner step of a call of `step`."""
+    """Batches made on the host, one for each inner step of a call of `step`. Beyond
+    these, where an algorithm looks further ahead, they come again from the first."""
 
     batches: PyTree[Array]
 
@@ -123,7 +125,7 @@ class Stacked(AbstractBatches):
 
     def draw(self, index: IntScalar, position: IntScalar, key: Key) -> Batch:
         del position, key
-        return jtu.tree_map(lambda x: x[index], self.batches)
+        return jtu.tree_map(lambda x: x[index % x.shape[0]], self.batches)
 
 
 def as_batches(data: Any, name: str, inner_steps: int) -> AbstractBatches:
@@ -144,6 +146,42 @@ def as_batches(data: Any, name: str, inner_steps: int) -> AbstractBatches:
                 f"`{name}` is empty: it holds an array of shape {x.shape}."
             )
     return batches
+
+
+def examples(batch: Batch) -> Batch:
+    """The part of a batch that `mix_batches` can mix: its arrays, or their shapes,
+    without PRNG keys."""
+    return eqx.filter(batch, _is_number)
+
+
+def mix_batches(
+    old: Batch, new: Batch, keep: Float[Array, ""], key: PRNGKeyArray
+) -> Batch:
+    """Keeps a share of the examples of `old`, at random places, and puts those of `new`
+    in all other places.
+
+    The number of examples stays the same, and a batch that is mixed with itself stays
+    as it is. A number that is not whole is rounded up or down at random, so that it is
+    right on average. Batches whose arrays have no leading axis in common are one
+    example each.
+    """
+    shapes = [x.shape for x in jtu.tree_leaves(new)]
+    lengths = {shape[:1] for shape in shapes}
+    size = shapes[0][0] if len(lengths) == 1 and lengths != {()} else 1
+    count_key, order_key = jr.split(key)
+    count = jnp.floor(keep * size + jr.uniform(count_key, dtype=keep.dtype))
+    kept = _shuffle(jnp.arange(size), size, order_key) < count
+
+    def mix(x, y):
+        mask = kept.reshape(-1, *[1] * (x.ndim - 1)) if size > 1 else kept[0]
+        return jnp.where(mask, x, y)
+
+    return jtu.tree_map(mix, old, new)
+
+
+def _is_number(x: Any) -> bool:
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and not jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def _leading_axis(data: PyTree[Any], name: str) -> int:

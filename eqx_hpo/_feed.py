@@ -24,11 +24,21 @@ class Feed:
         self._loader: Iterable[Any] | None = None
         self._iterator: Iterator[Any] | None = None
         self._same: Any = None
+        self._peeked: list[Any] = []
         self.is_static = not is_loader(data)
         if self.is_static:
             self._same = as_device_arrays(data)
         else:
             self._loader = data
+
+    def peek(self) -> Batch | AbstractBatches:
+        """What `next` will give, or `None` at the end of the data."""
+        if len(self._peeked) == 0:
+            try:
+                self._peeked.append(self.next())
+            except StopIteration:
+                return None
+        return self._peeked[0]
 
     def next(self) -> Batch | AbstractBatches:
         """The data for one call of `step`.
@@ -37,6 +47,8 @@ class Feed:
         """
         if self.is_static:
             return self._same
+        if len(self._peeked) > 0:
+            return self._peeked.pop()
         first = self._pull()
         if isinstance(first, AbstractBatches) or self._count == 1:
             return first

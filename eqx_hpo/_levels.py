@@ -5,6 +5,8 @@ updates) and asks for the validation loss by `validate`. Both are differentiable
 inner state and in the hyperparameters; `update` by the second-order rule.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -14,9 +16,10 @@ import jax.random as jr
 import jax.tree_util as jtu
 import optax
 from jax import lax
-from jaxtyping import PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
 from ._custom_types import (
+    Batch,
     FloatScalar,
     Hyperparams,
     InnerOptimiser,
@@ -25,13 +28,15 @@ from ._custom_types import (
     Model,
 )
 from ._data import AbstractBatches
-from ._misc import match_dtypes
+from ._misc import as_device_arrays, match_dtypes
 from ._problem import evaluate_train, evaluate_val, Problem
 from ._second_order import AbstractSecondOrder
 from ._state import InnerState
+from ._tasks import first_batches, first_task, over_tasks
 
 
-_TRAIN, _VAL = 0, 1  # what a key is folded with, so that the levels draw independently
+# What a key is folded with, so that all draw independently.
+_TRAIN, _VAL, _ALGORITHM = 0, 1, 2
 
 
 class Levels(eqx.Module):
@@ -45,6 +50,7 @@ class Levels(eqx.Module):
     - `position`: the number of inner steps before this call.
     - `key`: a PRNG key, or `None`.
     - `unroll`: how many updates a scan of `run` holds in its body.
+    - `axis`: the name of the mapped axis of tasks, or `None`.
     """
 
     problem: Problem
@@ -56,6 +62,7 @@ class Levels(eqx.Module):
     position: IntScalar
     key: Key
     unroll: int = eqx.field(static=True)
+    axis: str | None = eqx.field(static=True, default=None)
 
     def update(
         self, state: InnerState, hyperparams: Hyperparams, index: IntScalar
@@ -177,12 +184,62 @@ class Levels(eqx.Module):
         value, (alpha, direct) = eqx.filter_value_and_grad(loss, has_aux=True)(x)
         return value, alpha, direct
 
+    def train_batch(self, index: IntScalar) -> Batch:
+        """The batch $D_t$ of the train data that inner step `index` uses."""
+        return self._draw(self.train, index, _TRAIN)[0]
+
+    def algorithm_key(self, index: IntScalar) -> PRNGKeyArray:
+        """A PRNG key for the random choices of an algorithm itself at inner step
+        `index`. There is one even where `step` was given none."""
+        if self.key is None:
+            return jr.fold_in(jr.key(_ALGORITHM), self.position + index)
+        return jr.fold_in(jr.fold_in(self.key, index), _ALGORITHM)
+
+    def mean_over_tasks(self, tree: PyTree) -> PyTree:
+        """The mean over the tasks of a [`eqx_hpo.MetaLearner`][]; without one, the tree
+        as it is. What is `lasting` in the memory must have passed through this."""
+        return tree if self.axis is None else lax.pmean(tree, self.axis)
+
     def _draw(self, batches: AbstractBatches, index: IntScalar, level: int):
         if self.key is None:
             return batches.draw(index, self.position + index, None), None
         key = jr.fold_in(jr.fold_in(self.key, index), level)
         draw_key, loss_key = jr.split(key)
         return batches.draw(index, self.position + index, draw_key), loss_key
+
+
+def first_task_level(
+    levels: Levels, inner: InnerState, tasks: int | None
+) -> tuple[Levels, InnerState]:
+    """The part of the first task; all of it where there is no axis of tasks."""
+    levels = dataclasses.replace(
+        levels,
+        frozen=first_task(levels.frozen, tasks),
+        train=first_batches(levels.train, tasks),
+        val=first_batches(levels.val, tasks),
+    )
+    return levels, first_task(inner, tasks)
+
+
+def start_inner(
+    inner: InnerOptimiser,
+    tasks: int | None,
+    hyperparams: Hyperparams,
+    model: Model,
+    model_state: PyTree,
+) -> InnerState:
+    """The inner state in which training starts; `tasks` as in `_tasks`."""
+    params = eqx.filter(model, eqx.is_inexact_array)
+    opt_state = inner_init(inner, tasks, hyperparams)(params)
+    return InnerState(params, as_device_arrays(opt_state), model_state)
+
+
+def inner_init(
+    inner: InnerOptimiser, tasks: int | None, hyperparams: Hyperparams
+) -> Callable[[PyTree], PyTree]:
+    """The function that makes the state of the inner optimiser, of each task its
+    own."""
+    return over_tasks(inner_transformation(inner, hyperparams).init, tasks)
 
 
 def inner_transformation(

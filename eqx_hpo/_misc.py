@@ -30,6 +30,17 @@ def tree_scale(scale: Float[Array, ""], tree: PyTree) -> PyTree:
     return jtu.tree_map(lambda x: scale.astype(x.dtype) * x, tree)
 
 
+def tree_dot(left: PyTree, right: PyTree) -> Float[Array, ""]:
+    """The inner product over all leaves."""
+    leaves = zip(jtu.tree_leaves(left), jtu.tree_leaves(right), strict=True)
+    return ft.reduce(jnp.add, [jnp.vdot(x, y) for x, y in leaves], jnp.zeros(()))
+
+
+def tree_mix(left: PyTree, right: PyTree, weight: Float[Array, ""]) -> PyTree:
+    """`weight * left + (1 - weight) * right`, each leaf in its own dtype."""
+    return tree_add(tree_scale(weight, left), tree_scale(1 - weight, right))
+
+
 def tree_where(pred: Bool[Array, ""], true: PyTree, false: PyTree) -> PyTree:
     return jtu.tree_map(lambda t, f: jnp.where(pred, t, f), true, false)
 
@@ -74,6 +85,19 @@ def match_dtypes(tree: PyTree, like: PyTree) -> PyTree:
         return x if same else lax.convert_element_type(x, y.dtype)
 
     return jtu.tree_map(match, tree, like)
+
+
+@jax.custom_batching.custom_vmap
+def any_mapped(pred: Bool[Array, ""]) -> Bool[Array, ""]:
+    """Under `vmap`, whether `pred` holds anywhere on the mapped axis: a single value,
+    with which a `lax.cond` stays a branch and does not become a selection."""
+    return pred
+
+
+@any_mapped.def_vmap
+def _(axis_size, in_batched, pred):
+    del axis_size, in_batched
+    return any_mapped(jnp.any(pred)), False
 
 
 def depends_on(fn: Callable[[PyTree], PyTree], x: PyTree) -> bool:

@@ -182,10 +182,14 @@ def start(
     model_state: PyTree,
 ) -> BilevelState:
     """The state of a fresh start, or the one given if it has that structure."""
-    data = {}
-    if train.is_static and val.is_static:
-        data = {"train": train.next(), "val": val.next()}
-    fresh = optimizer.init(model, hyperparams, **data, model_state=model_state, key=key)
+    fresh = optimizer.init(
+        model,
+        hyperparams,
+        train=train.peek(),
+        val=val.peek(),
+        model_state=model_state,
+        key=key,
+    )
     if state is None:
         return fresh
     given = state

@@ -29,6 +29,21 @@ class Metrics(eqx.Module):
     aux: Any
 
 
+class Memory(eqx.Module):
+    """What an algorithm carries from step to step.
+
+    **Attributes:**
+
+    - `episode`: what belongs to the training at hand. All zeros at the start, and again
+        after each restart of the inner level.
+    - `lasting`: what lives on over restarts. Within [`eqx_hpo.MetaLearner`][] there is
+        one for all tasks, while each task has its own `episode`.
+    """
+
+    episode: PyTree = None
+    lasting: PyTree = None
+
+
 class BilevelState(eqx.Module):
     """All that changes during an optimisation: to be jitted, scanned, vmapped, sharded
     and saved as one value. Made by `init`, and by `step` from another one.
@@ -39,7 +54,8 @@ class BilevelState(eqx.Module):
     - `hyperparams`: the hyperparameters, placeholders included.
     - `inner_opt_state`: the state of the inner Optax optimiser.
     - `outer_opt_state`: the state of the outer Optax optimiser.
-    - `memory`: what the algorithm itself carries from step to step.
+    - `memory`: what the algorithm itself carries from step to step, a
+        [`eqx_hpo.Memory`][].
     - `model_state`: an `eqx.nn.State`, or `None`.
     - `step`: the number of `step` calls so far, the skipped ones included.
     - `skipped`: how many of the last calls in a row were skipped because a loss or a
@@ -51,7 +67,7 @@ class BilevelState(eqx.Module):
     hyperparams: Hyperparams
     inner_opt_state: PyTree
     outer_opt_state: PyTree
-    memory: PyTree
+    memory: Memory
     model_state: PyTree
     step: Int[Array, ""]
     skipped: Int[Array, ""]
@@ -86,7 +102,7 @@ class Estimate(eqx.Module):
     """
 
     inner: InnerState
-    memory: PyTree
+    memory: Memory
     hypergradient: Hyperparams
     train: tuple[FloatScalar, Any]
     val: tuple[FloatScalar, Any]

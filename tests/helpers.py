@@ -20,6 +20,8 @@ ALGORITHMS = {
     "t1t2": hpo.T1T2,
     "t1t2_3": lambda *args: hpo.T1T2(*args, inner_steps=3),
     "greedy_3": lambda *args: hpo.Greedy(*args, inner_steps=3, momentum=0.9),
+    "hyperdistill": lambda *args: hpo.HyperDistill(*args, horizon=3),
+    "drmad_4": lambda *args: hpo.DrMAD(*args, inner_steps=4),
     "unrolled_4": lambda *args: hpo.Unrolled(*args, inner_steps=4),
     "unrolled_4_2": lambda *args: hpo.Unrolled(*args, inner_steps=4, truncation=2),
 }

@@ -24,7 +24,7 @@ def _ridge_optimizer():
 
 
 def _start(case, optimizer):
-    return optimizer.init(case.model, case.hyperparams)
+    return optimizer.init(case.model, case.hyperparams, train=case.train)
 
 
 @pytest.mark.filterwarnings("ignore:The hyperparameters get a hypergradient of zero")
@@ -57,7 +57,7 @@ def test_one_compilation_for_a_whole_run(name, getkey):
 
     problem = hpo.Problem(train_loss, case.problem.val_loss)
     optimizer = ALGORITHMS[name](problem, optax.adam(0.1), optax.adam(0.1))
-    state = optimizer.init(case.model, case.hyperparams)
+    state = optimizer.init(case.model, case.hyperparams, train=case.train)
     keys = list(jr.split(getkey(), 4))
     state = optimizer.step(state, case.train, case.val, key=keys[0])
     before, compiled = traces, []

@@ -1,14 +1,15 @@
 """The interface of every algorithm: `init`, `step`, `compute_hypergradient`, `restart`.
 
-They are implemented once, here. An algorithm fills three slots: `estimate` (move the
-inner level and estimate the hypergradient), `init_memory` and `restart_memory` (what it
-carries from step to step).
+They are implemented once, here. An algorithm fills two slots: `estimate` (move the
+inner level and estimate the hypergradient) and `init_memory` (what it carries from step
+to step).
 """
 
 import abc
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import optax
 from jaxtyping import PyTree
 
@@ -17,7 +18,7 @@ from .._data import AbstractBatches, as_batches
 from .._discrete import refresh
 from .._hyperparameter import canonical, partition_raw, unwrap
 from .._jit import filter_jit
-from .._levels import inner_transformation, Levels
+from .._levels import first_task_level, inner_init, Levels, start_inner
 from .._misc import (
     as_device_arrays,
     check_same_structure,
@@ -29,7 +30,15 @@ from .._misc import (
 from .._outer import outer_update
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder
-from .._state import BilevelState, Estimate, float_scalar, InnerState, Metrics
+from .._state import (
+    BilevelState,
+    Estimate,
+    float_scalar,
+    InnerState,
+    Memory,
+    Metrics,
+)
+from .._tasks import replicate
 from . import checks
 
 
@@ -58,33 +67,27 @@ class AbstractBilevelOptimizer(eqx.Module):
     inner_steps: eqx.AbstractVar[int]
     unroll: eqx.AbstractVar[int]
     # Whether the estimate has a part that goes through the inner update.
-    through_update: eqx.AbstractClassVar[bool]
+    through_update: eqx.AbstractVar[bool]
     # Whether the validation loss is taken after each inner step, or after the last.
-    val_at_each_step: eqx.AbstractClassVar[bool]
+    val_at_each_step: eqx.AbstractVar[bool]
+    # How many tasks the models and the data are for, or `None`: no task axis.
+    tasks: eqx.AbstractVar[int | None]
 
     def __check_init__(self):
         checks.check_settings(self.inner, self.outer, self.inner_steps, self.unroll)
 
     @abc.abstractmethod
-    def init_memory(self, inner: InnerState, hyperparams: Hyperparams) -> PyTree:
-        """What the algorithm carries before the first step: a pytree of arrays, or
-        `None`.
+    def init_memory(
+        self, inner: InnerState, hyperparams: Hyperparams, batch: Batch
+    ) -> Memory:
+        """What the algorithm carries before the first step. Its `episode` is all zeros.
 
         **Arguments:**
 
         - `inner`: the inner state at the start.
         - `hyperparams`: the unwrapped hyperparameters.
-        """
-
-    @abc.abstractmethod
-    def restart_memory(self, memory: PyTree, inner: InnerState) -> PyTree:
-        """What the algorithm carries on, in the same structure, when the inner level
-        starts afresh.
-
-        **Arguments:**
-
-        - `memory`: as it was before.
-        - `inner`: the fresh inner state.
+        - `batch`: a train batch, with `jax.ShapeDtypeStruct`s in place of arrays, or
+            `None` where `init` was given none.
         """
 
     @abc.abstractmethod
@@ -93,7 +96,7 @@ class AbstractBilevelOptimizer(eqx.Module):
         levels: Levels,
         inner: InnerState,
         hyperparams: Hyperparams,
-        memory: PyTree,
+        memory: Memory,
     ) -> Estimate:
         """Moves the inner level by `inner_steps` and estimates the hypergradient.
 
@@ -123,9 +126,10 @@ class AbstractBilevelOptimizer(eqx.Module):
             through.
         - `hyperparams`: any pytree of placeholders and floating-point arrays. Python
             floats become arrays. May be empty.
-        - `train`, `val`: the data, as for `step`. Needed only for losses with
-            `has_aux=True`, to find its structure; without them `state.metrics.aux` is
-            `None` until the first step, and `step` compiles twice.
+        - `train`, `val`: the data, as for `step`, to find their structure.
+            [`eqx_hpo.HyperDistill`][] needs `train`. Losses with `has_aux=True` need
+            both, or `state.metrics.aux` is `None` until the first step, and `step`
+            compiles twice.
         - `model_state`: an `eqx.nn.State`, for losses that take and return one.
         - `key`: a PRNG key, where the losses need one.
 
@@ -134,17 +138,20 @@ class AbstractBilevelOptimizer(eqx.Module):
         **Raises:** a `ValueError` if `model` has nothing to train or still holds
         placeholders, or if a hyperparameter is not floating point.
         """
-        model = as_device_arrays(model)
         hyperparams = canonical(hyperparams)
         checks.check_model(model)
-        model_state = as_device_arrays(model_state)
+        model, model_state = replicate(
+            as_device_arrays((model, model_state)), self.tasks
+        )
         plain = unwrap(hyperparams)
-        inner = self._init_inner(model, plain, model_state)
+        inner = start_inner(self.inner, self.tasks, plain, model, model_state)
+        levels = self._levels(model, train, val, jnp.array(0), key)
+        levels, first = first_task_level(levels, inner, self.tasks)
         aux = None
         if self.problem.has_aux and train is not None and val is not None:
-            levels = self._levels(model, train, val, jnp.array(0), key)
-            with checks.explain_missing_key(levels, inner, plain):
-                aux = checks.empty_aux(levels, inner, plain)
+            with checks.explain_missing_key(levels, first, plain):
+                aux = checks.empty_aux(levels, first, plain)
+        batch = checks.train_batch_shapes(levels)
         raw, _ = partition_raw(hyperparams)
         nan = float_scalar(jnp.nan)
         return BilevelState(
@@ -152,11 +159,11 @@ class AbstractBilevelOptimizer(eqx.Module):
             hyperparams=hyperparams,
             inner_opt_state=inner.opt_state,
             outer_opt_state=as_device_arrays(self.outer.init(raw)),
-            memory=as_device_arrays(self.init_memory(inner, plain)),
+            memory=as_device_arrays(self.init_memory(first, plain, batch)),
             model_state=model_state,
             step=jnp.zeros((), int),
             skipped=jnp.zeros((), int),
-            metrics=Metrics(nan, nan, nan, aux),
+            metrics=Metrics(nan, nan, nan, replicate(aux, self.tasks)),
         )
 
     @filter_jit
@@ -236,7 +243,7 @@ class AbstractBilevelOptimizer(eqx.Module):
         self, state: BilevelState, model: Model, *, model_state: PyTree = None
     ) -> BilevelState:
         """Starts the inner level afresh: the model, the inner optimiser's state and the
-        memory of the trajectory. All else lives on.
+        memory of the episode. All else lives on.
 
         **Arguments:**
 
@@ -247,17 +254,19 @@ class AbstractBilevelOptimizer(eqx.Module):
 
         **Returns:** a new state.
         """
-        model = as_device_arrays(model)
+        model = replicate(as_device_arrays(model), self.tasks)
         check_same_structure("model", model, state.model, "the model of `state`")
         if model_state is None:
             model_state = state.model_state
+        else:
+            model_state = replicate(as_device_arrays(model_state), self.tasks)
         plain = unwrap(state.hyperparams)
-        inner = self._init_inner(model, plain, as_device_arrays(model_state))
-        memory = self.restart_memory(state.memory, inner)
+        inner = start_inner(self.inner, self.tasks, plain, model, model_state)
+        episode = jtu.tree_map(jnp.zeros_like, state.memory.episode)
         return eqx.tree_at(
-            lambda s: (s.model, s.inner_opt_state, s.memory, s.model_state),
+            lambda s: (s.model, s.inner_opt_state, s.memory.episode, s.model_state),
             state,
-            (model, inner.opt_state, memory, inner.model_state),
+            (model, inner.opt_state, episode, inner.model_state),
             is_leaf=lambda x: x is None,
         )
 
@@ -272,12 +281,12 @@ class AbstractBilevelOptimizer(eqx.Module):
             state.inner_opt_state,
             state.model_state,
         )
-        checks.check_state(
-            state, inner_transformation(self.inner, plain), self.outer, raw
-        )
-        with checks.explain_missing_key(levels, inner, plain):
+        init = inner_init(self.inner, self.tasks, plain)
+        checks.check_state(state, init, self.outer, raw)
+        one_task = first_task_level(levels, inner, self.tasks)
+        with checks.explain_missing_key(*one_task, plain):
             estimate = self.estimate(levels, inner, plain, state.memory)
-        checks.warn_if_independent(levels, inner, plain, self.through_update)
+        checks.warn_if_independent(*one_task, plain, self.through_update)
         (gradient,) = pullback(estimate.hypergradient)
         return estimate, gradient, hyperparams
 
@@ -293,8 +302,3 @@ class AbstractBilevelOptimizer(eqx.Module):
             key=key,
             unroll=self.unroll,
         )
-
-    def _init_inner(self, model, plain, model_state):
-        params = eqx.filter(model, eqx.is_inexact_array)
-        opt_state = inner_transformation(self.inner, plain).init(params)
-        return InnerState(params, as_device_arrays(opt_state), model_state)

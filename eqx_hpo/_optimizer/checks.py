@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -14,7 +14,7 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
-from .._custom_types import Hyperparams, Model
+from .._custom_types import Batch, Hyperparams, Model
 from .._hyperparameter import is_hyperparameter
 from .._levels import Levels
 from .._misc import check_same_structure, depends_on
@@ -56,7 +56,7 @@ def check_settings(inner: Any, outer: Any, inner_steps: Any, unroll: Any) -> Non
 
 def check_state(
     state: BilevelState,
-    inner: optax.GradientTransformation,
+    inner_init: Callable[[PyTree], PyTree],
     outer: optax.GradientTransformation,
     raw: PyTree,
 ) -> None:
@@ -67,7 +67,7 @@ def check_state(
     check_same_structure(
         "state.inner_opt_state",
         state.inner_opt_state,
-        jax.eval_shape(inner.init, params),
+        eqx.filter_eval_shape(inner_init, params),
         f"the inner optimiser for `state.model` {same}",
     )
     check_same_structure(
@@ -141,7 +141,8 @@ def explain_missing_key(
     try:
         yield
     except Exception as e:
-        if levels.key is None and _runs_with_a_key(levels, inner, hyperparams):
+        runs = lambda levels: _runs(levels, inner, hyperparams)
+        if levels.key is None and not runs(levels) and runs(_with_a_key(levels)):
             raise ValueError(
                 "`key` is missing: a loss or a sampler uses randomness. Pass "
                 "`key=jax.random.key(...)`, a new one for each call."
@@ -149,10 +150,7 @@ def explain_missing_key(
         raise
 
 
-def _runs_with_a_key(levels, inner, hyperparams) -> bool:
-    levels = eqx.tree_at(
-        lambda x: x.key, levels, jr.key(0), is_leaf=lambda x: x is None
-    )
+def _runs(levels, inner, hyperparams) -> bool:
     try:
         _reports(levels, inner, hyperparams)
     except Exception:
@@ -167,6 +165,16 @@ def empty_aux(
     (_, train_aux), (_, val_aux) = _reports(levels, inner, hyperparams)
     zeros = lambda x: jnp.zeros(x.shape, x.dtype)
     return jtu.tree_map(zeros, (train_aux, val_aux))
+
+
+def train_batch_shapes(levels: Levels) -> Batch:
+    """A train batch, with `jax.ShapeDtypeStruct`s in place of arrays."""
+    return eqx.filter_eval_shape(_with_a_key(levels).train_batch, jnp.array(0))
+
+
+def _with_a_key(levels):
+    key = jr.key(0) if levels.key is None else levels.key
+    return eqx.tree_at(lambda x: x.key, levels, key, is_leaf=lambda x: x is None)
 
 
 def _reports(levels, inner, hyperparams):

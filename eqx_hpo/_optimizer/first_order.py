@@ -6,13 +6,12 @@ from typing import ClassVar
 import equinox as eqx
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
 
 from .._custom_types import Hyperparams, InnerOptimiser
 from .._levels import Levels
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder, ForwardOverReverse
-from .._state import Estimate, InnerState
+from .._state import Estimate, InnerState, Memory
 from .memoryless import AbstractMemoryless
 
 
@@ -50,7 +49,7 @@ class FirstOrder(AbstractMemoryless):
         levels: Levels,
         inner: InnerState,
         hyperparams: Hyperparams,
-        memory: PyTree,
+        memory: Memory,
     ) -> Estimate:
         inner, train = levels.run(inner, hyperparams, 0, self.inner_steps)
         last = jnp.asarray(self.inner_steps - 1)

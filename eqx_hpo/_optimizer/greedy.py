@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
 from jax import lax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from .._custom_types import Hyperparams, InnerOptimiser
 from .._levels import Levels
 from .._misc import tree_add, tree_scale
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder, ForwardOverReverse
-from .._state import Estimate, InnerState
+from .._state import Estimate, InnerState, Memory
 from .checks import as_share
 from .memoryless import AbstractMemoryless
 from .unrolled import advance_with_pullback
@@ -69,7 +69,7 @@ class Greedy(AbstractMemoryless):
         levels: Levels,
         inner: InnerState,
         hyperparams: Hyperparams,
-        memory: PyTree,
+        memory: Memory,
     ) -> Estimate:
         last = jnp.asarray(self.inner_steps - 1)
         final = None

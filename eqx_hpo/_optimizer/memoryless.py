@@ -1,19 +1,19 @@
 """The part that algorithms without a memory of their own have in common."""
 
-from jaxtyping import PyTree
+from typing import ClassVar
 
-from .._custom_types import Hyperparams
-from .._state import InnerState
+from .._custom_types import Batch, Hyperparams
+from .._state import InnerState, Memory
 from .base import AbstractBilevelOptimizer
 
 
 class AbstractMemoryless(AbstractBilevelOptimizer):
     """An algorithm that carries nothing from step to step."""
 
-    def init_memory(self, inner: InnerState, hyperparams: Hyperparams) -> PyTree:
-        del inner, hyperparams
-        return None
+    tasks: ClassVar[None] = None
 
-    def restart_memory(self, memory: PyTree, inner: InnerState) -> PyTree:
-        del inner
-        return memory
+    def init_memory(
+        self, inner: InnerState, hyperparams: Hyperparams, batch: Batch
+    ) -> Memory:
+        del inner, hyperparams, batch
+        return Memory()

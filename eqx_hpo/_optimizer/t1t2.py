@@ -4,13 +4,12 @@ from typing import ClassVar
 
 import equinox as eqx
 import optax
-from jaxtyping import PyTree
 
 from .._custom_types import Hyperparams, InnerOptimiser
 from .._levels import Levels
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder, ForwardOverReverse
-from .._state import Estimate, InnerState
+from .._state import Estimate, InnerState, Memory
 from .memoryless import AbstractMemoryless
 from .unrolled import backpropagate
 
@@ -51,7 +50,7 @@ class T1T2(AbstractMemoryless):
         levels: Levels,
         inner: InnerState,
         hyperparams: Hyperparams,
-        memory: PyTree,
+        memory: Memory,
     ) -> Estimate:
         last = self.inner_steps - 1
         if last > 0:

@@ -13,7 +13,7 @@ from .._levels import Levels
 from .._misc import tree_add
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder, ForwardOverReverse
-from .._state import Estimate, InnerState
+from .._state import Estimate, InnerState, Memory
 from .checks import check_positive_int
 from .memoryless import AbstractMemoryless
 
@@ -61,7 +61,7 @@ class Unrolled(AbstractMemoryless):
         levels: Levels,
         inner: InnerState,
         hyperparams: Hyperparams,
-        memory: PyTree,
+        memory: Memory,
     ) -> Estimate:
         differentiated = self.truncation or self.inner_steps
         start = self.inner_steps - differentiated
@@ -85,7 +85,7 @@ def backpropagate(
     hyperparams: Hyperparams,
     start: int,
     stop: int,
-    memory: PyTree,
+    memory: Memory,
 ) -> Estimate:
     """The inner steps `start` to `stop` and the validation loss after them,
     differentiated in the hyperparameters, with the inner state before them fixed."""

@@ -1,0 +1,124 @@
+"""Reverse mode along the straight line from the first to the last weights, in place of
+the trajectory, which is never stored."""
+
+from typing import ClassVar
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optax
+from jax import lax
+from jaxtyping import PyTree
+
+from .._custom_types import Hyperparams, InnerOptimiser, IntScalar
+from .._levels import Levels
+from .._misc import tree_add
+from .._problem import Problem
+from .._second_order import AbstractSecondOrder, ForwardOverReverse
+from .._state import Estimate, InnerState, Memory
+from .memoryless import AbstractMemoryless
+
+
+class DrMAD(AbstractMemoryless):
+    r"""Reverse mode through `inner_steps` steps, as [`eqx_hpo.Unrolled`][], but at
+    points of the line
+
+    $$\hat\theta_t = \Big(1 - \frac{t}{K}\Big) \theta_0 + \frac{t}{K} \theta_K$$
+
+    in place of the weights $\theta_t$ that training went through. Only the first and
+    the last inner state are held: memory $O(P + H)$ whatever the number of steps. The
+    state of the optimiser and that of the model are taken on the line too.
+
+    Each inner step costs a training gradient on the way there, and on the way back
+    another one with a second-order product. The estimate is exact where training moves
+    straight ahead at a constant pace, or where the second derivatives of the train loss
+    are constant.
+
+    ??? cite "Reference"
+
+        Fu et al., *DrMAD: Distilling Reverse-Mode Automatic Differentiation for
+        Optimizing Hyperparameters of Deep Neural Networks*, IJCAI 2016.
+    """
+
+    problem: Problem
+    inner: InnerOptimiser
+    outer: optax.GradientTransformation
+    second_order: AbstractSecondOrder = ForwardOverReverse()
+    inner_steps: int = eqx.field(static=True, kw_only=True)
+    unroll: int = eqx.field(static=True, kw_only=True, default=1)
+    through_update: ClassVar[bool] = True
+    val_at_each_step: ClassVar[bool] = False
+
+    def estimate(
+        self,
+        levels: Levels,
+        inner: InnerState,
+        hyperparams: Hyperparams,
+        memory: Memory,
+    ) -> Estimate:
+        steps = self.inner_steps
+        end, train = levels.run(inner, hyperparams, 0, steps)
+        last = jnp.asarray(steps - 1)
+        val, alpha, direct = levels.validation_gradient(end, hyperparams, last)
+
+        def back(carry, index):
+            cotangent, total = carry
+            point = point_on_line(inner, end, index, steps)
+            cotangent, product = pull_back(levels, point, hyperparams, cotangent, index)
+            return (cotangent, tree_add(total, product)), None
+
+        carry = (end_cotangent(end, alpha), direct)
+        indices = jnp.arange(steps)[::-1]
+        (_, total), _ = lax.scan(back, carry, indices, unroll=self.unroll)
+        return Estimate(end, memory, total, train, val)
+
+
+DrMAD.__init__.__doc__ = """**Arguments:** those of
+[`eqx_hpo.AbstractBilevelOptimizer`][].
+"""
+
+
+def point_on_line(
+    first: InnerState, last: InnerState, index: IntScalar, steps: int
+) -> InnerState:
+    """The inner state before step `index` on the line from `first` to `last`.
+
+    Counters are whole numbers on the line; what is no number is that of `first`.
+    """
+
+    def interpolate(x, y):
+        if not eqx.is_array(x) or not jnp.issubdtype(x.dtype, jnp.number):
+            return x
+        if eqx.is_inexact_array(x):
+            share = (index / steps).astype(x.dtype)
+            return (1 - share) * x + share * y
+        return x + (y - x) * index.astype(x.dtype) // steps
+
+    return jtu.tree_map(interpolate, first, last)
+
+
+def end_cotangent(end: InnerState, alpha: tuple[PyTree, PyTree]) -> InnerState:
+    """The cotangent of the last inner state: the validation loss depends on the weights
+    and on the model's state, not on the optimiser's."""
+    params, model_state = alpha
+    opt_state = eqx.filter(end.opt_state, eqx.is_inexact_array)
+    return InnerState(params, jtu.tree_map(jnp.zeros_like, opt_state), model_state)
+
+
+def pull_back(
+    levels: Levels,
+    inner: InnerState,
+    hyperparams: Hyperparams,
+    cotangent: InnerState,
+    index: IntScalar,
+) -> tuple[InnerState, Hyperparams]:
+    """The products $a A_t$ and $a B_t$ of a cotangent of the inner state after step
+    `index` with the two derivatives of that step, at `inner`."""
+    arrays, rest = eqx.partition(inner, eqx.is_inexact_array)
+
+    def update(arrays, hyperparams):
+        new, _ = levels.update(eqx.combine(arrays, rest), hyperparams, index)
+        return eqx.filter(new, eqx.is_inexact_array)
+
+    _, pullback = eqx.filter_vjp(update, arrays, hyperparams)
+    return pullback(cotangent)

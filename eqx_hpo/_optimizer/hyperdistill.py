@@ -1,0 +1,155 @@
+"""HyperDistill: one product at a running average of the past, online."""
+
+import functools as ft
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Float
+
+from .._custom_types import Batch, Hyperparams, InnerOptimiser
+from .._levels import Levels
+from .._misc import any_mapped, tree_add, tree_scale
+from .._problem import Problem
+from .._second_order import AbstractSecondOrder, ForwardOverReverse
+from .._state import Estimate, InnerState, Memory
+from .base import AbstractBilevelOptimizer
+from .checks import as_share, check_positive_int
+from .distillation import check_past, distil, empty_past, fit_scale, pull_back_at
+
+
+def _as_scale(value: Any) -> Array | None:
+    return None if value is None else jnp.asarray(value, jnp.result_type(float))
+
+
+class HyperDistill(AbstractBilevelOptimizer):
+    r"""Distils the past of an episode into one second-order product a step:
+
+    $$\frac{dC_2}{d\lambda} \approx \frac{\partial C_2}{\partial \lambda}(\theta_t) +
+    s\, S_t\, \alpha_t \frac{\partial \Phi(w^*_t, \lambda; D^*_t)}{\partial \lambda},
+    \qquad S_t = \sum_{i=1}^{t} \gamma^{t-i}.$$
+
+    The weights $w^*_t = p_t w^*_{t-1} + (1 - p_t) \theta_{t-1}$, with $p_t = 1 - 1 /
+    S_t$, are a running average of those before each inner step, and the batch $D^*_t$
+    keeps a share $p_t$ of its examples and takes the others from $D_t$. So the horizon
+    is the whole episode, while memory is $O(P + H)$ and one batch. A step costs a
+    training gradient, a validation gradient and one product.
+
+    The scale $s$ is fitted by least squares to what [`eqx_hpo.DrMAD`][] finds on
+    `horizon` inner steps from where the model is. This is done in the first step, and
+    again once in `estimation_period * horizon` inner steps. It takes `horizon` training
+    gradients on the way there and, on the way back, two more with two products for
+    each. It sees the batches that `train` gives for so many steps: fresh ones from
+    [`eqx_hpo.Minibatch`][], the same one again from plain arrays.
+
+    An episode begins with `init` and with each `restart`; the scale lives on. Within
+    [`eqx_hpo.MetaLearner`][] it is fitted to all tasks at once.
+
+    ??? cite "Reference"
+
+        Lee et al., *Online Hyperparameter Meta-Learning with Hypergradient
+        Distillation*, ICLR 2022, eq. 12 and algorithms 3 and 4.
+    """
+
+    problem: Problem
+    inner: InnerOptimiser
+    outer: optax.GradientTransformation
+    second_order: AbstractSecondOrder = ForwardOverReverse()
+    decay: Float[Array, ""] = eqx.field(
+        kw_only=True, default=0.9, converter=ft.partial(as_share, "decay")
+    )
+    horizon: int = eqx.field(static=True, kw_only=True, default=30)
+    estimation_period: int = eqx.field(static=True, kw_only=True, default=50)
+    scale: Float[Array, ""] | None = eqx.field(
+        kw_only=True, default=None, converter=_as_scale
+    )
+    inner_steps: int = eqx.field(static=True, kw_only=True, default=1)
+    unroll: int = eqx.field(static=True, kw_only=True, default=1)
+    through_update: ClassVar[bool] = True
+    val_at_each_step: ClassVar[bool] = False
+    tasks: ClassVar[None] = None
+
+    def __check_init__(self):
+        check_positive_int("horizon", self.horizon)
+        check_positive_int("estimation_period", self.estimation_period)
+
+    def init_memory(
+        self, inner: InnerState, hyperparams: Hyperparams, batch: Batch
+    ) -> Memory:
+        del hyperparams
+        # Unknown, so that no step can be taken before it has been fitted.
+        scale = jnp.array(jnp.nan) if self.scale is None else None
+        return Memory(episode=empty_past(inner.params, batch), lasting=scale)
+
+    def estimate(
+        self,
+        levels: Levels,
+        inner: InnerState,
+        hyperparams: Hyperparams,
+        memory: Memory,
+    ) -> Estimate:
+        past = memory.episode
+        check_past(past, levels)
+        fitted = None
+        if self.scale is None:
+            fitted = self._fit_if_due(levels, inner, hyperparams, memory)
+        scale = self.scale if fitted is None else fitted
+
+        def advance(carry, index):
+            inner, past = carry
+            past = distil(levels, past, inner.params, self.decay, index)
+            return (levels.update(inner, hyperparams, index)[0], past), None
+
+        last = self.inner_steps - 1
+        if last > 0:
+            (inner, past), _ = lax.scan(
+                advance, (inner, past), jnp.arange(last), unroll=self.unroll
+            )
+        index = jnp.asarray(last)
+        past = distil(levels, past, inner.params, self.decay, index)
+        pullback = pull_back_at(levels, past, inner, hyperparams, index)
+        inner, train = levels.update(inner, hyperparams, index)
+        val, alpha, direct = levels.validation_gradient(inner, hyperparams, index)
+        (product,) = pullback(alpha)
+        assert scale is not None
+        indirect = tree_scale(scale * past.mass, product)
+        hypergradient = tree_add(direct, indirect)
+        return Estimate(inner, Memory(past, fitted), hypergradient, train, val)
+
+    def _fit_if_due(self, levels, inner, hyperparams, memory):
+        old = memory.lasting
+        # A fit that saw no product at all is repeated soon.
+        period = self.horizon * jnp.where(old == 0, 1, self.estimation_period)
+        due = jnp.isnan(old) | (levels.position % period < self.inner_steps)
+
+        def fit():
+            return fit_scale(
+                levels,
+                inner,
+                hyperparams,
+                memory.episode,
+                self.decay,
+                self.horizon,
+                self.unroll,
+            )
+
+        skip = lambda: (jnp.zeros(()), jnp.zeros(()))
+        xy, xx = levels.mean_over_tasks(lax.cond(any_mapped(due), fit, skip))
+        found = due & jnp.isfinite(xy / xx)
+        kept = jnp.where(due & jnp.isnan(old) & (xx == 0), 0, old)
+        return jnp.where(found, xy / xx, kept)
+
+
+HyperDistill.__init__.__doc__ = r"""**Arguments:** besides those of
+[`eqx_hpo.AbstractBilevelOptimizer`][],
+
+- `decay`: the discount $\gamma$ of each earlier inner step, from 0 to 1. With 0 the
+    past is the last step alone, as in [`eqx_hpo.T1T2`][] up to the scale.
+- `horizon`: the number of inner steps that the scale is fitted to. The length of an
+    episode, where there are episodes.
+- `estimation_period`: the scale is fitted anew after this many times `horizon` inner
+    steps.
+- `scale`: a fixed scale $s$; it is fitted if `None`.
+"""
