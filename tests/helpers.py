@@ -73,3 +73,33 @@ def hand_unrolled(problem, inner, model, hyperparams, train, val, steps):
         return problem.val_loss(params, plain, val, None)
 
     return jax.jit(jax.grad(loss))(raw)
+
+
+class CountingRule(hpo.AbstractSecondOrder):
+    """Reverse mode that counts how many second-order products were computed."""
+
+    _counts: list = eqx.field(static=True, default_factory=list)
+
+    def count(self) -> int:
+        jax.effects_barrier()
+        return len(self._counts)
+
+    def __hash__(self):
+        return id(self)
+
+    def differentiate(self, loss):
+        inner = hpo.ReverseOverReverse().differentiate(loss)
+
+        @jax.custom_vjp
+        def gradient(params, rest, args):
+            return inner(params, rest, args)
+
+        def forward(params, rest, args):
+            return jax.vjp(lambda *x: inner(*x, args), params, rest)
+
+        def backward(pullback, cotangents):
+            jax.debug.callback(lambda: self._counts.append(None))
+            return *pullback(cotangents), None
+
+        gradient.defvjp(forward, backward)
+        return gradient

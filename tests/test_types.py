@@ -26,7 +26,7 @@ def test_a_wrong_dtype_raises():
             hyperparams=state.hyperparams,
             inner_opt_state=state.inner_opt_state,
             outer_opt_state=state.outer_opt_state,
-            memory=None,
+            memory=hpo.Memory(),
             model_state=None,
             step=jnp.array(0.5),
             skipped=state.skipped,

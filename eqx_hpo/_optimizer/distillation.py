@@ -102,8 +102,8 @@ def fit_scale(
     norm = levels.mean_over_tasks(tree_norm(alpha))
     alpha = tree_scale(jnp.where(norm > 0, 1 / norm, 0), alpha)
 
-    def back(carry, index):
-        cotangent, exact, past, xy, xx = carry
+    def back(carry, _):
+        index, cotangent, exact, past, xy, xx = carry
         point = point_on_line(inner, end, index, horizon)
         cotangent, product = pull_back(levels, point, hyperparams, cotangent, index)
         exact = tree_add(exact, product)
@@ -113,12 +113,13 @@ def fit_scale(
         # The norm of v cancels in the product of the two.
         xy = xy + mass * tree_dot(v, exact)
         xx = xx + (mass * tree_norm(v)) ** 2
-        return (cotangent, exact, past, xy, xx), None
+        return (index - 1, cotangent, exact, past, xy, xx), None
 
     zeros = jtu.tree_map(jnp.zeros_like, eqx.filter(hyperparams, eqx.is_inexact_array))
     past = jtu.tree_map(jnp.zeros_like, past)
-    carry = (end_cotangent(end, alpha), zeros, past, jnp.zeros(()), jnp.zeros(()))
-    (*_, xy, xx), _ = lax.scan(back, carry, jnp.arange(horizon)[::-1], unroll=unroll)
+    sums = (jnp.zeros(()), jnp.zeros(()))
+    carry = (last, end_cotangent(end, alpha), zeros, past, *sums)
+    (*_, xy, xx), _ = lax.scan(back, carry, length=horizon, unroll=unroll)
     return xy, xx
 
 

@@ -61,15 +61,15 @@ class DrMAD(AbstractMemoryless):
         last = jnp.asarray(steps - 1)
         val, alpha, direct = levels.validation_gradient(end, hyperparams, last)
 
-        def back(carry, index):
-            cotangent, total = carry
+        def back(carry, _):
+            index, cotangent, total = carry
             point = point_on_line(inner, end, index, steps)
             cotangent, product = pull_back(levels, point, hyperparams, cotangent, index)
-            return (cotangent, tree_add(total, product)), None
+            return (index - 1, cotangent, tree_add(total, product)), None
 
-        carry = (end_cotangent(end, alpha), direct)
-        indices = jnp.arange(steps)[::-1]
-        (_, total), _ = lax.scan(back, carry, indices, unroll=self.unroll)
+        # The index is carried: an array of them would grow with the steps.
+        carry = (last, end_cotangent(end, alpha), direct)
+        (_, _, total), _ = lax.scan(back, carry, length=steps, unroll=self.unroll)
         return Estimate(end, memory, total, train, val)
 
 
