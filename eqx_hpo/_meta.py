@@ -1,7 +1,6 @@
 """Learning across tasks: hyperparameters and an initialisation that tasks share."""
 
 import dataclasses
-import functools as ft
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -18,7 +17,15 @@ from ._optimizer.checks import as_share, check_positive_int
 from ._problem import Problem
 from ._second_order import AbstractSecondOrder
 from ._state import BilevelState, Estimate, InnerState, Memory
-from ._tasks import AXIS, check_task_axis, first_task, replicate, task_axis, task_keys
+from ._tasks import (
+    AXIS,
+    check_task_axis,
+    first_batches,
+    first_task,
+    replicate,
+    task_axis,
+    task_keys,
+)
 
 
 class _Start(eqx.Module):
@@ -183,30 +190,34 @@ class MetaLearner(AbstractBilevelOptimizer):
         return _Start(now, jnp.array(True)), known & due
 
     def _mean_estimate(self, levels, inner, hyperparams, memory):
-        train_axis, val_axis = task_axis(levels.train), task_axis(levels.val)
-        batched = eqx.if_array(0)
-
-        @ft.partial(
-            eqx.filter_vmap,
-            in_axes=(batched, eqx.if_array(train_axis), eqx.if_array(val_axis)),
-            out_axes=(batched, None),
-            axis_name=AXIS,
-        )
-        def estimate(task, train, val):
+        def estimate(task, train, val, axis=AXIS):
             frozen, key, inner, episode = task
-            task_levels = dataclasses.replace(
-                levels, frozen=frozen, train=train, val=val, key=key, axis=AXIS
+            of_task = dataclasses.replace(
+                levels, frozen=frozen, train=train, val=val, key=key, axis=axis
             )
-            memory_of_task = Memory(episode, memory.lasting)
-            x = self.optimizer.estimate(task_levels, inner, hyperparams, memory_of_task)
+            x = self.optimizer.estimate(
+                of_task, inner, hyperparams, Memory(episode, memory.lasting)
+            )
             (train_loss, train_aux), (val_loss, val_aux) = x.train, x.val
-            means = task_levels.mean_over_tasks((x.hypergradient, train_loss, val_loss))
+            means = of_task.mean_over_tasks((x.hypergradient, train_loss, val_loss))
             own = (x.inner, x.memory.episode, train_aux, val_aux)
             return own, (x.memory.lasting, means)
 
         keys = task_keys(levels.key, self.tasks)
         task = (levels.frozen, keys, inner, memory.episode)
-        own, shared = estimate(task, levels.train, levels.val)
+        if self.tasks == 1:
+            # Nothing is mapped: it would change the rounding.
+            batches = (first_batches(x, 1) for x in (levels.train, levels.val))
+            own, shared = estimate(first_task(task, 1), *batches, axis=None)
+            own = replicate(own, 1)
+        else:
+            axes = [eqx.if_array(task_axis(x)) for x in (levels.train, levels.val)]
+            own, shared = eqx.filter_vmap(
+                estimate,
+                in_axes=(eqx.if_array(0), *axes),
+                out_axes=(eqx.if_array(0), None),
+                axis_name=AXIS,
+            )(task, levels.train, levels.val)
         inner, episode, train_aux, val_aux = own
         lasting, (hypergradient, train_loss, val_loss) = shared
         return Estimate(

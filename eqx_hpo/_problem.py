@@ -60,7 +60,7 @@ def evaluate_train(
     key: Key,
 ) -> tuple[FloatScalar, PyTree, Any]:
     """The train loss as `(loss, model_state, aux)`."""
-    first = model if model_state is None else (model, model_state)
+    first = _first_argument(model, model_state)
     out = problem.train_loss(first, hyperparams, batch, key)
     if model_state is None:
         loss, aux = _split(out, "train_loss", problem.has_aux)
@@ -85,7 +85,7 @@ def evaluate_val(
     key: Key,
 ) -> tuple[FloatScalar, Any]:
     """The validation loss as `(loss, aux)`."""
-    first = model if model_state is None else (model, model_state)
+    first = _first_argument(model, model_state)
     out = problem.val_loss(first, hyperparams, batch, key)
     if model_state is None:
         return _split(out, "val_loss", problem.has_aux)
@@ -96,6 +96,13 @@ def evaluate_val(
     if isinstance(aux, tuple) and len(aux) == 2 and _same(aux[0], model_state):
         aux = aux[1]
     return loss, aux
+
+
+def _first_argument(model: Model, model_state: PyTree) -> Any:
+    if model_state is None:
+        return model
+    # A copy: an `eqx.nn.State` may be used once, and the loss uses the one it gets.
+    return model, jtu.tree_map(lambda x: x, model_state)
 
 
 def _split(out: Any, name: str, pair: bool, form: str = "(scalar, aux)"):

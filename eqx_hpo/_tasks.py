@@ -10,7 +10,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree, Shaped
 
 from ._custom_types import Key
 from ._data import AbstractBatches, Stacked
@@ -46,7 +46,7 @@ def task_axis(batches: AbstractBatches) -> int:
     return 1 if isinstance(batches, Stacked) else 0
 
 
-def task_keys(key: Key, tasks: int) -> Key:
+def task_keys(key: Key, tasks: int) -> Shaped[Array, " tasks"] | None:
     """A key for each task; of a single task, the key itself."""
     if key is None or tasks == 1:
         return None if key is None else key[None]

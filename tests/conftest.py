@@ -8,7 +8,7 @@ import jax
 flags = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
 # Several devices, so that code for many of them is tested on one CPU.
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_x64", True)
 
 import itertools

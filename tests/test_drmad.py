@@ -1,0 +1,124 @@
+import equinox as eqx
+import eqx_hpo as hpo
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from eqx_hpo._hyperparameter import partition_raw
+
+from .helpers import arrays, relative_error
+from .problems import logistic, ridge
+
+
+OUTER = optax.sgd(0.1)
+INNER = {
+    "momentum": lambda h: optax.sgd(h["rate"], momentum=0.9),
+    "adam": lambda h: optax.adam(h["rate"]),
+}
+
+
+def _hypergradient(algorithm, case, inner, inner_steps):
+    hyperparams = {**case.hyperparams, "rate": hpo.Positive(0.05)}
+    optimizer = algorithm(case.problem, inner, OUTER, inner_steps=inner_steps)
+    state = optimizer.init(case.model, hyperparams)
+    return optimizer.compute_hypergradient(state, case.train, case.val)
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_a_single_step_is_exact(inner):
+    case = logistic()
+    got = _hypergradient(hpo.DrMAD, case, INNER[inner], 1)
+    expected = _hypergradient(hpo.T1T2, case, INNER[inner], 1)
+    assert relative_error(got, expected) < 1e-12
+
+
+def test_constant_second_derivatives_are_exact():
+    def train_loss(model, target, batch, key):
+        del key
+        error = model - target
+        return 0.5 * error @ (batch @ error)
+
+    def val_loss(model, target, batch, key):
+        del batch, key
+        return jnp.sum(jnp.cos(model)) + jnp.sum(target**2)
+
+    problem, inner = hpo.Problem(train_loss, val_loss), optax.sgd(0.2, momentum=0.5)
+    train = jnp.array([[1.0, 0.3], [0.3, 0.7]])
+    got, expected = (
+        x.compute_hypergradient(x.init(jnp.ones(2), -jnp.ones(2)), train, None)
+        for x in (
+            hpo.DrMAD(problem, inner, OUTER, inner_steps=9),
+            hpo.Unrolled(problem, inner, OUTER, inner_steps=9),
+        )
+    )
+    assert relative_error(got, expected) < 1e-12
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_equals_the_walk_by_hand(inner):
+    case, steps = logistic(), 6
+    hyperparams = {**case.hyperparams, "rate": hpo.Positive(0.05)}
+    raw, constants = partition_raw(hyperparams)
+    to_plain = lambda raw: hpo.unwrap(eqx.combine(raw, constants))
+
+    def update(state, raw):
+        (model, opt_state), plain = state, to_plain(raw)
+        grads = jax.grad(case.problem.train_loss)(model, plain, case.train, None)
+        updates, opt_state = INNER[inner](plain).update(grads, opt_state, model)
+        return optax.apply_updates(model, updates), opt_state
+
+    @jax.jit
+    def by_hand(raw):
+        first = (case.model, INNER[inner](to_plain(raw)).init(case.model))
+        last = first
+        for _ in range(steps):
+            last = update(last, raw)
+
+        def val_loss(model, raw):
+            return case.problem.val_loss(model, to_plain(raw), case.val, None)
+
+        alpha, total = jax.grad(val_loss, argnums=(0, 1))(last[0], raw)
+        is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+        zero = lambda x: jnp.zeros(x.shape, x.dtype if is_float(x) else jax.float0)
+        cotangent = (alpha, jax.tree.map(zero, last[1]))
+        for t in range(steps - 1, -1, -1):
+
+            def point(x, y, t=t):
+                return x + (y - x) * t / steps if is_float(x) else x + t
+
+            _, pullback = jax.vjp(update, jax.tree.map(point, first, last), raw)
+            cotangent, product = pullback(cotangent)
+            total = jax.tree.map(jnp.add, total, product)
+        return total
+
+    got = _hypergradient(hpo.DrMAD, case, INNER[inner], steps)
+    assert relative_error(got, by_hand(raw)) < 1e-10
+
+
+def test_a_line_is_not_the_trajectory():
+    case = logistic()
+    got, exact = (
+        _hypergradient(x, case, INNER["momentum"], 30)
+        for x in (hpo.DrMAD, hpo.Unrolled)
+    )
+    assert 1e-4 < relative_error(got, exact) < 1.0
+
+
+def test_temporaries_do_not_grow_with_the_inner_steps():
+    case = ridge()
+
+    def temporaries(inner_steps):
+        inner = optax.adam(0.1)
+        optimizer = hpo.DrMAD(case.problem, inner, OUTER, inner_steps=inner_steps)
+        state = optimizer.init(case.model, case.hyperparams)
+        carried, static = eqx.partition(state, eqx.is_array)
+
+        def step(carried):
+            state = eqx.combine(carried, static)
+            return arrays(optimizer.step(state, case.train, case.val))
+
+        memory = jax.jit(step).lower(carried).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    assert temporaries(1000) <= 1.05 * temporaries(10)
