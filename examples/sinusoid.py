@@ -5,20 +5,22 @@ initialisation that Reptile learns.
 
     python sinusoid.py
     python sinusoid.py --seeds 20 --first 100 --gammas 0.9 0.99 0.9999 \
-        --greedy-steps 2 3 5 10 --no-cosines
+        --greedy-steps 3 5 10
     python sinusoid.py --seeds 20
 
 An episode is thirty inner steps on each of ten new tasks. The hyperparameters move
-after each step, or, where the name of a method holds a number of steps, after so many.
-All methods see the same networks and tasks.
+after each step, or after as many as the name of a method says. All methods see the same
+networks and tasks. As in the paper, hypergradients take the momentum of the inner steps
+as given; with `--through-momentum` they go through it.
 
 The first table holds the mean squared error on new tasks after the last episode: mean
-and 95% interval over the seeds, median, difference to `T1-T2` with its interval, and
-how many seeds diverged or had a step skipped. The second one holds the cosines with the
-exact hypergradient after some inner steps of an episode with fixed hyperparameters,
-which are those that HyperDistill has reached.
+and 95% interval over the seeds, median, difference to `T1-T2` with its interval, how
+many steps were skipped, and the scale that was fitted. The second one holds cosines
+with the exact hypergradient (through the momentum) some inner steps after the start of
+an episode, with the hyperparameters that HyperDistill has reached.
 """
 
+import argparse
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -28,22 +30,22 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+import numpy as np
 import optax
 from jax import lax
-from jaxtyping import Array, Float, Int, PRNGKeyArray, Scalar
+from jaxtyping import Array, Float, PRNGKeyArray, Scalar
+from matplotlib.figure import Figure
 
 
-TASKS, TEST_TASKS, POINTS, WIDTH, HORIZON = 10, 1000, 10, 100, 30
-GREEDY_DECAY = 0.9
+TASKS, TEST_TASKS, POINTS, WIDTH, HORIZON, DECAY = 10, 1000, 10, 100, 30, 0.9
 COSINE_STEPS = (1, 3, 10, 30)
-COSINE_SEEDS = 5  # over which a cosine is averaged, at most
 FIRST_ORDER, ONE_STEP, DISTILL = "first order", "T1-T2", "HyperDistill"
+DRMAD, EXACT = f"DrMAD, {HORIZON} steps", f"exact, {HORIZON} steps"
 PUBLISHED = {  # of five runs, with 95% intervals
     FIRST_ORDER: (0.567, 0.193),
     ONE_STEP: (0.670, 0.283),
-    "Neumann": (0.502, 0.146),
-    "DrMAD": (1.086, 0.176),
-    DISTILL: (0.327, 0.052),
+    f"{DISTILL} 0.9": (0.327, 0.052),
+    DRMAD: (1.086, 0.176),
 }
 
 
@@ -77,11 +79,15 @@ class Net(eqx.Module):
 
 
 class Course(NamedTuple):
-    """What a method learned: `nets[k]` after `k` episodes."""
-
-    nets: Net
-    skipped: Int[Array, "*seeds"]
+    nets: Net  # at the start and after each episode
+    skipped: Array
     memory: hpo.Memory
+
+
+class Row(NamedTuple):
+    errors: Float[np.ndarray, " seeds"]
+    skipped: int
+    scale: float
 
 
 def split(net: Net) -> tuple[Net, Net]:
@@ -96,56 +102,59 @@ def loss(model: Net, hyperparams: Net, batch: Points, key: None) -> Scalar:
     return jnp.mean((jax.vmap(net)(batch.x) - batch.y) ** 2)
 
 
-def draw_tasks(key: PRNGKeyArray, tasks: int) -> Tasks:
+def draw_tasks(key: PRNGKeyArray, shape: tuple[int, ...]) -> Tasks:
     keys = jr.split(key, 3)
-    amplitude = jr.uniform(keys[0], (tasks, 1, 1), minval=0.1, maxval=5.0)
-    phase = jr.uniform(keys[1], (tasks, 1, 1), maxval=jnp.pi)
-    x = jr.uniform(keys[2], (3, tasks, POINTS, 1), minval=-5.0, maxval=5.0)
+    amplitude = jr.uniform(keys[0], (*shape, 1, 1), minval=0.1, maxval=5.0)
+    phase = jr.uniform(keys[1], (*shape, 1, 1), maxval=jnp.pi)
+    x = jr.uniform(keys[2], (3, *shape, POINTS, 1), minval=-5.0, maxval=5.0)
     return Tasks(*map(Points, x, amplitude * jnp.sin(x - phase)))
 
 
-ARGS = (hpo.Problem(loss, loss), optax.sgd(0.01, momentum=0.9), optax.adam(1e-3))
+@eqx.filter_jit
+@eqx.filter_vmap(in_axes=(0, None))
+def draw(seed: Array, episodes: int) -> tuple[Net, Tasks, Tasks]:
+    """A network, the tasks of each episode, and those of the test."""
+    keys = jr.split(jr.key(seed), 3)
+    train = draw_tasks(keys[1], (episodes, TASKS))
+    return Net(keys[0]), train, draw_tasks(keys[2], (TEST_TASKS,))
+
+
+def make_args(through_momentum: bool) -> tuple[Any, ...]:
+    sgd = optax.sgd(0.01, momentum=0.9)
+
+    def update(gradient, state, params=None):
+        return sgd.update(gradient, lax.stop_gradient(state), params)
+
+    held = optax.GradientTransformation(sgd.init, update)
+    inner = sgd if through_momentum else held
+    return hpo.Problem(loss, loss), inner, optax.adam(1e-3)
 
 
 def make_methods(
-    gammas: Sequence[float], greedy_steps: Sequence[int]
+    gammas: Sequence[float], greedy_steps: Sequence[int], through_momentum: bool
 ) -> dict[str, hpo.AbstractBilevelOptimizer]:
-    whole: dict[str, Any] = dict(inner_steps=HORIZON)
-    greedy = {
-        f"greedy, {steps} steps": hpo.Greedy(
-            *ARGS, inner_steps=steps, decay=GREEDY_DECAY
-        )
-        for steps in greedy_steps
-    }
-    distill = {
-        f"{DISTILL} {gamma}": hpo.HyperDistill(*ARGS, horizon=HORIZON, decay=gamma)
-        for gamma in gammas
-    }
-    return {
-        FIRST_ORDER: hpo.FirstOrder(*ARGS),
-        ONE_STEP: hpo.T1T2(*ARGS),
-        **greedy,
-        **distill,
-        f"DrMAD, {HORIZON} steps": hpo.DrMAD(*ARGS, **whole),
-        f"exact, {HORIZON} steps": hpo.Unrolled(*ARGS, **whole),
-    }
+    args = make_args(through_momentum)
+    methods = {FIRST_ORDER: hpo.FirstOrder(*args), ONE_STEP: hpo.T1T2(*args)}
+    for steps in greedy_steps:
+        greedy = hpo.Greedy(*args, inner_steps=steps, decay=DECAY)
+        methods[f"greedy, {steps} steps"] = greedy
+    for gamma in gammas:
+        distill = hpo.HyperDistill(*args, horizon=HORIZON, decay=gamma)
+        methods[f"{DISTILL} {gamma}"] = distill
+    methods[DRMAD] = hpo.DrMAD(*args, inner_steps=HORIZON)
+    methods[EXACT] = hpo.Unrolled(*args, inner_steps=HORIZON)
+    return methods
 
 
 @eqx.filter_jit
-@eqx.filter_vmap(in_axes=(None, 0, None))
-def learn(
-    method: hpo.AbstractBilevelOptimizer, key: PRNGKeyArray, episodes: int
-) -> Course:
+@eqx.filter_vmap(in_axes=(None, 0, 0))
+def learn(method: hpo.AbstractBilevelOptimizer, net: Net, episodes: Tasks) -> Course:
     learner = hpo.MetaLearner(method, TASKS, horizon=HORIZON)
-    net_key, key, _ = jr.split(key, 3)
-    net = Net(net_key)
     hyperparams, model = split(net)
-    tasks = draw_tasks(key, TASKS)
-    state = learner.init(model, hyperparams, train=tasks.train, val=tasks.val)
+    first = jtu.tree_map(lambda x: x[0], episodes)
+    state = learner.init(model, hyperparams, train=first.train, val=first.val)
 
-    def run_episode(state, number):
-        tasks = draw_tasks(jr.fold_in(key, number), TASKS)
-
+    def run_episode(state, tasks):
         def step(state, _):
             state = learner.step(state, tasks.train, tasks.val)
             return state, state.skipped > 0
@@ -153,70 +162,157 @@ def learn(
         steps = HORIZON // learner.inner_steps
         state, skipped = lax.scan(step, state, length=steps)
         net = eqx.combine(learner.initialisation(state), state.hyperparams)
-        return state, (net, jnp.sum(skipped))
+        return state, (net, skipped)
 
-    state, (nets, skipped) = lax.scan(run_episode, state, jnp.arange(episodes))
+    state, (nets, skipped) = lax.scan(run_episode, state, episodes)
     nets = jtu.tree_map(lambda x, y: jnp.concatenate([x[None], y]), net, nets)
     return Course(nets, jnp.sum(skipped), state.memory)
 
 
 @eqx.filter_jit
-def evaluate(nets: Net, keys: PRNGKeyArray) -> Float[Array, " seeds"]:
+def evaluate(nets: Net, tests: Tasks) -> Float[Array, " seeds"]:
     """The mean squared error on new tasks, after the inner steps."""
-    trainer = hpo.FirstOrder(*ARGS, inner_steps=HORIZON)
+    trainer = hpo.FirstOrder(*make_args(True), inner_steps=HORIZON)
     learner = hpo.MetaLearner(trainer, TEST_TASKS, horizon=HORIZON)
 
-    def error(net_and_key):
-        net, key = net_and_key
+    def error(net_and_tasks):
+        net, tasks = net_and_tasks
         hyperparams, model = split(net)
-        tasks = draw_tasks(jr.split(key, 3)[2], TEST_TASKS)
         state = learner.init(model, hyperparams)
         return learner.step(state, tasks.train, tasks.test).metrics.val_loss
 
-    return lax.map(error, (nets, keys))
+    return lax.map(error, (nets, tests))
 
 
 @eqx.filter_jit
-@eqx.filter_vmap(in_axes=(0, 0, 0, None, None))
-def cosines(
-    net: Net, key: PRNGKeyArray, scale: Scalar, gamma: float, inner_steps: int
+@eqx.filter_vmap(in_axes=(0, 0, None, 0))
+def compare(
+    net: Net, tests: Tasks, inner_steps: int, scale: Scalar
 ) -> dict[str, Scalar]:
-    """With the exact hypergradient after `inner_steps` from the start."""
+    """Cosines with the exact hypergradient after some steps from the start."""
     hyperparams, model = split(net)
-    tasks = draw_tasks(jr.split(key, 3)[2], TASKS)
-    steps: dict[str, Any] = dict(inner_steps=inner_steps)
-    exact, *others = (
-        _flat(
-            learner.compute_hypergradient(
-                learner.init(model, hyperparams, train=tasks.train),
-                tasks.train,
-                tasks.val,
-            )
+    train, val, _ = jtu.tree_map(lambda x: x[:TASKS], tests)
+    args, held = make_args(True), make_args(False)
+    options: dict[str, Any] = dict(inner_steps=inner_steps)
+    methods = {
+        FIRST_ORDER: hpo.FirstOrder(*args, **options),
+        ONE_STEP: hpo.T1T2(*args, **options),
+        "greedy": hpo.Greedy(*args, **options, decay=DECAY),
+        DISTILL: hpo.HyperDistill(*args, **options, decay=DECAY, scale=scale),
+        "exact, momentum given": hpo.Unrolled(*held, **options),
+    }
+
+    def hypergradient(method):
+        learner = hpo.MetaLearner(method, TASKS, horizon=inner_steps)
+        state = learner.init(model, hyperparams, train=train)
+        x = learner.compute_hypergradient(state, train, val)
+        return jnp.concatenate([x.ravel() for x in jtu.tree_leaves(x)])
+
+    exact = hypergradient(hpo.Unrolled(*args, **options))
+    unit = exact / jnp.linalg.norm(exact)
+    found = {name: hypergradient(method) for name, method in methods.items()}
+    return {name: jnp.vdot(x, unit) / jnp.linalg.norm(x) for name, x in found.items()}
+
+
+def mean_and_interval(values: np.ndarray) -> tuple[float, float]:
+    std = np.std(values, ddof=min(1, len(values) - 1))
+    return float(np.mean(values)), float(1.96 * std / len(values) ** 0.5)
+
+
+def print_table(rows: dict[str, Row]) -> None:
+    print(f"{'':20}{'mean':>15}{'median':>9}{'to T1-T2':>16}{'skipped':>9}{'scale':>8}")
+    for name, row in rows.items():
+        mean, interval = mean_and_interval(row.errors)
+        change, width = mean_and_interval(row.errors - rows[ONE_STEP].errors)
+        print(
+            f"{name:20}{mean:9.3f}±{interval:5.3f}{np.median(row.errors):9.3f}"
+            f"{change:10.3f}±{width:5.3f}{row.skipped:9}{row.scale:8.2f}"
         )
-        for learner in (
-            hpo.MetaLearner(method, TASKS, horizon=inner_steps)
-            for method in (
-                hpo.Unrolled(*ARGS, **steps),
-                hpo.FirstOrder(*ARGS, **steps),
-                hpo.T1T2(*ARGS, **steps),
-                hpo.Greedy(*ARGS, **steps, decay=GREEDY_DECAY),
-                hpo.HyperDistill(*ARGS, **steps, decay=gamma, scale=scale),
-            )
+
+
+def compute_cosines(course: Course, tests: Tasks) -> dict[int, dict[str, list[float]]]:
+    """After some numbers of episodes; means over the seeds."""
+    scale = course.memory.lasting
+    last = jtu.tree_leaves(course.nets)[0].shape[1] - 1
+    stages = {}
+    for stage in sorted({0, last // 3, last}):
+        nets = jtu.tree_map(lambda x: x[:, stage], course.nets)
+        found = [compare(nets, tests, steps, scale) for steps in COSINE_STEPS]
+        stages[stage] = {
+            name: [float(jnp.mean(x[name])) for x in found] for name in found[0]
+        }
+    return stages
+
+
+def draw_figure(rows: dict[str, Row], stages: dict[int, Any], path: str) -> None:
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    errors, *others = figure.subplots(1, 3, width_ratios=[1.5, 1, 1])
+    places = np.arange(len(rows))
+    means = np.array([mean_and_interval(row.errors) for row in rows.values()]).T
+    errors.errorbar(means[0], places, xerr=means[1], fmt="o", label="here")
+    published = np.array([PUBLISHED.get(name, (np.nan, np.nan)) for name in rows]).T
+    style: dict[str, Any] = dict(fmt="s", mfc="none", alpha=0.6, label="published")
+    errors.errorbar(published[0], places + 0.25, xerr=published[1], **style)
+    medians = [np.median(row.errors) for row in rows.values()]
+    errors.plot(medians, places, "k|", markersize=12, label="median here")
+    errors.set_yticks(places, list(rows))
+    errors.invert_yaxis()
+    errors.set(xlabel="mean squared error on new tasks", xlim=(0, 1.5))
+    errors.legend(frameon=False)
+    for axes, stage in zip(others, (min(stages), max(stages))):
+        for name, values in stages[stage].items():
+            axes.plot(COSINE_STEPS, values, "o-", label=name)
+        axes.set(xscale="log", ylim=(-0.05, 1.05), title=f"after {stage} episodes")
+        axes.set_xticks(COSINE_STEPS, [str(x) for x in COSINE_STEPS])
+        axes.set(xlabel="inner steps", ylabel="cosine with the exact hypergradient")
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    others[0].legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=100)
+
+
+def main(
+    *,
+    seeds: int = 3,
+    first: int = 0,
+    episodes: int = 30,
+    gammas: Sequence[float] = (0.9,),
+    greedy_steps: Sequence[int] = (3,),
+    through_momentum: bool = False,
+    figure: str = "sinusoid.png",
+) -> dict[str, Row]:
+    nets, train, test = draw(jnp.arange(first, first + seeds), episodes)
+    rows, stages = {}, {}
+    for name, method in make_methods(gammas, greedy_steps, through_momentum).items():
+        course = learn(method, nets, train)
+        last = jtu.tree_map(lambda x: x[:, -1], course.nets)
+        scale = course.memory.lasting
+        rows[name] = Row(
+            errors=np.asarray(evaluate(last, test)),
+            skipped=int(jnp.sum(course.skipped)),
+            scale=np.nan if scale is None else float(jnp.mean(scale)),
         )
-    )
-    direct = others[0]
-    out = {}
-    for name, x in zip((FIRST_ORDER, ONE_STEP, "greedy", DISTILL), others):
-        out[name] = _cos(x, exact)
-        out[name + " ind"] = _cos(x - direct, exact - direct)
-        out[name + " r"] = jnp.linalg.norm(x - direct) / jnp.linalg.norm(exact - direct)
-    out["share"] = jnp.linalg.norm(exact - direct) / jnp.linalg.norm(direct)
-    return out
+        if name == f"{DISTILL} {DECAY}":
+            stages = compute_cosines(course, test)
+    print_table(rows)
+    for stage, cosines in stages.items():
+        print(f"\n{f'after {stage} episodes':24}", end="")
+        print("".join(f"{f't = {t}':>8}" for t in COSINE_STEPS))
+        for name, values in cosines.items():
+            print(f"{name:24}" + "".join(f"{x:8.2f}" for x in values))
+    if len(stages) > 0:
+        draw_figure(rows, stages, figure)
+        print(f"\nThe errors and the cosines are in {figure}.")
+    return rows
 
 
-def _cos(x, y):
-    return jnp.vdot(x, y) / jnp.linalg.norm(x) / jnp.linalg.norm(y)
-
-
-def _flat(tree):
-    return jnp.concatenate([x.ravel() for x in jtu.tree_leaves(tree)])
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--episodes", type=int, default=30)
+    parser.add_argument("--gammas", type=float, nargs="+", default=(0.9,))
+    parser.add_argument("--greedy-steps", type=int, nargs="+", default=(3,))
+    parser.add_argument("--through-momentum", action="store_true")
+    parser.add_argument("--figure", default="sinusoid.png", help="file to write")
+    main(**vars(parser.parse_args()))

@@ -1,9 +1,10 @@
-"""Time, compile time and temporary memory of a `Greedy` step against plain training.
+"""Time, compile time and temporary memory of a step of each algorithm, against plain
+training.
 
-    python tests/benchmarks/greedy.py
+    python tests/benchmarks/algorithms.py
 
 An MLP 784-256-10 with one weight for each of 5000 examples, full batches, momentum, and
-500 validation examples.
+500 validation examples. Time is in plain training steps for each inner step.
 """
 
 import statistics
@@ -55,15 +56,14 @@ def make_workload() -> tuple[PyTree, PyTree, PyTree, PyTree]:
     return model, jnp.full(EXAMPLES, 0.5), train, val
 
 
-def compile_step(inner_steps: int):
+def compile_step(optimizer: hpo.AbstractBilevelOptimizer):
     """A step, compiled, with its arguments and the seconds that this took."""
     model, hyperparams, train, val = make_workload()
-    optimizer = hpo.Greedy(PROBLEM, INNER, OUTER, inner_steps=inner_steps)
-    state = optimizer.init(model, hyperparams)
-    arrays, static = eqx.partition((state, train, val), eqx.is_array)
+    state = optimizer.init(model, hyperparams, train=train)
+    arrays, static = eqx.partition((optimizer, state, train, val), eqx.is_array)
 
     def step(arrays):
-        state, train, val = eqx.combine(arrays, static)
+        optimizer, state, train, val = eqx.combine(arrays, static)
         return eqx.filter(optimizer.step(state, train, val), eqx.is_array)
 
     start = time.perf_counter()
@@ -91,25 +91,46 @@ def compile_training(inner_steps: int):
     return jax.jit(run).lower(carry).compile(), carry
 
 
-def temporaries(compiled) -> int:
-    return compiled.memory_analysis().temp_size_in_bytes
-
-
 def seconds(compiled, arguments) -> float:
     start = time.perf_counter()
     jax.block_until_ready(compiled(arguments))
     return time.perf_counter() - start
 
 
-def main() -> None:
-    for inner_steps in (10, 1000):
-        compiled, _, elapsed = compile_step(inner_steps)
-        megabytes = temporaries(compiled) / 1e6
-        print(f"T = {inner_steps}: {megabytes:.1f} MB, compiled in {elapsed:.2f} s")
-    step, state, _ = compile_step(10)
-    training, carry = compile_training(10)
-    ratios = [seconds(step, state) / seconds(training, carry) for _ in range(15)]
-    print(f"A step over ten plain training steps: {statistics.median(ratios):.2f}")
+def make_optimizers() -> dict[str, hpo.AbstractBilevelOptimizer]:
+    args = (PROBLEM, INNER, OUTER)
+    return {
+        "T1T2, 1": hpo.T1T2(*args),
+        "T1T2, 10": hpo.T1T2(*args, inner_steps=10),
+        "Greedy, 10": hpo.Greedy(*args, inner_steps=10),
+        "Greedy, 1000": hpo.Greedy(*args, inner_steps=1000),
+        "HyperDistill, 1": hpo.HyperDistill(*args, scale=1.0),
+        "DrMAD, 10": hpo.DrMAD(*args, inner_steps=10),
+        "DrMAD, 1000": hpo.DrMAD(*args, inner_steps=1000),
+        "Unrolled, 10": hpo.Unrolled(*args, inner_steps=10),
+    }
+
+
+def main(repeats: int = 9) -> None:
+    print(f"{'algorithm, inner steps':26}{'time':>8}{'MB':>8}{'compile, s':>12}")
+    training, carry = compile_training(1)
+    print(f"{'':26}{1:8.2f}{temporaries(training):8.1f}")
+    for name, optimizer in make_optimizers().items():
+        step, arguments, elapsed = compile_step(optimizer)
+        line = f"{name:26}{{:>8}}{temporaries(step):8.1f}{elapsed:12.2f}"
+        if optimizer.inner_steps > 10:
+            print(line.format(""))
+            continue
+        plain, carry = compile_training(optimizer.inner_steps)
+        ratios = [
+            seconds(step, arguments) / seconds(plain, carry) for _ in range(repeats)
+        ]
+        print(line.format(f"{statistics.median(ratios):.2f}"))
+
+
+def temporaries(compiled) -> float:
+    """In megabytes."""
+    return compiled.memory_analysis().temp_size_in_bytes / 1e6
 
 
 if __name__ == "__main__":
