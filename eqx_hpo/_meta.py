@@ -190,7 +190,7 @@ class MetaLearner(AbstractBilevelOptimizer):
         return _Start(now, jnp.array(True)), known & due
 
     def _mean_estimate(self, levels, inner, hyperparams, memory):
-        def estimate(task, train, val, axis=AXIS):
+        def estimate(task, train, val, axis: str | None = AXIS):
             frozen, key, inner, episode = task
             of_task = dataclasses.replace(
                 levels, frozen=frozen, train=train, val=val, key=key, axis=axis

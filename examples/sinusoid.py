@@ -66,10 +66,8 @@ class Net(eqx.Module):
 
     def __init__(self, key: PRNGKeyArray):
         keys = jr.split(key, 4)
-        sizes = (1, WIDTH, WIDTH, WIDTH)
-        self.shared = [
-            eqx.nn.Linear(*args, key=key) for *args, key in zip(sizes, sizes[1:], keys)
-        ]
+        sizes = zip((1, WIDTH, WIDTH), (WIDTH, WIDTH, WIDTH), keys)
+        self.shared = [eqx.nn.Linear(n, m, key=key) for n, m, key in sizes]
         self.last = eqx.nn.Linear(WIDTH, 1, key=keys[3])
 
     def __call__(self, x: Float[Array, "1"]) -> Float[Array, "1"]:
@@ -122,8 +120,8 @@ def draw(seed: Array, episodes: int) -> tuple[Net, Tasks, Tasks]:
 def make_args(through_momentum: bool) -> tuple[Any, ...]:
     sgd = optax.sgd(0.01, momentum=0.9)
 
-    def update(gradient, state, params=None):
-        return sgd.update(gradient, lax.stop_gradient(state), params)
+    def update(updates, state, params=None):
+        return sgd.update(updates, lax.stop_gradient(state), params)
 
     held = optax.GradientTransformation(sgd.init, update)
     inner = sgd if through_momentum else held
@@ -258,7 +256,7 @@ def draw_figure(rows: dict[str, Row], stages: dict[int, Any], path: str) -> None
     errors.set_yticks(places, list(rows))
     errors.invert_yaxis()
     errors.set(xlabel="mean squared error on new tasks", xlim=(0, 1.5))
-    errors.legend(frameon=False)
+    errors.legend(frameon=False, loc="upper right")
     for axes, stage in zip(others, (min(stages), max(stages))):
         for name, values in stages[stage].items():
             axes.plot(COSINE_STEPS, values, "o-", label=name)

@@ -147,18 +147,16 @@ class AbstractBilevelOptimizer(eqx.Module):
         inner = start_inner(self.inner, self.tasks, plain, model, model_state)
         levels = self._levels(model, train, val, jnp.array(0), key)
         levels, first = first_task_level(levels, inner, self.tasks)
-        aux = None
-        if self.problem.has_aux and train is not None and val is not None:
-            with checks.explain_missing_key(levels, first, plain):
-                aux = checks.empty_aux(levels, first, plain)
+        aux = checks.empty_aux(levels, first, plain)
         batch = checks.train_batch_shapes(levels)
-        raw, _ = partition_raw(hyperparams)
         nan = float_scalar(jnp.nan)
         return BilevelState(
             model=model,
             hyperparams=hyperparams,
             inner_opt_state=inner.opt_state,
-            outer_opt_state=as_device_arrays(self.outer.init(raw)),
+            outer_opt_state=as_device_arrays(
+                self.outer.init(partition_raw(hyperparams)[0])
+            ),
             memory=as_device_arrays(self.init_memory(first, plain, batch)),
             model_state=model_state,
             step=jnp.zeros((), int),
@@ -256,10 +254,8 @@ class AbstractBilevelOptimizer(eqx.Module):
         """
         model = replicate(as_device_arrays(model), self.tasks)
         check_same_structure("model", model, state.model, "the model of `state`")
-        if model_state is None:
-            model_state = state.model_state
-        else:
-            model_state = replicate(as_device_arrays(model_state), self.tasks)
+        given = replicate(as_device_arrays(model_state), self.tasks)
+        model_state = state.model_state if model_state is None else given
         plain = unwrap(state.hyperparams)
         inner = start_inner(self.inner, self.tasks, plain, model, model_state)
         episode = jtu.tree_map(jnp.zeros_like, state.memory.episode)

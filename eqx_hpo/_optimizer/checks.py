@@ -158,11 +158,14 @@ def _runs(levels, inner, hyperparams) -> bool:
     return True
 
 
-def empty_aux(
-    levels: Levels, inner: InnerState, hyperparams: Hyperparams
-) -> tuple[Any, Any]:
-    """The `aux` of both losses, filled with zeros."""
-    (_, train_aux), (_, val_aux) = _reports(levels, inner, hyperparams)
+def empty_aux(levels: Levels, inner: InnerState, hyperparams: Hyperparams) -> Any:
+    """The `aux` of both losses, filled with zeros; `None` if there is none, or if there
+    are no data to find it with."""
+    given = [len(jtu.tree_leaves(x)) > 0 for x in (levels.train, levels.val)]
+    if not (levels.problem.has_aux and all(given)):
+        return None
+    with explain_missing_key(levels, inner, hyperparams):
+        (_, train_aux), (_, val_aux) = _reports(levels, inner, hyperparams)
     zeros = lambda x: jnp.zeros(x.shape, x.dtype)
     return jtu.tree_map(zeros, (train_aux, val_aux))
 
