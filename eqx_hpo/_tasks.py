@@ -62,9 +62,7 @@ def first_batches(batches: AbstractBatches, tasks: int | None) -> AbstractBatche
     return jtu.tree_map(take, batches)
 
 
-def check_task_axis(name: str, batches: PyTree, tasks: int | None) -> None:
-    if tasks is None:
-        return
+def check_task_axis(name: str, batches: AbstractBatches, tasks: int) -> None:
     axis = task_axis(batches)
     for path, x in jtu.tree_leaves_with_path(eqx.filter(batches, eqx.is_array_like)):
         shape = jnp.shape(x)

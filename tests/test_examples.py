@@ -238,3 +238,37 @@ def test_real_mnist(example):
     data = example("image_data").load("mnist", folder=SHARED, size=1000)
     assert data.train.images.shape == (1000, 28, 28, 1)
     assert set(data.val.labels.tolist()) == set(range(10))
+
+
+@pytest.mark.slow
+def test_sinusoid(example, tmp_path, capsys, monkeypatch):
+    sinusoid = example("sinusoid")
+    for name, value in {"TEST_TASKS": 10, "WIDTH": 8, "COSINE_STEPS": (1,)}.items():
+        monkeypatch.setattr(sinusoid, name, value)
+    figure = tmp_path / "figure.png"
+    rows = sinusoid.main(seeds=2, episodes=1, figure=str(figure))
+    assert figure.stat().st_size > 10_000
+    for row in rows.values():
+        assert row.errors.shape == (2,)
+        assert np.all(np.isfinite(row.errors))
+    assert rows[f"{sinusoid.DISTILL} {sinusoid.DECAY}"].scale > 0
+    printed = capsys.readouterr().out
+    assert "exact" in printed and "after 1 episodes" in printed
+
+
+@pytest.mark.slow
+def test_hyper_cleaning_cosines(example, tmp_path):
+    main = example("hyper_cleaning_cosines").main
+    figure = tmp_path / "figure.png"
+    means = main(size=20, val_size=20, steps=1, seeds=1, figure=str(figure))
+    assert figure.stat().st_size > 10_000
+    assert list(means) == [
+        "T1-T2",
+        "Greedy 0.9",
+        "HyperDistill 0.5",
+        "HyperDistill 0.9",
+        "DrMAD",
+    ]
+    for cosines in means.values():
+        assert np.all(np.abs(cosines) <= 1.001)
+    assert means["DrMAD"][0] > means["T1-T2"][0]

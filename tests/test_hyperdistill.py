@@ -143,15 +143,13 @@ def _fit_in_numpy(theta, hyperparams, decay, horizon, rate=0.1, momentum=0.9):
         path.append(path[-1] - rate * trace)
     curvature = lambda w: STRENGTH / np.cosh(w - hyperparams) ** 2
     alpha = path[-1] - TARGET
-    a_theta, a_trace = alpha, np.zeros(3)
+    adjoint = alpha
     exact, average, xs, ys = np.zeros(3), None, [], []
     for u in range(1, horizon + 1):
         t = horizon - u + 1
         point = (1 - (t - 1) / horizon) * path[0] + (t - 1) / horizon * path[-1]
-        # theta' = theta - rate trace', trace' = momentum trace + gradient
-        total = a_trace - rate * a_theta
-        exact = exact - total * curvature(point)
-        a_theta, a_trace = a_theta + total * curvature(point), momentum * total
+        exact = exact + adjoint * rate * curvature(point)
+        adjoint = adjoint * (1 - rate * curvature(point))
         if decay < 1:
             keep = (1 - decay ** (u - 1)) / (1 - decay**u)
             factor = (1 - decay**u) / (1 - decay)

@@ -92,7 +92,8 @@ def fit_scale(
 
     Trains for `horizon` steps from `inner`, then walks back on the line: $v_u$ is the
     product at the distilled past of the last $u$ points, of direction $f_u$, and $g_u$
-    that of reverse mode through all of them. `past` is any, for its structure.
+    that of reverse mode through all of them; both are means over the tasks, if there
+    are any. `past` is any, for its structure.
     """
     end, _ = levels.run(inner, hyperparams, 0, horizon)
     last = jnp.asarray(horizon - 1)
@@ -103,22 +104,27 @@ def fit_scale(
     alpha = tree_scale(jnp.where(norm > 0, 1 / norm, 0), alpha)
 
     def back(carry, _):
-        index, cotangent, exact, past, xy, xx = carry
+        index, adjoint, exact, past, xy, xx = carry
         point = point_on_line(inner, end, index, horizon)
+        # Through the weights alone (A is their derivative): the state of the optimiser
+        # is held fixed, as it is in v.
+        cotangent = end_cotangent(end, adjoint)
         cotangent, product = pull_back(levels, point, hyperparams, cotangent, index)
-        exact = tree_add(exact, product)
+        adjoint = (cotangent.params, cotangent.model_state)
+        exact = tree_add(exact, levels.mean_over_tasks(product))
         mass = 1 + decay * past.mass
         past = _take_up(levels, past, point.params, past.mass / mass, mass, index)
         (v,) = pull_back_at(levels, past, point, hyperparams, index)(alpha)
+        v = levels.mean_over_tasks(v)
         # The norm of v cancels in the product of the two.
         xy = xy + mass * tree_dot(v, exact)
         xx = xx + (mass * tree_norm(v)) ** 2
-        return (index - 1, cotangent, exact, past, xy, xx), None
+        return (index - 1, adjoint, exact, past, xy, xx), None
 
     zeros = jtu.tree_map(jnp.zeros_like, eqx.filter(hyperparams, eqx.is_inexact_array))
     past = jtu.tree_map(jnp.zeros_like, past)
     sums = (jnp.zeros(()), jnp.zeros(()))
-    carry = (last, end_cotangent(end, alpha), zeros, past, *sums)
+    carry = (last, alpha, zeros, past, *sums)
     (*_, xy, xx), _ = lax.scan(back, carry, length=horizon, unroll=unroll)
     return xy, xx
 

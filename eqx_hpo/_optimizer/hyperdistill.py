@@ -37,15 +37,17 @@ class HyperDistill(AbstractBilevelOptimizer):
     is the whole episode, while memory is $O(P + H)$ and one batch. A step costs a
     training gradient, a validation gradient and one product.
 
-    The scale $s$ is fitted by least squares to what [`eqx_hpo.DrMAD`][] finds on
-    `horizon` inner steps from where the model is. This is done in the first step, and
-    again once in `estimation_period * horizon` inner steps. It takes `horizon` training
-    gradients on the way there and, on the way back, two more with two products for
-    each. It sees the batches that `train` gives for so many steps: fresh ones from
-    [`eqx_hpo.Minibatch`][], the same one again from plain arrays.
+    The scale $s$ is fitted by least squares to reverse mode over `horizon` inner steps
+    from where the model is, on the straight line between their first and last weights,
+    as in [`eqx_hpo.DrMAD`][] but with the state of the inner optimiser held fixed. This
+    is done in the first step, and again once in `estimation_period * horizon` inner
+    steps. It takes `horizon` training gradients on the way there and, on the way back,
+    two more with two products for each. It sees the batches that `train` gives for so
+    many steps: fresh ones from [`eqx_hpo.Minibatch`][], the same one again from plain
+    arrays.
 
     An episode begins with `init` and with each `restart`; the scale lives on. Within
-    [`eqx_hpo.MetaLearner`][] it is fitted to all tasks at once.
+    [`eqx_hpo.MetaLearner`][] it is fitted to the mean over the tasks.
 
     ??? cite "Reference"
 
@@ -136,7 +138,7 @@ class HyperDistill(AbstractBilevelOptimizer):
             )
 
         skip = lambda: (jnp.zeros(()), jnp.zeros(()))
-        xy, xx = levels.mean_over_tasks(lax.cond(any_mapped(due), fit, skip))
+        xy, xx = lax.cond(any_mapped(due), fit, skip)
         found = due & jnp.isfinite(xy / xx)
         kept = jnp.where(due & jnp.isnan(old) & (xx == 0), 0, old)
         return jnp.where(found, xy / xx, kept)
