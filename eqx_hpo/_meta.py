@@ -98,7 +98,9 @@ class MetaLearner(AbstractBilevelOptimizer):
             `inner_steps` of `optimizer`. With the same number of `inner_steps` the
             hyperparameters move once an episode.
         - `reptile`: the rate $\eta$ of the initialisation, from 0 to 1. With 0 or
-            `None` all episodes start from the model given to `init`.
+            `None` all episodes start from the model given to `init`: better where
+            tasks have little in common but the hyperparameters, as classes in random
+            order.
         """
         check_positive_int("tasks", tasks)
         check_positive_int("horizon", horizon)

@@ -10,7 +10,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import Array, PyTree, Shaped
+from jaxtyping import Array, Shaped
 
 from ._custom_types import Key
 from ._data import AbstractBatches, Stacked

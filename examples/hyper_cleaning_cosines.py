@@ -16,8 +16,14 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from hyper_cleaning import INNER_STEPS, make_net, make_problem, Problem
-from hyper_cleaning import train_loss, val_loss
+from hyper_cleaning import (
+    INNER_STEPS,
+    make_net,
+    make_problem,
+    Problem,
+    train_loss,
+    val_loss,
+)
 from image_data import NAMES
 from jaxtyping import Float
 from matplotlib.figure import Figure

@@ -37,6 +37,8 @@ _SOURCES = {
     ),
 }
 
+_CHARACTERS = "pass as `folder` (`--folder`) a local folder with `omniglot_small1.npz`"
+
 NAMES = ("digits", *_SOURCES)
 
 
@@ -72,6 +74,29 @@ def load(
     else:
         rest, test = _download(name)
     return _split(rest, test, size, np.random.default_rng(seed))
+
+
+def load_characters(
+    folder: str | pathlib.Path | None = None,
+) -> Float32[np.ndarray, "characters drawings height width"]:
+    """Loads Omniglot: handwritten characters, 20 drawings of each, bright on dark.
+
+    **Arguments:**
+
+    - `folder`: where `omniglot_small1.npz` is, with `images` and `labels`. Without it
+        the 964 characters of the "background" part are downloaded from Hugging Face.
+
+    **Returns:** the drawings, of 28x28 pixels between 0 and 1.
+    """
+    if folder is not None:
+        with np.load(pathlib.Path(folder) / "omniglot_small1.npz") as arrays:
+            images, labels = arrays["images"], arrays["labels"]
+    else:
+        part = _load_dataset("dpdl-benchmark/omniglot", None, _CHARACTERS)["train"]
+        small = [image.convert("L").resize((28, 28)) for image in part["image"]]
+        images, labels = 255 - np.stack([np.asarray(x) for x in small]), part["label"]
+    order = np.argsort(np.asarray(labels), kind="stable")
+    return np.asarray(images[order], np.float32).reshape(-1, 20, 28, 28) / 255
 
 
 def _split(
@@ -151,20 +176,7 @@ def _read_idx(name: str, path: pathlib.Path) -> np.ndarray:
 
 def _download(name: str) -> tuple[Images, Images]:
     source = _SOURCES[name]
-    try:
-        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
-    except ImportError as e:
-        raise SystemExit(
-            f"To download `{name}`, `pip install 'eqx_hpo[datasets]'`; or "
-            f"{_advise(name)}."
-        ) from e
-    try:
-        parts = load_dataset(source.repository, revision=source.revision)
-    except Exception as e:
-        raise SystemExit(
-            f"Could not download `{source.repository}` ({type(e).__name__}): check the "
-            f"connection, or {_advise(name)}."
-        ) from e
+    parts = _load_dataset(source.repository, source.revision, _advise(name))
     train, test = (
         _as_images(
             np.stack([np.asarray(image) for image in part[source.image_column]]),
@@ -173,3 +185,20 @@ def _download(name: str) -> tuple[Images, Images]:
         for part in (parts["train"], parts["test"])
     )
     return train, test
+
+
+def _load_dataset(repository: str, revision: str | None, advice: str) -> Any:
+    try:
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
+    except ImportError as e:
+        raise SystemExit(
+            f"To download `{repository}`, `pip install 'eqx_hpo[datasets]'`; or "
+            f"{advice}."
+        ) from e
+    try:
+        return load_dataset(repository, revision=revision)
+    except Exception as e:
+        raise SystemExit(
+            f"Could not download `{repository}` ({type(e).__name__}): check the "
+            f"connection, or {advice}."
+        ) from e

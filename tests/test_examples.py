@@ -115,6 +115,7 @@ def test_feature_selection(example, tmp_path, monkeypatch):
     assert top_k.kept < dense.kept
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_architecture(example, tmp_path, capsys):
     figure = tmp_path / "figure.png"
@@ -272,3 +273,25 @@ def test_hyper_cleaning_cosines(example, tmp_path):
     for cosines in means.values():
         assert np.all(np.abs(cosines) <= 1.001)
     assert means["DrMAD"][0] > means["T1-T2"][0]
+
+
+@pytest.mark.slow
+def test_few_shot(example, tmp_path, capsys, monkeypatch):
+    """On noise instead of characters, one pattern for each."""
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(0, 200, (60, 1, 28, 28))
+    images = patterns + rng.integers(0, 50, (60, 20, 28, 28))
+    path = tmp_path / "omniglot_small1.npz"
+    labels = np.repeat(np.arange(60), 20)
+    np.savez(path, images=images.reshape(-1, 28, 28).astype(np.uint8), labels=labels)
+    few_shot = example("few_shot")
+    for name in ("VAL_TASKS", "TEST_TASKS", "CHUNK"):
+        monkeypatch.setattr(few_shot, name, 4)
+    figure = tmp_path / "figure.png"
+    few_shot.main(
+        folder=str(tmp_path), horizon=5, episodes=5, seeds=2, figure=str(figure)
+    )
+    assert figure.stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    for name in (few_shot.FIRST_ORDER, few_shot.ONE_STEP, few_shot.DISTILL):
+        assert name in printed

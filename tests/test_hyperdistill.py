@@ -215,7 +215,9 @@ def test_the_scale_is_fitted_when_due_and_lives_on():
     assert changes == [6, 12]
 
 
-@pytest.mark.parametrize("tasks, seeds", [(None, None), (3, 2)])
+@pytest.mark.parametrize(
+    "tasks, seeds", [(3, 2), pytest.param(None, None, marks=pytest.mark.slow)]
+)
 def test_one_product_a_step_and_a_fit_only_when_due(tasks, seeds):
     case, rule, horizon = logistic(), CountingRule(), 4
     optimizer = hpo.HyperDistill(

@@ -43,7 +43,15 @@ def _same(left, right, tolerance=1e-12):
     return relative_error(left, right) < tolerance
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "t1t2",
+        "hyperdistill",
+        pytest.param("greedy", marks=pytest.mark.slow),
+        pytest.param("unrolled", marks=pytest.mark.slow),
+    ],
+)
 def test_one_task_is_the_plain_algorithm(name):
     plain = ALGORITHMS[name]
     optimizer = hpo.MetaLearner(plain, 1, horizon=HORIZON, reptile=None)
@@ -61,7 +69,9 @@ def test_one_task_is_the_plain_algorithm(name):
         assert _same(state.metrics, expected.metrics)
 
 
-@pytest.mark.parametrize("name", ["greedy", "unrolled"])
+@pytest.mark.parametrize(
+    "name", ["greedy", pytest.param("unrolled", marks=pytest.mark.slow)]
+)
 def test_the_hypergradient_is_the_mean_over_the_tasks(name):
     plain, case = ALGORITHMS[name], ridge()
     optimizer = hpo.MetaLearner(plain, 3, horizon=HORIZON)
@@ -76,7 +86,10 @@ def test_the_hypergradient_is_the_mean_over_the_tasks(name):
     assert _same(got, jtu.tree_map(lambda *x: sum(x) / 3, *parts))
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("float64", 1e-12)])
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [("float64", 1e-12), pytest.param("float32", 1e-6, marks=pytest.mark.slow)],
+)
 def test_tasks_over_devices_equal_those_on_one(dtype, tolerance):
     cast = lambda tree: jtu.tree_map(lambda x: jnp.asarray(x, dtype), tree)
     plain = hpo.HyperDistill(PROBLEM, SGD, SGD, horizon=HORIZON)
