@@ -3,7 +3,7 @@ train image is tuned on a clean validation set.
 
     python hyper_cleaning.py
     python hyper_cleaning.py --dataset fashion_mnist --size 1000 --val-size 1000 \
-        --steps 50 --seeds 3
+        --steps 200 --seeds 5
 
 The problem of Generalized Greedy (table 2): ten steps of training from the start, then
 one update of the weights, again and again. The start is the same one each time, which
