@@ -95,7 +95,7 @@ class CountingRule(hpo.AbstractSecondOrder):
             return inner(params, rest, args)
 
         def forward(params, rest, args):
-            return jax.vjp(lambda *x: inner(*x, args), params, rest)
+            return jax.vjp(lambda p, r: inner(p, r, args), params, rest)
 
         def backward(pullback, cotangents):
             jax.debug.callback(lambda: self._counts.append(None))

@@ -43,6 +43,7 @@ def test_quickstart(example, tmp_path, capsys):
     assert np.allclose(again.noise, tuned.noise)
 
 
+@pytest.mark.slow
 def test_quickstart_seeds(example, capsys, monkeypatch):
     quickstart_seeds = example("quickstart_seeds")
     assert set(quickstart_seeds.STARTS) == {"good", "too weak", "too strong"}

@@ -144,7 +144,7 @@ def _fit_in_numpy(theta, hyperparams, decay, horizon, rate=0.1, momentum=0.9):
     curvature = lambda w: STRENGTH / np.cosh(w - hyperparams) ** 2
     alpha = path[-1] - TARGET
     adjoint = alpha
-    exact, average, xs, ys = np.zeros(3), None, [], []
+    exact, average, xs, ys = np.zeros(3), np.zeros(3), [], []
     for u in range(1, horizon + 1):
         t = horizon - u + 1
         point = (1 - (t - 1) / horizon) * path[0] + (t - 1) / horizon * path[-1]
@@ -155,7 +155,7 @@ def _fit_in_numpy(theta, hyperparams, decay, horizon, rate=0.1, momentum=0.9):
             factor = (1 - decay**u) / (1 - decay)
         else:
             keep, factor = (u - 1) / u, u
-        average = point if u == 1 else keep * average + (1 - keep) * point
+        average = keep * average + (1 - keep) * point
         v = alpha * rate * curvature(average)
         xs.append(np.linalg.norm(v) * factor)
         ys.append(v @ exact / np.linalg.norm(v))
