@@ -83,6 +83,7 @@ def test_greedy_cosines(example, monkeypatch):
     assert mean["momentum"]["both"] > 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_hyper_cleaning(example, tmp_path, capsys):
     hyper_cleaning = example("hyper_cleaning")
@@ -101,6 +102,7 @@ def test_hyper_cleaning(example, tmp_path, capsys):
             assert row.auc > 0.7 and row.cosines[0] > 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_feature_selection(example, tmp_path, monkeypatch):
     feature_selection = example("feature_selection")
