@@ -42,7 +42,10 @@ class MetaLearner(AbstractBilevelOptimizer):
 
     Each task has its own weights, inner optimiser state and batches, with a leading
     axis for the tasks in `state.model`, in `train` and in `val`. The hypergradient is
-    the mean over the tasks. The loss is that of a single task.
+    the mean over the tasks. The loss is that of a single task, and so is the model
+    that `init` and `restart` take: the initialisation. A task has its own
+    [`eqx_hpo.Minibatch`][] by `eqx.filter_vmap(lambda x: hpo.Minibatch(x, 8))(data)`;
+    in [`eqx_hpo.Stacked`][] the axis of the tasks comes after that of the inner steps.
 
     ```python
     optimizer = hpo.MetaLearner(

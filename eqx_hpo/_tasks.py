@@ -46,7 +46,7 @@ def task_axis(batches: AbstractBatches) -> int:
     return 1 if isinstance(batches, Stacked) else 0
 
 
-def task_keys(key: Key, tasks: int) -> Shaped[Array, " tasks"] | None:
+def task_keys(key: Key, tasks: int) -> Shaped[Array, "tasks ..."] | None:
     """A key for each task; of a single task, the key itself."""
     if key is None or tasks == 1:
         return None if key is None else key[None]

@@ -4,7 +4,7 @@ Those are the hyperparameters; each task trains the last layer, from a shared
 initialisation that Reptile learns.
 
     python sinusoid.py
-    python sinusoid.py --seeds 20 --first 100 --gammas 0.5 0.8 0.9 0.99 0.9999
+    python sinusoid.py --seeds 20 --first 100 --gammas 0.8 0.9 0.99 0.9999
     python sinusoid.py --seeds 20
 
 An episode is thirty inner steps on each of ten new tasks. The hyperparameters move

@@ -75,6 +75,19 @@ def hand_unrolled(problem, inner, model, hyperparams, train, val, steps):
     return jax.jit(jax.grad(loss))(raw)
 
 
+def step_temporaries(optimizer, state, case) -> int:
+    """The temporary memory of a step, in bytes."""
+    carried, static = eqx.partition(state, eqx.is_array)
+
+    def step(carried):
+        state = eqx.combine(carried, static)
+        return arrays(optimizer.step(state, case.train, case.val))
+
+    memory = jax.jit(step).lower(carried).compile().memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
+
+
 class CountingRule(hpo.AbstractSecondOrder):
     """Reverse mode that counts how many second-order products were computed."""
 

@@ -6,7 +6,7 @@ import optax
 import pytest
 from eqx_hpo._hyperparameter import partition_raw
 
-from .helpers import arrays, relative_error
+from .helpers import relative_error, step_temporaries
 from .problems import logistic, ridge
 
 
@@ -111,14 +111,6 @@ def test_temporaries_do_not_grow_with_the_inner_steps():
         inner = optax.adam(0.1)
         optimizer = hpo.DrMAD(case.problem, inner, OUTER, inner_steps=inner_steps)
         state = optimizer.init(case.model, case.hyperparams)
-        carried, static = eqx.partition(state, eqx.is_array)
-
-        def step(carried):
-            state = eqx.combine(carried, static)
-            return arrays(optimizer.step(state, case.train, case.val))
-
-        memory = jax.jit(step).lower(carried).compile().memory_analysis()
-        assert memory is not None
-        return memory.temp_size_in_bytes
+        return step_temporaries(optimizer, state, case)
 
     assert temporaries(1000) <= 1.05 * temporaries(10)

@@ -8,7 +8,7 @@ import optax
 import pytest
 from eqx_hpo._hyperparameter import partition_raw
 
-from .helpers import arrays, relative_error
+from .helpers import relative_error, step_temporaries
 from .problems import logistic, ridge
 
 
@@ -181,16 +181,7 @@ def test_temporaries_and_traces_do_not_grow_with_the_inner_steps():
         inner = optax.sgd(0.1, momentum=0.9)
         optimizer = hpo.Greedy(problem, inner, OUTER, inner_steps=inner_steps)
         state = optimizer.init(case.model, case.hyperparams)
-        carried, static = eqx.partition(state, eqx.is_array)
-
-        def step(carried):
-            state = eqx.combine(carried, static)
-            return arrays(optimizer.step(state, case.train, case.val))
-
-        compiled = jax.jit(step).lower(carried).compile()
-        memory = compiled.memory_analysis()
-        assert memory is not None
-        return memory.temp_size_in_bytes
+        return step_temporaries(optimizer, state, case)
 
     few = compile_step(10)
     traces_few, traces = traces, 0

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from .helpers import arrays, CountingRule, relative_error
+from .helpers import arrays, CountingRule, relative_error, step_temporaries
 from .problems import logistic, ridge
 
 
@@ -252,15 +252,7 @@ def test_temporaries_do_not_grow_with_the_horizon():
             case.problem, optax.adam(0.1), OUTER, horizon=horizon
         )
         state = optimizer.init(case.model, case.hyperparams, train=case.train)
-        carried, static = eqx.partition(state, eqx.is_array)
-
-        def step(carried):
-            state = eqx.combine(carried, static)
-            return arrays(optimizer.step(state, case.train, case.val))
-
-        memory = jax.jit(step).lower(carried).compile().memory_analysis()
-        assert memory is not None
-        return memory.temp_size_in_bytes
+        return step_temporaries(optimizer, state, case)
 
     assert temporaries(1000) <= 1.05 * temporaries(10)
 

@@ -44,7 +44,12 @@ class HyperDistill(AbstractBilevelOptimizer):
     steps. It takes `horizon` training gradients on the way there and, on the way back,
     two more with two products for each. It sees the batches that `train` gives for so
     many steps: fresh ones from [`eqx_hpo.Minibatch`][], the same one again from plain
-    arrays.
+    arrays. A fit that is not finite leaves the scale as it was; the first one makes the
+    step a skipped one.
+
+    A new example takes the place that it had in its batch; a number of examples that is
+    not whole is rounded up or down at random. Arrays without a leading axis in common
+    count as a single example.
 
     An episode begins with `init` and with each `restart`; the scale lives on. Within
     [`eqx_hpo.MetaLearner`][] it is fitted to the mean over the tasks.
