@@ -24,13 +24,17 @@ from ._hyperparameter import (
     unwrap as unwrap,
 )
 from ._levels import Levels as Levels
+from ._linear_solver import Neumann as Neumann, Nystrom as Nystrom
 from ._meta import MetaLearner as MetaLearner
 from ._optimizer import (
     AbstractBilevelOptimizer as AbstractBilevelOptimizer,
     DrMAD as DrMAD,
     FirstOrder as FirstOrder,
+    ForwardMode as ForwardMode,
     Greedy as Greedy,
     HyperDistill as HyperDistill,
+    Implicit as Implicit,
+    ImplicitReport as ImplicitReport,
     T1T2 as T1T2,
     Unrolled as Unrolled,
 )

@@ -1,13 +1,14 @@
 """Type aliases shared by the whole package."""
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 
 Batch: TypeAlias = PyTree[Any]
+Checkpoint: TypeAlias = Literal["step", "nested"] | None
 FloatScalar: TypeAlias = Float[Array, ""]
 Hyperparams: TypeAlias = PyTree[Any]
 IntScalar: TypeAlias = Int[Array, ""]

@@ -6,6 +6,8 @@ inner state and in the hyperparameters; `update` by the second-order rule.
 """
 
 import dataclasses
+import functools as ft
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +22,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from ._custom_types import (
     Batch,
+    Checkpoint,
     FloatScalar,
     Hyperparams,
     InnerOptimiser,
@@ -131,25 +134,56 @@ class Levels(eqx.Module):
         return match_dtypes(InnerState(params, opt_state, model_state), state)
 
     def run(
-        self, state: InnerState, hyperparams: Hyperparams, start: int, stop: int
+        self,
+        state: InnerState,
+        hyperparams: Hyperparams,
+        start: int,
+        stop: int,
+        checkpoint: Checkpoint = None,
     ) -> tuple[InnerState, tuple[FloatScalar, Any]]:
         """The inner steps `start` to `stop` of this call, at least one.
+
+        **Arguments:**
+
+        - `state`, `hyperparams`: as those of `update`.
+        - `start`, `stop`: which inner steps.
+        - `checkpoint`: what reverse mode keeps of them, as in [`eqx_hpo.Unrolled`][].
 
         **Returns:** the inner state after them, and the report of the last one.
         """
         if stop - start == 1:
             return self.update(state, hyperparams, jnp.asarray(start))
-        report = jax.eval_shape(
-            lambda: self.update(state, hyperparams, jnp.asarray(start))[1]
-        )
-        report = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), report)
+        # A loop keeps XLA from merging what is computed again with the first time.
+        loops = self.unroll < stop - start
+        recompute = ft.partial(jax.checkpoint, prevent_cse=not loops)
 
-        def body(carry, index):
+        def step(carry, index):
             return self.update(carry[0], hyperparams, index), None
 
+        def segment(carry, steps):
+            body = step if checkpoint is None else recompute(step)
+            return lax.scan(body, carry, steps, unroll=self.unroll)
+
+        carry = (state, self.empty_report(state, hyperparams))
         steps = jnp.arange(start, stop)
-        carry, _ = lax.scan(body, (state, report), steps, unroll=self.unroll)
+        if checkpoint == "nested":
+            length = math.isqrt(len(steps))
+            whole = len(steps) // length * length
+            segments = steps[:whole].reshape(-1, length)
+            carry, _ = lax.scan(recompute(segment), carry, segments)
+            steps = steps[whole:]
+        if len(steps) > 0:
+            carry, _ = segment(carry, steps)
         return carry
+
+    def empty_report(
+        self, state: InnerState, hyperparams: Hyperparams
+    ) -> tuple[FloatScalar, Any]:
+        """Zeros in the structure of what `update` reports."""
+        report = jax.eval_shape(
+            lambda: self.update(state, hyperparams, jnp.array(0))[1]
+        )
+        return jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), report)
 
     def validate(
         self, state: InnerState, hyperparams: Hyperparams, index: IntScalar

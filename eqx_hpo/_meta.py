@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 from ._custom_types import Batch, Hyperparams, InnerOptimiser, Model
 from ._levels import inner_init, Levels
@@ -26,6 +26,7 @@ from ._tasks import (
     task_axis,
     task_keys,
 )
+from ._windows import at_start
 
 
 class _Start(eqx.Module):
@@ -80,7 +81,8 @@ class MetaLearner(AbstractBilevelOptimizer):
     outer: optax.GradientTransformation
     second_order: AbstractSecondOrder
     inner_steps: int = eqx.field(static=True)
-    unroll: int = eqx.field(static=True)
+    unroll: int | None = eqx.field(static=True)
+    sharing: int | None = eqx.field(static=True)
     through_update: bool = eqx.field(static=True)
     val_at_each_step: bool = eqx.field(static=True)
 
@@ -124,6 +126,7 @@ class MetaLearner(AbstractBilevelOptimizer):
         self.second_order = optimizer.second_order
         self.inner_steps = optimizer.inner_steps
         self.unroll = optimizer.unroll
+        self.sharing = optimizer.sharing
         self.through_update = optimizer.through_update
         self.val_at_each_step = optimizer.val_at_each_step
 
@@ -153,6 +156,9 @@ class MetaLearner(AbstractBilevelOptimizer):
         episode = (start, replicate(memory.episode, self.tasks))
         return Memory(episode=episode, lasting=memory.lasting)
 
+    def init_diagnostics(self) -> PyTree:
+        return self.optimizer.init_diagnostics()
+
     def estimate(
         self,
         levels: Levels,
@@ -170,7 +176,8 @@ class MetaLearner(AbstractBilevelOptimizer):
             params, model_state = replicate(
                 (start.inner.params, start.inner.model_state), self.tasks
             )
-            opt_state = inner_init(self.inner, self.tasks, hyperparams)(params)
+            first = at_start(hyperparams, self.sharing)
+            opt_state = inner_init(self.inner, self.tasks, first)(params)
             fresh = match_dtypes(InnerState(params, opt_state, model_state), inner)
             return fresh, jtu.tree_map(jnp.zeros_like, past)
 
@@ -205,7 +212,7 @@ class MetaLearner(AbstractBilevelOptimizer):
             )
             (train_loss, train_aux), (val_loss, val_aux) = x.train, x.val
             means = of_task.mean_over_tasks((x.hypergradient, train_loss, val_loss))
-            own = (x.inner, x.memory.episode, train_aux, val_aux)
+            own = (x.inner, x.memory.episode, train_aux, val_aux, x.diagnostics)
             return own, (x.memory.lasting, means)
 
         keys = task_keys(levels.key, self.tasks)
@@ -223,7 +230,7 @@ class MetaLearner(AbstractBilevelOptimizer):
                 out_axes=(eqx.if_array(0), None),
                 axis_name=AXIS,
             )(task, levels.train, levels.val)
-        inner, episode, train_aux, val_aux = own
+        inner, episode, train_aux, val_aux, diagnostics = own
         lasting, (hypergradient, train_loss, val_loss) = shared
         return Estimate(
             inner=inner,
@@ -231,4 +238,5 @@ class MetaLearner(AbstractBilevelOptimizer):
             hypergradient=hypergradient,
             train=(train_loss, train_aux),
             val=(val_loss, val_aux),
+            diagnostics=diagnostics,
         )

@@ -41,6 +41,13 @@ def tree_mix(left: PyTree, right: PyTree, weight: Float[Array, ""]) -> PyTree:
     return tree_add(tree_scale(weight, left), tree_scale(1 - weight, right))
 
 
+def tree_fix(tree: PyTree) -> PyTree:
+    """The same tree, not differentiated."""
+    return jtu.tree_map(
+        lambda x: lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, tree
+    )
+
+
 def tree_where(pred: Bool[Array, ""], true: PyTree, false: PyTree) -> PyTree:
     return jtu.tree_map(lambda t, f: jnp.where(pred, t, f), true, false)
 
@@ -117,6 +124,11 @@ def depends_on(fn: Callable[[PyTree], PyTree], x: PyTree) -> bool:
     probe.defvjp(forward, lambda _, cotangent: (cotangent,), symbolic_zeros=True)
     jax.eval_shape(lambda x: jax.vjp(lambda x: probe(fn(x)), x)[0], x)
     return any(perturbed)
+
+
+def holds_convolution(fn: Callable[..., PyTree], *args: PyTree) -> bool:
+    """Whether a function of pytrees of arrays computes a convolution somewhere."""
+    return "conv_general_dilated" in str(jax.make_jaxpr(fn)(*args))
 
 
 def check_same_structure(name: str, got: PyTree, expected: PyTree, what: str) -> None:

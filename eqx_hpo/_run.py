@@ -23,8 +23,8 @@ from ._discrete import has_discrete, without_noise
 from ._feed import Feed
 from ._hyperparameter import unwrap
 from ._jit import filter_jit, filter_jit_donating_first
-from ._misc import check_same_structure
-from ._optimizer import AbstractBilevelOptimizer
+from ._misc import check_same_structure, holds_convolution
+from ._optimizer import AbstractBilevelOptimizer, failed_solve
 from ._solution import (
     as_history,
     compare_discretised,
@@ -141,6 +141,9 @@ class Run:
         self.skipped = skipped
         if result == RESULTS.successful and self.has_failed():
             result = RESULTS.nonfinite
+        solve = failed_solve(self.state.metrics.diagnostics)
+        if result == RESULTS.successful and solve is not None:
+            result = solve
         # The next step draws its noise anew anyhow.
         hyperparams = without_noise(self.state.hyperparams)
         self.state = eqx.tree_at(lambda s: s.hyperparams, self.state, hyperparams)
@@ -223,7 +226,7 @@ def _can_loop(optimizer, state, train, val, key) -> bool:
         optimizer, state, train, val = eqx.combine(arrays, static)
         return eqx.filter(optimizer.step(state, train, val, key=key), eqx.is_array)
 
-    return "conv_general_dilated" not in str(jax.make_jaxpr(step)(arrays, key))
+    return not holds_convolution(step, arrays, key)
 
 
 def _advance(

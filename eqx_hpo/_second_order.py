@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from ._custom_types import FloatScalar
 from ._misc import tree_add, tree_norm
@@ -65,11 +65,7 @@ class ReverseOverReverse(AbstractSecondOrder):
     """
 
     def differentiate(self, loss: LossFn) -> GradientFn:
-        def gradient(params, rest, args):
-            args = lax.stop_gradient(args)
-            return _gradient(loss, params, rest, args)
-
-        return _drop_dead_cotangents(gradient)
+        return _drop_dead_cotangents(PlainGradient().differentiate(loss))
 
 
 class ForwardOverReverse(AbstractSecondOrder):
@@ -138,6 +134,18 @@ FiniteDifference.__init__.__doc__ = """**Arguments:**
 """
 
 
+class PlainGradient(AbstractSecondOrder):
+    """No rule: the gradient as JAX differentiates it, forward mode included, which a
+    custom VJP would not allow. Nothing is done about cotangents that are not finite.
+    """
+
+    def differentiate(self, loss: LossFn) -> GradientFn:
+        def gradient(params, rest, args):
+            return _gradient(loss, params, rest, lax.stop_gradient(args))
+
+        return gradient
+
+
 def _gradient(loss: LossFn, params: PyTree, rest: PyTree, args: PyTree):
     (value, (carried, report)), grad = jax.value_and_grad(loss, has_aux=True)(
         params, rest, args
@@ -196,7 +204,7 @@ def _drop_dead_cotangents(gradient_fn: GradientFn) -> GradientFn:
         return grad
 
     def forward(grad):
-        return grad, jtu.tree_map(_square_underflows, grad)
+        return grad, jtu.tree_map(square_underflows, grad)
 
     def backward(dead, cotangents):
         drop = lambda d, c: jnp.where(d & ~jnp.isfinite(c), 0, c)
@@ -211,6 +219,7 @@ def _drop_dead_cotangents(gradient_fn: GradientFn) -> GradientFn:
     return gradient
 
 
-def _square_underflows(x):
+def square_underflows(x: Array) -> Array:
+    """Where a training gradient is so small that Adam's second moment stays zero."""
     # Adam keeps (1 - b2) * g**2: leave room for that factor.
     return jnp.square(jnp.abs(x)) * jnp.finfo(x.dtype).eps == 0

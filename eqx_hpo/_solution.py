@@ -34,6 +34,13 @@ class RESULTS(lx.RESULTS):  # pyright: ignore
         "An iterator of batches ended before the last step. Pass an iterable that can "
         "be started again, such as a data loader, to go through it many times."
     )
+    indefinite = (
+        "The Hessian of the train loss has negative curvature at the weights that the "
+        "inner steps reached, so these are no minimum and the implicit hypergradient "
+        "may point anywhere. Likely causes: too few inner steps (`gradient_norm` in "
+        "the report says how far training is from its end), a loss without weight "
+        "decay, or a small train batch. Add `damping`, or use `Unrolled` or `DrMAD`."
+    )
 
 
 class Record(eqx.Module):

@@ -19,6 +19,8 @@ class Metrics(eqx.Module):
     - `hypergradient_norm`: the Euclidean norm of the hypergradient over all `raw`
         arrays.
     - `aux`: `(train_aux, val_aux)` with `Problem(..., has_aux=True)`, else `None`.
+    - `diagnostics`: what the algorithm says of its estimate: an
+        [`eqx_hpo.ImplicitReport`][] of [`eqx_hpo.Implicit`][], else `None`.
 
     NaN before the first step. A skipped step reports the values that caused it.
     """
@@ -27,6 +29,7 @@ class Metrics(eqx.Module):
     val_loss: Float[Array, ""]
     hypergradient_norm: Float[Array, ""]
     aux: Any
+    diagnostics: Any = None
 
 
 class Memory(eqx.Module):
@@ -99,6 +102,7 @@ class Estimate(eqx.Module):
     - `hypergradient`: an estimate of $dC_2/d\lambda$, shaped like the unwrapped
         hyperparameters, `None` where a leaf is not an inexact array.
     - `train`, `val`: the last `(loss, aux)` of each level.
+    - `diagnostics`: what goes into `state.metrics.diagnostics`.
     """
 
     inner: InnerState
@@ -106,6 +110,7 @@ class Estimate(eqx.Module):
     hypergradient: Hyperparams
     train: tuple[FloatScalar, Any]
     val: tuple[FloatScalar, Any]
+    diagnostics: Any = None
 
 
 def float_scalar(x: Any) -> Float[Array, ""]:

@@ -1,7 +1,13 @@
 from .base import AbstractBilevelOptimizer as AbstractBilevelOptimizer
 from .drmad import DrMAD as DrMAD
 from .first_order import FirstOrder as FirstOrder
+from .forward_mode import ForwardMode as ForwardMode
 from .greedy import Greedy as Greedy
 from .hyperdistill import HyperDistill as HyperDistill
+from .implicit import (
+    failed_solve as failed_solve,
+    Implicit as Implicit,
+    ImplicitReport as ImplicitReport,
+)
 from .t1t2 import T1T2 as T1T2
 from .unrolled import Unrolled as Unrolled

@@ -1,11 +1,12 @@
 """The interface of every algorithm: `init`, `step`, `compute_hypergradient`, `restart`.
 
-They are implemented once, here. An algorithm fills two slots: `estimate` (move the
-inner level and estimate the hypergradient) and `init_memory` (what it carries from step
-to step).
+They are implemented once, here. An algorithm fills three slots: `estimate` (move the
+inner level and estimate the hypergradient), `init_memory` (what it carries from step to
+step) and `init_diagnostics` (what it reports).
 """
 
 import abc
+import dataclasses
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -19,15 +20,7 @@ from .._discrete import refresh
 from .._hyperparameter import canonical, partition_raw, unwrap
 from .._jit import filter_jit
 from .._levels import first_task_level, inner_init, Levels, start_inner
-from .._misc import (
-    as_device_arrays,
-    check_same_structure,
-    match_dtypes,
-    tree_all_finite,
-    tree_norm,
-    tree_where,
-)
-from .._outer import outer_update
+from .._misc import as_device_arrays, check_same_structure
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder
 from .._state import (
@@ -39,7 +32,9 @@ from .._state import (
     Metrics,
 )
 from .._tasks import replicate
+from .._windows import at_start
 from . import checks
+from .accept import accept
 
 
 class AbstractBilevelOptimizer(eqx.Module):
@@ -56,8 +51,9 @@ class AbstractBilevelOptimizer(eqx.Module):
         hyperparameters.
     - `second_order`: the rule for derivatives of the training gradient.
     - `inner_steps`: the number of inner steps in a call of `step`.
-    - `unroll`: how many inner steps a compiled loop holds in its body. A full unroll
-        avoids that convolutions run slowly inside loops on CPUs, and compiles longer.
+    - `unroll`: how many inner steps a compiled loop holds in its body. By default one;
+        on CPUs, where convolutions run many times slower inside loops, all of them
+        (up to 64) if a loss holds a convolution. A full unroll compiles longer.
     """
 
     problem: eqx.AbstractVar[Problem]
@@ -65,13 +61,15 @@ class AbstractBilevelOptimizer(eqx.Module):
     outer: eqx.AbstractVar[optax.GradientTransformation]
     second_order: eqx.AbstractVar[AbstractSecondOrder]
     inner_steps: eqx.AbstractVar[int]
-    unroll: eqx.AbstractVar[int]
+    unroll: eqx.AbstractVar[int | None]
     # Whether the estimate has a part that goes through the inner update.
     through_update: eqx.AbstractVar[bool]
     # Whether the validation loss is taken after each inner step, or after the last.
     val_at_each_step: eqx.AbstractVar[bool]
     # How many tasks the models and the data are for, or `None`: no task axis.
     tasks: eqx.AbstractVar[int | None]
+    # How many inner steps share an entry of the hyperparameters, or `None`: no windows.
+    sharing: eqx.AbstractVar[int | None]
 
     def __check_init__(self):
         checks.check_settings(self.inner, self.outer, self.inner_steps, self.unroll)
@@ -89,6 +87,11 @@ class AbstractBilevelOptimizer(eqx.Module):
         - `batch`: a train batch, with `jax.ShapeDtypeStruct`s in place of arrays, or
             `None` where `init` was given none.
         """
+
+    @abc.abstractmethod
+    def init_diagnostics(self) -> PyTree:
+        """What `state.metrics.diagnostics` holds before the first step, of the
+        structure that `Estimate.diagnostics` has; `None` for none."""
 
     @abc.abstractmethod
     def estimate(
@@ -144,12 +147,16 @@ class AbstractBilevelOptimizer(eqx.Module):
             as_device_arrays((model, model_state)), self.tasks
         )
         plain = unwrap(hyperparams)
-        inner = start_inner(self.inner, self.tasks, plain, model, model_state)
+        start = at_start(plain, self.sharing)
+        inner = start_inner(self.inner, self.tasks, start, model, model_state)
         levels = self._levels(model, train, val, jnp.array(0), key)
         levels, first = first_task_level(levels, inner, self.tasks)
-        aux = checks.empty_aux(levels, first, plain)
+        aux = checks.empty_aux(levels, first, start)
         batch = checks.train_batch_shapes(levels)
         nan = float_scalar(jnp.nan)
+        reports = replicate(
+            (aux, as_device_arrays(self.init_diagnostics())), self.tasks
+        )
         return BilevelState(
             model=model,
             hyperparams=hyperparams,
@@ -161,7 +168,7 @@ class AbstractBilevelOptimizer(eqx.Module):
             model_state=model_state,
             step=jnp.zeros((), int),
             skipped=jnp.zeros((), int),
-            metrics=Metrics(nan, nan, nan, replicate(aux, self.tasks)),
+            metrics=Metrics(nan, nan, nan, *reports),
         )
 
     @filter_jit
@@ -189,35 +196,8 @@ class AbstractBilevelOptimizer(eqx.Module):
         **Returns:** a new state; the old one stays valid.
         """
         estimate, gradient, hyperparams = self._estimate(state, train, val, key)
-        raw, constants = partition_raw(hyperparams)
-        raw, outer_opt_state = outer_update(
-            self.outer, gradient, state.outer_opt_state, raw
-        )
-
-        losses = (estimate.train[0], estimate.val[0])
-        norm = tree_norm(gradient)  # finite if all of the gradient is, and only then
-        finite = tree_all_finite((losses, norm, estimate.inner.params, raw))
-        params, frozen = eqx.partition(state.model, eqx.is_inexact_array)
-        old_inner = InnerState(params, state.inner_opt_state, state.model_state)
-        arrays, fixed = eqx.partition(state.hyperparams, eqx.is_array)
-        old = (old_inner, (arrays, state.outer_opt_state), state.memory)
-        arrays = eqx.filter(eqx.combine(raw, constants), eqx.is_array)
-        new = (estimate.inner, (arrays, outer_opt_state), estimate.memory)
-        inner, (arrays, outer_opt_state), memory = tree_where(
-            finite, match_dtypes(new, old), old
-        )
-        report = [float_scalar(x) for x in (*losses, norm)]
-        aux = (estimate.train[1], estimate.val[1]) if self.problem.has_aux else None
-        return BilevelState(
-            model=eqx.combine(inner.params, frozen),
-            hyperparams=eqx.combine(arrays, fixed),
-            inner_opt_state=inner.opt_state,
-            outer_opt_state=outer_opt_state,
-            memory=memory,
-            model_state=inner.model_state,
-            step=state.step + 1,
-            skipped=jnp.where(finite, 0, state.skipped + 1),
-            metrics=Metrics(report[0], report[1], report[2], aux),
+        return accept(
+            state, estimate, hyperparams, gradient, self.outer, self.problem.has_aux
         )
 
     @filter_jit
@@ -256,7 +236,7 @@ class AbstractBilevelOptimizer(eqx.Module):
         check_same_structure("model", model, state.model, "the model of `state`")
         given = replicate(as_device_arrays(model_state), self.tasks)
         model_state = state.model_state if model_state is None else given
-        plain = unwrap(state.hyperparams)
+        plain = at_start(unwrap(state.hyperparams), self.sharing)
         inner = start_inner(self.inner, self.tasks, plain, model, model_state)
         episode = jtu.tree_map(jnp.zeros_like, state.memory.episode)
         return eqx.tree_at(
@@ -277,12 +257,15 @@ class AbstractBilevelOptimizer(eqx.Module):
             state.inner_opt_state,
             state.model_state,
         )
-        init = inner_init(self.inner, self.tasks, plain)
+        start = at_start(plain, self.sharing)
+        init = inner_init(self.inner, self.tasks, start)
         checks.check_state(state, init, self.outer, raw)
         one_task = first_task_level(levels, inner, self.tasks)
-        with checks.explain_missing_key(*one_task, plain):
+        with checks.explain_missing_key(*one_task, start):
+            if self.unroll is None and checks.loops_slowly(*one_task, start):
+                levels = dataclasses.replace(levels, unroll=min(self.inner_steps, 64))
             estimate = self.estimate(levels, inner, plain, state.memory)
-        checks.warn_if_independent(*one_task, plain, self.through_update)
+        checks.warn_if_independent(*one_task, start, self.through_update)
         (gradient,) = pullback(estimate.hypergradient)
         return estimate, gradient, hyperparams
 
@@ -296,5 +279,5 @@ class AbstractBilevelOptimizer(eqx.Module):
             val=as_batches(val, "val", self.inner_steps),
             position=step * self.inner_steps,
             key=key,
-            unroll=self.unroll,
+            unroll=self.unroll or 1,
         )

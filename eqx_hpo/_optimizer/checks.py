@@ -17,14 +17,19 @@ from jaxtyping import Array, PyTree
 from .._custom_types import Batch, Hyperparams, Model
 from .._hyperparameter import is_hyperparameter
 from .._levels import Levels
-from .._misc import check_same_structure, depends_on
-from .._second_order import ReverseOverReverse
+from .._misc import check_same_structure, depends_on, holds_convolution
+from .._second_order import PlainGradient
 from .._state import BilevelState, InnerState
 
 
 def check_positive_int(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`{name}` must be an integer of at least 1; got {value!r}.")
+
+
+def check_not_negative_int(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"`{name}` must be an integer of at least 0; got {value!r}.")
 
 
 def as_share(name: str, value: Any) -> Array:
@@ -39,9 +44,23 @@ def as_share(name: str, value: Any) -> Array:
     return array
 
 
+def as_number(name: str, value: Any, zero: bool = True) -> Array:
+    """A number above zero, or zero if that is allowed, as a scalar array."""
+    array = jnp.asarray(value, jnp.result_type(float))
+    message = f"`{name}` must be a number {'of at least' if zero else 'above'} zero"
+    if array.shape != ():
+        raise ValueError(f"{message}; got an array of shape {array.shape}.")
+    if not isinstance(array, Tracer):
+        number = float(array)
+        if not (number > 0 or zero and number == 0) or number == float("inf"):
+            raise ValueError(f"{message}; got {value!r}.")
+    return array
+
+
 def check_settings(inner: Any, outer: Any, inner_steps: Any, unroll: Any) -> None:
     check_positive_int("inner_steps", inner_steps)
-    check_positive_int("unroll", unroll)
+    if unroll is not None:
+        check_positive_int("unroll", unroll)
     if not isinstance(outer, optax.GradientTransformation):
         raise ValueError(
             "`outer` must be an `optax.GradientTransformation`; got a "
@@ -106,7 +125,7 @@ def warn_if_independent(
     levels = eqx.tree_at(
         lambda x: x.second_order,
         levels,
-        ReverseOverReverse(),
+        PlainGradient(),
         is_leaf=lambda x: x is levels.second_order,
     )
     index = jnp.array(0)
@@ -133,6 +152,20 @@ def warn_if_independent(
     )
 
 
+def loops_slowly(levels: Levels, inner: InnerState, hyperparams: Hyperparams) -> bool:
+    """Whether this is a CPU and a loss holds a convolution, which runs many times
+    slower inside a compiled loop there
+    (https://github.com/jax-ml/jax/issues/12868)."""
+    if jax.default_backend() != "cpu":
+        return False
+    arrays, static = eqx.partition((levels, inner, hyperparams), eqx.is_array)
+
+    def reports(arrays):
+        return _reports(*eqx.combine(arrays, static))
+
+    return holds_convolution(reports, arrays)
+
+
 @contextlib.contextmanager
 def explain_missing_key(
     levels: Levels, inner: InnerState, hyperparams: Hyperparams
@@ -152,7 +185,7 @@ def explain_missing_key(
 
 def _runs(levels, inner, hyperparams) -> bool:
     try:
-        _reports(levels, inner, hyperparams)
+        jax.eval_shape(lambda: _reports(levels, inner, hyperparams))
     except Exception:
         return False
     return True
@@ -165,7 +198,9 @@ def empty_aux(levels: Levels, inner: InnerState, hyperparams: Hyperparams) -> An
     if not (levels.problem.has_aux and all(given)):
         return None
     with explain_missing_key(levels, inner, hyperparams):
-        (_, train_aux), (_, val_aux) = _reports(levels, inner, hyperparams)
+        (_, train_aux), (_, val_aux) = jax.eval_shape(
+            lambda: _reports(levels, inner, hyperparams)
+        )
     zeros = lambda x: jnp.zeros(x.shape, x.dtype)
     return jtu.tree_map(zeros, (train_aux, val_aux))
 
@@ -181,9 +216,6 @@ def _with_a_key(levels):
 
 
 def _reports(levels, inner, hyperparams):
-    def reports():
-        index = jnp.array(0)
-        train = levels.update(inner, hyperparams, index)[1]
-        return train, levels.validate(inner, hyperparams, index)
-
-    return jax.eval_shape(reports)
+    index = jnp.array(0)
+    train = levels.update(inner, hyperparams, index)[1]
+    return train, levels.validate(inner, hyperparams, index)

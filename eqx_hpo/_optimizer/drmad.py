@@ -45,7 +45,7 @@ class DrMAD(AbstractMemoryless):
     outer: optax.GradientTransformation
     second_order: AbstractSecondOrder = ForwardOverReverse()
     inner_steps: int = eqx.field(static=True, kw_only=True)
-    unroll: int = eqx.field(static=True, kw_only=True, default=1)
+    unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
     through_update: ClassVar[bool] = True
     val_at_each_step: ClassVar[bool] = False
 
@@ -69,7 +69,7 @@ class DrMAD(AbstractMemoryless):
 
         # The index is carried: an array of them would grow with the steps.
         carry = (last, end_cotangent(end, alpha), direct)
-        (_, _, total), _ = lax.scan(back, carry, length=steps, unroll=self.unroll)
+        (_, _, total), _ = lax.scan(back, carry, length=steps, unroll=levels.unroll)
         return Estimate(end, memory, total, train, val)
 
 

@@ -31,7 +31,7 @@ class FirstOrder(AbstractMemoryless):
     outer: optax.GradientTransformation
     second_order: AbstractSecondOrder = ForwardOverReverse()
     inner_steps: int = eqx.field(static=True, kw_only=True, default=1)
-    unroll: int = eqx.field(static=True, kw_only=True, default=1)
+    unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
     through_update: ClassVar[bool] = False
     val_at_each_step: ClassVar[bool] = False
 

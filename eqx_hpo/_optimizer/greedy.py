@@ -60,7 +60,7 @@ class Greedy(AbstractMemoryless):
         kw_only=True, default=None, converter=_as_optional_momentum
     )
     final_gradient: bool = eqx.field(static=True, kw_only=True, default=False)
-    unroll: int = eqx.field(static=True, kw_only=True, default=1)
+    unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
     through_update: ClassVar[bool] = True
     val_at_each_step: ClassVar[bool] = True
 
@@ -90,7 +90,7 @@ class Greedy(AbstractMemoryless):
                 lambda carry, index: (advance(carry, index)[0], None),
                 carry,
                 jnp.arange(self.inner_steps - 1),
-                unroll=self.unroll,
+                unroll=levels.unroll,
             )
         (inner, (total, _)), (train, (val, direct)) = advance(carry, last)
         return Estimate(inner, memory, tree_add(direct, total), train, val)

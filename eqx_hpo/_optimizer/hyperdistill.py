@@ -73,10 +73,11 @@ class HyperDistill(AbstractBilevelOptimizer):
         kw_only=True, default=None, converter=_as_scale
     )
     inner_steps: int = eqx.field(static=True, kw_only=True, default=1)
-    unroll: int = eqx.field(static=True, kw_only=True, default=1)
+    unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
     through_update: ClassVar[bool] = True
     val_at_each_step: ClassVar[bool] = False
     tasks: ClassVar[None] = None
+    sharing: ClassVar[None] = None
 
     def __check_init__(self):
         check_positive_int("horizon", self.horizon)
@@ -89,6 +90,9 @@ class HyperDistill(AbstractBilevelOptimizer):
         # Unknown, so that no step can be taken before it has been fitted.
         scale = jnp.array(jnp.nan) if self.scale is None else None
         return Memory(episode=empty_past(inner.params, batch), lasting=scale)
+
+    def init_diagnostics(self) -> None:
+        return None
 
     def estimate(
         self,
@@ -112,7 +116,7 @@ class HyperDistill(AbstractBilevelOptimizer):
         last = self.inner_steps - 1
         if last > 0:
             (inner, past), _ = lax.scan(
-                advance, (inner, past), jnp.arange(last), unroll=self.unroll
+                advance, (inner, past), jnp.arange(last), unroll=levels.unroll
             )
         index = jnp.asarray(last)
         past = distil(levels, past, inner.params, self.decay, index)
@@ -139,7 +143,7 @@ class HyperDistill(AbstractBilevelOptimizer):
                 memory.episode,
                 self.decay,
                 self.horizon,
-                self.unroll,
+                levels.unroll,
             )
 
         skip = lambda: (jnp.zeros(()), jnp.zeros(()))

@@ -11,9 +11,13 @@ class AbstractMemoryless(AbstractBilevelOptimizer):
     """An algorithm that carries nothing from step to step."""
 
     tasks: ClassVar[None] = None
+    sharing: ClassVar[None] = None
 
     def init_memory(
         self, inner: InnerState, hyperparams: Hyperparams, batch: Batch
     ) -> Memory:
         del inner, hyperparams, batch
         return Memory()
+
+    def init_diagnostics(self) -> None:
+        return None

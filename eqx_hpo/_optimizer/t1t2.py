@@ -41,7 +41,7 @@ class T1T2(AbstractMemoryless):
     outer: optax.GradientTransformation
     second_order: AbstractSecondOrder = ForwardOverReverse()
     inner_steps: int = eqx.field(static=True, kw_only=True, default=1)
-    unroll: int = eqx.field(static=True, kw_only=True, default=1)
+    unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
     through_update: ClassVar[bool] = True
     val_at_each_step: ClassVar[bool] = False
 
@@ -55,7 +55,8 @@ class T1T2(AbstractMemoryless):
         last = self.inner_steps - 1
         if last > 0:
             inner, _ = levels.run(inner, hyperparams, 0, last)
-        return backpropagate(levels, inner, hyperparams, last, last + 1, memory)
+        steps = (last, last + 1)
+        return backpropagate(levels, inner, hyperparams, steps, memory)
 
 
 T1T2.__init__.__doc__ = """**Arguments:** those of

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from .._custom_types import Hyperparams, InnerOptimiser
+from .._custom_types import Checkpoint, Hyperparams, InnerOptimiser
 from .._levels import Levels
 from .._misc import tree_add
 from .._problem import Problem
@@ -43,11 +43,17 @@ class Unrolled(AbstractMemoryless):
     second_order: AbstractSecondOrder = ForwardOverReverse()
     inner_steps: int = eqx.field(static=True, kw_only=True)
     truncation: int | None = eqx.field(static=True, kw_only=True, default=None)
-    unroll: int = eqx.field(static=True, kw_only=True, default=1)
+    checkpoint: Checkpoint = eqx.field(static=True, kw_only=True, default=None)
+    unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
     through_update: ClassVar[bool] = True
     val_at_each_step: ClassVar[bool] = False
 
     def __check_init__(self):
+        if self.checkpoint not in (None, "step", "nested"):
+            raise ValueError(
+                "`checkpoint` must be `None`, 'step' or 'nested'; got "
+                f"{self.checkpoint!r}."
+            )
         if self.truncation is not None:
             check_positive_int("truncation", self.truncation)
             if self.truncation > self.inner_steps:
@@ -67,15 +73,20 @@ class Unrolled(AbstractMemoryless):
         start = self.inner_steps - differentiated
         if start > 0:
             inner, _ = levels.run(inner, hyperparams, 0, start)
-        stop = self.inner_steps
-        return backpropagate(levels, inner, hyperparams, start, stop, memory)
+        steps = (start, self.inner_steps)
+        return backpropagate(levels, inner, hyperparams, steps, memory, self.checkpoint)
 
 
-Unrolled.__init__.__doc__ = """**Arguments:** besides those of
+Unrolled.__init__.__doc__ = r"""**Arguments:** besides those of
 [`eqx_hpo.AbstractBilevelOptimizer`][],
 
 - `truncation`: how many of the last inner steps are differentiated; all by default.
     The steps before them are taken as if they did not depend on the hyperparameters.
+- `checkpoint`: what is kept of the inner steps for the way back. `None`: all that the
+    way back needs. `'step'`: the inner state before each step; the rest is computed
+    again. `'nested'`: the inner state before each of $\sqrt K$ segments, whose steps
+    are taken again; memory $O(P \sqrt K)$, for one more training gradient for each
+    step. Batches are drawn again in any case, never stored.
 """
 
 
@@ -83,16 +94,17 @@ def backpropagate(
     levels: Levels,
     inner: InnerState,
     hyperparams: Hyperparams,
-    start: int,
-    stop: int,
+    steps: tuple[int, int],
     memory: Memory,
+    checkpoint: Checkpoint = None,
 ) -> Estimate:
-    """The inner steps `start` to `stop` and the validation loss after them,
-    differentiated in the hyperparameters, with the inner state before them fixed."""
-    trajectory = lambda hyperparams: levels.run(inner, hyperparams, start, stop)
+    """The inner steps from the first to (without) the second of `steps`, and the
+    validation loss after them, differentiated in the hyperparameters, with the inner
+    state before them fixed."""
+    trajectory = lambda hyperparams: levels.run(inner, hyperparams, *steps, checkpoint)
     inner, pullback, train = advance_with_pullback(trajectory, hyperparams)
     val, alpha, direct = levels.validation_gradient(
-        inner, hyperparams, jnp.asarray(stop - 1)
+        inner, hyperparams, jnp.asarray(steps[1] - 1)
     )
     (indirect,) = pullback(alpha)
     return Estimate(inner, memory, tree_add(direct, indirect), train, val)

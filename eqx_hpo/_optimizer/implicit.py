@@ -1,0 +1,267 @@
+"""Hypergradients by the implicit function theorem, through any linear solver."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from .._custom_types import Batch, Hyperparams, InnerOptimiser, IntScalar
+from .._levels import Levels
+from .._misc import tree_add, tree_dot, tree_norm, tree_scale
+from .._problem import Problem
+from .._second_order import AbstractSecondOrder, ForwardOverReverse, PlainGradient
+from .._solution import RESULTS
+from .._state import Estimate, float_scalar, InnerState, Memory
+from .base import AbstractBilevelOptimizer
+from .checks import as_number, check_not_negative_int
+
+
+class ImplicitReport(eqx.Module):
+    r"""How well the assumptions of [`eqx_hpo.Implicit`][] held in a step, in
+    `state.metrics.diagnostics`.
+
+    **Attributes:**
+
+    - `result`: that of the linear solve, an item of [`eqx_hpo.RESULTS`][];
+        `RESULTS.indefinite` if the solve succeeded but the curvature is negative.
+    - `residual`: $\lVert (H + \rho I) x - \alpha \rVert / \lVert \alpha \rVert$.
+    - `curvature`: the smallest curvature $u^\top (H + \rho I) u / u^\top u$ that was
+        seen. Below zero it proves that the model is not at a minimum.
+    - `gradient_norm`: the norm of the training gradient, zero at a minimum.
+    """
+
+    result: RESULTS
+    residual: Float[Array, ""]
+    curvature: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+
+
+class Implicit(AbstractBilevelOptimizer):
+    r"""The hypergradient at a minimum of the train loss,
+
+    $$\frac{dC_2}{d\lambda} = \frac{\partial C_2}{\partial \lambda} - x^\top
+    \frac{\partial^2 C_1}{\partial \theta \partial \lambda}, \qquad
+    (H + \rho I) \, x = \alpha = \frac{\partial C_2}{\partial \theta}, \qquad
+    H = \frac{\partial^2 C_1}{\partial \theta^2},$$
+
+    taken at the weights that `inner_steps` of training reach. It does not look at the
+    way there, so memory is $O(P + H)$, plus what the linear solver holds, and the
+    optimiser plays no part: that its learning rate or momentum be a hyperparameter is
+    refused. What it needs is convergence. `state.metrics.diagnostics` says how far
+    that is true, as an [`eqx_hpo.ImplicitReport`][]. A solve that fails does not
+    stop the run: its answer is used as long as it is finite.
+
+    The Hessian is that of the batch of the last inner step, so that with small batches
+    it is a noisy one, and may be indefinite. It is never formed unless the solver does
+    so. A model's state (`eqx.nn.State`) is held fixed.
+
+    With `inner=optax.set_to_zero()` the model stays as it is: for weights that another
+    solver has put into `state.model`.
+
+    ??? cite "References"
+
+        Pedregosa, *Hyperparameter Optimization with Approximate Gradient*, ICML 2016.
+        Lorraine et al., *Optimizing Millions of Hyperparameters by Implicit
+        Differentiation*, AISTATS 2020.
+    """
+
+    problem: Problem
+    inner: InnerOptimiser
+    outer: optax.GradientTransformation
+    second_order: AbstractSecondOrder = ForwardOverReverse()
+    inner_steps: int = eqx.field(static=True, kw_only=True)
+    linear_solver: lx.AbstractLinearSolver = eqx.field(kw_only=True)
+    damping: Float[Array, ""] = eqx.field(
+        kw_only=True, default=0.0, converter=lambda x: as_number("damping", x)
+    )
+    warm_start: bool = eqx.field(static=True, kw_only=True, default=True)
+    curvature_steps: int = eqx.field(static=True, kw_only=True, default=5)
+    unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
+    through_update: ClassVar[bool] = True
+    val_at_each_step: ClassVar[bool] = False
+    tasks: ClassVar[None] = None
+    sharing: ClassVar[None] = None
+
+    def __check_init__(self):
+        check_not_negative_int("curvature_steps", self.curvature_steps)
+        if not isinstance(self.inner, optax.GradientTransformation):
+            raise ValueError(
+                "`inner` must be an `optax.GradientTransformation` here, not a "
+                "function of the hyperparameters: a minimum of the train loss is the "
+                "same whatever optimiser found it, so a learning rate or a momentum "
+                "has no implicit hypergradient. Tune them by `Unrolled` or "
+                "`ForwardMode`."
+            )
+        if not isinstance(self.linear_solver, lx.AbstractLinearSolver):
+            raise ValueError(
+                "`linear_solver` must be a `lineax.AbstractLinearSolver`, such as "
+                "`lineax.CG(rtol=1e-3, atol=1e-3)`; got a "
+                f"{type(self.linear_solver).__name__}."
+            )
+
+    def init_memory(
+        self, inner: InnerState, hyperparams: Hyperparams, batch: Batch
+    ) -> Memory:
+        del hyperparams, batch
+        if not self.warm_start:
+            return Memory()
+        return Memory(episode=jtu.tree_map(jnp.zeros_like, inner.params))
+
+    def init_diagnostics(self) -> ImplicitReport:
+        nan = float_scalar(jnp.nan)
+        return ImplicitReport(RESULTS.successful, nan, nan, nan)  # pyright: ignore
+
+    def estimate(
+        self,
+        levels: Levels,
+        inner: InnerState,
+        hyperparams: Hyperparams,
+        memory: Memory,
+    ) -> Estimate:
+        inner, train = levels.run(inner, hyperparams, 0, self.inner_steps)
+        last = jnp.asarray(self.inner_steps - 1)
+        val, (alpha, _), direct = levels.validation_gradient(inner, hyperparams, last)
+        hessian, gradient = self._hessian(levels, inner, hyperparams, last)
+        solved = lx.linear_solve(
+            hessian,
+            alpha,
+            self.linear_solver,
+            options={"y0": memory.episode} if self.warm_start else {},
+            throw=False,
+        )
+        x = solved.value
+        _, pullback = eqx.filter_vjp(
+            lambda hyperparams: levels.gradient(inner, hyperparams, last)[0],
+            hyperparams,
+        )
+        (indirect,) = pullback(jtu.tree_map(jnp.negative, x))
+        return Estimate(
+            inner=inner,
+            memory=Memory(episode=x) if self.warm_start else memory,
+            hypergradient=tree_add(direct, indirect),
+            train=train,
+            val=val,
+            diagnostics=self._report(hessian, solved, alpha, gradient),
+        )
+
+    def _hessian(
+        self,
+        levels: Levels,
+        inner: InnerState,
+        hyperparams: Hyperparams,
+        index: IntScalar,
+    ) -> tuple[lx.AbstractLinearOperator, PyTree]:
+        """The damped Hessian of the train loss, and its gradient."""
+        levels = dataclasses.replace(levels, second_order=PlainGradient())
+
+        def at(params):
+            state = dataclasses.replace(inner, params=params)
+            return levels.gradient(state, hyperparams, index)[0]
+
+        gradient, product = jax.linearize(at, inner.params)
+        operator = lx.FunctionLinearOperator(
+            lambda v: tree_add(product(v), tree_scale(self.damping, v)),
+            jax.eval_shape(lambda: inner.params),
+            lx.positive_semidefinite_tag,
+        )
+        return operator, gradient
+
+    def _report(
+        self,
+        hessian: lx.AbstractLinearOperator,
+        solved: lx.Solution,
+        alpha: PyTree,
+        gradient: PyTree,
+    ) -> ImplicitReport:
+        product = hessian.mv(solved.value)
+        residual = tree_norm(jtu.tree_map(jnp.subtract, product, alpha))
+        along = _divide(tree_dot(solved.value, product), tree_norm(solved.value) ** 2)
+        smallest, largest = _ritz_values(hessian, alpha, self.curvature_steps)
+        curvature = jnp.fmin(along, smallest)
+        rounding = 100 * jnp.finfo(curvature.dtype).eps
+        indefinite = curvature < -rounding * jnp.fmax(jnp.abs(along), largest)
+        result = RESULTS.promote(solved.result)
+        result = RESULTS.where(
+            (result == RESULTS.successful) & indefinite, RESULTS.indefinite, result
+        )
+        return ImplicitReport(
+            result=result,
+            residual=float_scalar(_divide(residual, tree_norm(alpha))),
+            curvature=float_scalar(curvature),
+            gradient_norm=float_scalar(tree_norm(gradient)),
+        )
+
+
+Implicit.__init__.__doc__ = r"""**Arguments:** besides those of
+[`eqx_hpo.AbstractBilevelOptimizer`][], of which `inner` must not depend on the
+hyperparameters,
+
+- `linear_solver`: any solver of Lineax for the system with the Hessian, which is
+    declared positive semidefinite: `lineax.CG(rtol, atol)` first of all (with
+    `rtol=0, atol=0, max_steps=n` for `n` steps without a test); `lineax.GMRES` or
+    `lineax.BiCGStab` for an indefinite one; `lineax.Cholesky()` or `lineax.LU()` for
+    few weights; [`eqx_hpo.Neumann`][] or [`eqx_hpo.Nystrom`][].
+- `damping`: the number $\rho$, at least zero, that is added to the diagonal.
+- `warm_start`: whether the solver starts from the solution of the step before, where
+    it takes a first estimate.
+- `curvature_steps`: how many further products with the Hessian look for negative
+    curvature (Lanczos' method, from $\alpha$). With 0 only that along $x$ is known.
+"""
+
+
+def failed_solve(diagnostics: Any) -> RESULTS | None:
+    """The result of a linear solve that was not successful, the first one over tasks;
+    `None` if there is none."""
+    if not isinstance(diagnostics, ImplicitReport):
+        return None
+    failed = jnp.atleast_1d(diagnostics.result != RESULTS.successful)
+    if not jnp.any(failed):
+        return None
+    first = jnp.argmax(failed)
+    return jtu.tree_map(lambda x: jnp.atleast_1d(x)[first], diagnostics.result)
+
+
+def _ritz_values(
+    operator: lx.AbstractLinearOperator, start: PyTree, steps: int
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The smallest and the largest eigenvalue of a symmetric operator as far as
+    `steps` steps of Lanczos' method see them; NaN if there are none."""
+    dtype = jnp.result_type(*jtu.tree_leaves(start))
+    if steps == 0:
+        return jnp.array(jnp.nan, dtype), jnp.array(jnp.nan, dtype)
+
+    def step(carry, _):
+        old, now, beta = carry
+        product = operator.mv(now)
+        alpha = tree_dot(now, product).astype(dtype)
+        new = tree_add(product, tree_scale(-alpha, now))
+        new = tree_add(new, tree_scale(-beta, old))
+        norm = tree_norm(new).astype(dtype)
+        # Nothing but rounding is left where the Krylov space is exhausted.
+        ends = norm <= 100 * jnp.finfo(dtype).eps * jnp.abs(alpha)
+        norm = jnp.where(ends, 0, norm)
+        new = tree_scale(_divide(jnp.where(ends, 0, 1).astype(dtype), norm), new)
+        return (now, new, norm), (alpha, norm)
+
+    zeros = jtu.tree_map(jnp.zeros_like, start)
+    norm = tree_norm(start).astype(dtype)
+    first = tree_scale(_divide(jnp.ones((), dtype), norm), start)
+    carry = (zeros, first, jnp.zeros((), dtype))
+    _, (alphas, betas) = jax.lax.scan(step, carry, length=steps)
+    # What comes after the end is a block of its own: it must not be seen as zero.
+    alive = jnp.concatenate([jnp.zeros(1, int), jnp.cumsum(betas[:-1] == 0)]) == 0
+    diagonal = jnp.diag(jnp.where(alive, alphas, alphas[0]))
+    off = jnp.diag(betas[:-1], 1)
+    values = jnp.linalg.eigvalsh(diagonal + off + off.T)
+    return values[0], values[-1]
+
+
+def _divide(x: Array, y: Array) -> Array:
+    """Zero where `y` is."""
+    return jnp.where(y == 0, 0, x / jnp.where(y == 0, 1, y))
