@@ -31,9 +31,9 @@ from ._custom_types import (
     Model,
 )
 from ._data import AbstractBatches
-from ._misc import as_device_arrays, match_dtypes
+from ._misc import as_device_arrays, depends_on, match_dtypes
 from ._problem import evaluate_train, evaluate_val, Problem
-from ._second_order import AbstractSecondOrder
+from ._second_order import AbstractSecondOrder, drop_dead_cotangents
 from ._state import InnerState
 from ._tasks import first_batches, first_task, over_tasks
 
@@ -82,6 +82,8 @@ class Levels(eqx.Module):
         which is not differentiated.
         """
         gradient, model_state, report = self.gradient(state, hyperparams, index)
+        if not self.moves_linearly(state, hyperparams):
+            gradient = drop_dead_cotangents(gradient)
         return self.apply(gradient, state, hyperparams, model_state), report
 
     def gradient(
@@ -114,6 +116,17 @@ class Levels(eqx.Module):
         differentiated = self.second_order.differentiate(loss)
         grad, carried, (value, (fixed, aux)) = differentiated(state.params, rest, args)
         return grad, eqx.combine(carried, fixed), (value, aux)
+
+    def moves_linearly(self, state: InnerState, hyperparams: Hyperparams) -> bool:
+        """Whether the inner optimiser moves the parameters linearly in the training
+        gradient, as SGD does, momentum or not. Found by tracing."""
+
+        def slope(gradient):
+            move = lambda x: _apply(self.inner, x, state, hyperparams)[0]
+            ones = jtu.tree_map(jnp.ones_like, gradient)
+            return jax.jvp(move, (gradient,), (ones,))[1]
+
+        return not depends_on(slope, state.params)
 
     def apply(
         self,

@@ -9,7 +9,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ._custom_types import Batch, Hyperparams, InnerOptimiser, Model
+from ._custom_types import Batch, Hyperparams, InnerOptimiser, Model, Through
 from ._levels import inner_init, Levels
 from ._misc import match_dtypes
 from ._optimizer import AbstractBilevelOptimizer
@@ -83,7 +83,7 @@ class MetaLearner(AbstractBilevelOptimizer):
     inner_steps: int = eqx.field(static=True)
     unroll: int | None = eqx.field(static=True)
     sharing: int | None = eqx.field(static=True)
-    through_update: bool = eqx.field(static=True)
+    through: Through = eqx.field(static=True)
     val_at_each_step: bool = eqx.field(static=True)
 
     def __init__(
@@ -127,7 +127,7 @@ class MetaLearner(AbstractBilevelOptimizer):
         self.inner_steps = optimizer.inner_steps
         self.unroll = optimizer.unroll
         self.sharing = optimizer.sharing
-        self.through_update = optimizer.through_update
+        self.through = optimizer.through
         self.val_at_each_step = optimizer.val_at_each_step
 
     def initialisation(self, state: BilevelState) -> Model:

@@ -28,6 +28,7 @@ from ._optimizer import AbstractBilevelOptimizer, failed_solve
 from ._solution import (
     as_history,
     compare_discretised,
+    describe,
     Discretised,
     Record,
     record,
@@ -155,7 +156,7 @@ class Run:
             history=as_history(self._history),
             result=cast(RESULTS, result),
             state=self.state,
-            message=_message(result, self.state, step, skipped, discretised),
+            message=describe(result, self.state, step, skipped, discretised),
             discretised=discretised,
         )
 
@@ -266,30 +267,3 @@ _advance_donating = filter_jit_donating_first(_advance)
 
 def _copy(state: BilevelState) -> BilevelState:
     return jtu.tree_map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, state)
-
-
-def _message(
-    result: Any,
-    state: BilevelState,
-    step: int,
-    skipped: int,
-    discretised: Discretised | None,
-) -> str:
-    if result == RESULTS.successful:
-        text = f"Finished after step {step}."
-    else:
-        text = f"{RESULTS[result]} Steps taken: {step}."
-    if skipped > 0:
-        metrics = state.metrics
-        text += (
-            f" Not finite since step {step - skipped + 1}: train loss "
-            f"{float(metrics.train_loss)}, validation loss {float(metrics.val_loss)}, "
-            f"hypergradient norm {float(metrics.hypergradient_norm)}."
-        )
-    if discretised is not None:
-        text += (
-            f" Validation loss {float(discretised.val_loss):.4g} with discretised "
-            f"hyperparameters, {float(discretised.relaxed_val_loss):.4g} with relaxed "
-            "ones."
-        )
-    return text

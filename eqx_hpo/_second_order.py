@@ -65,7 +65,7 @@ class ReverseOverReverse(AbstractSecondOrder):
     """
 
     def differentiate(self, loss: LossFn) -> GradientFn:
-        return _drop_dead_cotangents(PlainGradient().differentiate(loss))
+        return PlainGradient().differentiate(loss)
 
 
 class ForwardOverReverse(AbstractSecondOrder):
@@ -85,7 +85,7 @@ class ForwardOverReverse(AbstractSecondOrder):
         def product(gradients, params, v):
             return jax.jvp(gradients, (params,), (v,))[1]
 
-        return _drop_dead_cotangents(_with_product(loss, product))
+        return _with_product(loss, product)
 
 
 class FiniteDifference(AbstractSecondOrder):
@@ -124,7 +124,7 @@ class FiniteDifference(AbstractSecondOrder):
             scale = norm / (2 * self.epsilon)
             return jtu.tree_map(lambda u, d: times(u - d, scale), up, down)
 
-        return _drop_dead_cotangents(_with_product(loss, product))
+        return _with_product(loss, product)
 
 
 FiniteDifference.__init__.__doc__ = """**Arguments:**
@@ -194,29 +194,24 @@ def _custom_gradient(loss: LossFn, product: _Product) -> GradientFn:
     return gradient
 
 
-def _drop_dead_cotangents(gradient_fn: GradientFn) -> GradientFn:
-    """Where a training gradient is zero, Adam's square root has an infinite slope and
+@jax.custom_vjp
+def drop_dead_cotangents(gradient: PyTree) -> PyTree:
+    """The same gradient. Where it is zero, Adam's square root has an infinite slope and
     the chain rule gives 0 * inf = NaN, though the parameter does not move. Such
     cotangents are zero; all others pass unchanged, non-finite ones too."""
-
-    @jax.custom_vjp
-    def identity(grad):
-        return grad
-
-    def forward(grad):
-        return grad, jtu.tree_map(square_underflows, grad)
-
-    def backward(dead, cotangents):
-        drop = lambda d, c: jnp.where(d & ~jnp.isfinite(c), 0, c)
-        return (jtu.tree_map(drop, dead, cotangents),)
-
-    identity.defvjp(forward, backward)
-
-    def gradient(params, rest, args):
-        grad, carried, report = gradient_fn(params, rest, args)
-        return identity(grad), carried, report
-
     return gradient
+
+
+def _remember_dead(gradient):
+    return gradient, jtu.tree_map(square_underflows, gradient)
+
+
+def _drop_dead(dead, cotangents):
+    drop = lambda d, c: jnp.where(d & ~jnp.isfinite(c), 0, c)
+    return (jtu.tree_map(drop, dead, cotangents),)
+
+
+drop_dead_cotangents.defvjp(_remember_dead, _drop_dead)
 
 
 def square_underflows(x: Array) -> Array:

@@ -43,6 +43,15 @@ class RESULTS(lx.RESULTS):  # pyright: ignore
     )
 
 
+# Why a run may end early; all other items are of a linear solve.
+_STOPPED = [
+    RESULTS.nonfinite,
+    RESULTS.interrupted,
+    RESULTS.stopped,
+    RESULTS.data_exhausted,
+]
+
+
 class Record(eqx.Module):
     """What one line of the history holds."""
 
@@ -164,3 +173,36 @@ def compare_discretised(
         val_loss=float_scalar(loss(values)),
         relaxed_val_loss=float_scalar(loss(relaxed)),
     )
+
+
+def describe(
+    result: Any,
+    state: BilevelState,
+    step: int,
+    skipped: int,
+    discretised: Discretised | None,
+) -> str:
+    """The result of a run in words."""
+    if result == RESULTS.successful:
+        text = f"Finished after step {step}."
+    elif any(result == item for item in _STOPPED):
+        text = f"{RESULTS[result]} Steps taken: {step}."
+    else:
+        text = (
+            f"Finished after step {step}, but the linear solve of that step was not "
+            f"successful: {RESULTS[result]}"
+        )
+    if skipped > 0:
+        metrics = state.metrics
+        text += (
+            f" Not finite since step {step - skipped + 1}: train loss "
+            f"{float(metrics.train_loss)}, validation loss {float(metrics.val_loss)}, "
+            f"hypergradient norm {float(metrics.hypergradient_norm)}."
+        )
+    if discretised is not None:
+        text += (
+            f" Validation loss {float(discretised.val_loss):.4g} with discretised "
+            f"hyperparameters, {float(discretised.relaxed_val_loss):.4g} with relaxed "
+            "ones."
+        )
+    return text

@@ -5,6 +5,7 @@ import eqx_hpo as hpo
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import lineax as lx
 import optax
 from eqx_hpo._hyperparameter import partition_raw
 
@@ -22,6 +23,10 @@ ALGORITHMS = {
     "greedy_3": lambda *args: hpo.Greedy(*args, inner_steps=3, momentum=0.9),
     "hyperdistill": lambda *args: hpo.HyperDistill(*args, horizon=3),
     "drmad_4": lambda *args: hpo.DrMAD(*args, inner_steps=4),
+    "forward_mode_2": lambda *args: hpo.ForwardMode(*args, inner_steps=2),
+    "implicit_3": lambda *args: hpo.Implicit(
+        *args, inner_steps=3, linear_solver=lx.CG(rtol=1e-3, atol=1e-3)
+    ),
     "unrolled_4": lambda *args: hpo.Unrolled(*args, inner_steps=4),
     "unrolled_4_2": lambda *args: hpo.Unrolled(*args, inner_steps=4, truncation=2),
 }

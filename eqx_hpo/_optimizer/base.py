@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import PyTree
 
-from .._custom_types import Batch, Hyperparams, InnerOptimiser, Key, Model
+from .._custom_types import Batch, Hyperparams, InnerOptimiser, Key, Model, Through
 from .._data import AbstractBatches, as_batches
 from .._discrete import refresh
 from .._hyperparameter import canonical, partition_raw, unwrap
@@ -62,8 +62,8 @@ class AbstractBilevelOptimizer(eqx.Module):
     second_order: eqx.AbstractVar[AbstractSecondOrder]
     inner_steps: eqx.AbstractVar[int]
     unroll: eqx.AbstractVar[int | None]
-    # Whether the estimate has a part that goes through the inner update.
-    through_update: eqx.AbstractVar[bool]
+    # What of the inner level the estimate differentiates.
+    through: eqx.AbstractVar[Through]
     # Whether the validation loss is taken after each inner step, or after the last.
     val_at_each_step: eqx.AbstractVar[bool]
     # How many tasks the models and the data are for, or `None`: no task axis.
@@ -265,7 +265,7 @@ class AbstractBilevelOptimizer(eqx.Module):
             if self.unroll is None and checks.loops_slowly(*one_task, start):
                 levels = dataclasses.replace(levels, unroll=min(self.inner_steps, 64))
             estimate = self.estimate(levels, inner, plain, state.memory)
-        checks.warn_if_independent(*one_task, start, self.through_update)
+        checks.warn_if_independent(*one_task, start, self.through)
         (gradient,) = pullback(estimate.hypergradient)
         return estimate, gradient, hyperparams
 

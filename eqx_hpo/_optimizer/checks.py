@@ -14,7 +14,7 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
-from .._custom_types import Batch, Hyperparams, Model
+from .._custom_types import Batch, Hyperparams, Model, Through
 from .._hyperparameter import is_hyperparameter
 from .._levels import Levels
 from .._misc import check_same_structure, depends_on, holds_convolution
@@ -114,7 +114,7 @@ def check_model(model: Model) -> None:
 
 
 def warn_if_independent(
-    levels: Levels, inner: InnerState, hyperparams: Hyperparams, through_update: bool
+    levels: Levels, inner: InnerState, hyperparams: Hyperparams, through: Through
 ) -> None:
     """Warns where the hypergradient is zero whatever the numbers are. Runs while a
     step is traced, so that it speaks once a compilation."""
@@ -130,15 +130,19 @@ def warn_if_independent(
     )
     index = jnp.array(0)
     val = lambda x: levels.validate(inner, eqx.combine(x, rest), index)[0]
-    update = lambda x: levels.update(inner, eqx.combine(x, rest), index)[0].params
+    of_gradient = lambda x: levels.gradient(inner, eqx.combine(x, rest), index)[0]
+    of_update = lambda x: levels.update(inner, eqx.combine(x, rest), index)[0].params
+    response = {"gradient": of_gradient, "update": of_update, None: lambda x: None}
     try:
-        if depends_on(val, arrays) or (through_update and depends_on(update, arrays)):
+        if depends_on(val, arrays) or depends_on(response[through], arrays):
             return
     except Exception:
         # A loss that JAX cannot differentiate twice: this cannot tell.
         return
-    if through_update:
-        reason = "neither the training update nor the validation loss depends on them"
+    if through is not None:
+        reason = (
+            f"neither the training {through} nor the validation loss depends on them"
+        )
     else:
         reason = (
             "the validation loss does not depend on them, and this algorithm looks at "

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jaxtyping import PyTree
 
-from .._custom_types import Hyperparams, InnerOptimiser, IntScalar
+from .._custom_types import Hyperparams, InnerOptimiser, IntScalar, Through
 from .._levels import Levels
 from .._misc import tree_add
 from .._problem import Problem
@@ -46,7 +46,7 @@ class DrMAD(AbstractMemoryless):
     second_order: AbstractSecondOrder = ForwardOverReverse()
     inner_steps: int = eqx.field(static=True, kw_only=True)
     unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
-    through_update: ClassVar[bool] = True
+    through: ClassVar[Through] = "update"
     val_at_each_step: ClassVar[bool] = False
 
     def estimate(

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import optax
 
-from .._custom_types import Hyperparams, InnerOptimiser
+from .._custom_types import Hyperparams, InnerOptimiser, Through
 from .._levels import Levels
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder, ForwardOverReverse
@@ -32,7 +32,7 @@ class FirstOrder(AbstractMemoryless):
     second_order: AbstractSecondOrder = ForwardOverReverse()
     inner_steps: int = eqx.field(static=True, kw_only=True, default=1)
     unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
-    through_update: ClassVar[bool] = False
+    through: ClassVar[Through] = None
     val_at_each_step: ClassVar[bool] = False
 
     def __check_init__(self):

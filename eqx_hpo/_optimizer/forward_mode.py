@@ -11,7 +11,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from .._custom_types import Batch, Hyperparams, InnerOptimiser
+from .._custom_types import Batch, Hyperparams, InnerOptimiser, Through
 from .._levels import Levels
 from .._misc import tree_add, tree_fix
 from .._problem import Problem
@@ -59,7 +59,7 @@ class ForwardMode(AbstractBilevelOptimizer):
     inner_steps: int = eqx.field(static=True, kw_only=True, default=1)
     sharing: int | None = eqx.field(static=True, kw_only=True, default=None)
     unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
-    through_update: ClassVar[bool] = True
+    through: ClassVar[Through] = "update"
     val_at_each_step: ClassVar[bool] = False
     tasks: ClassVar[None] = None
 
@@ -135,6 +135,8 @@ def _update(levels: Levels, inner: InnerState, hyperparams: Hyperparams, index: 
     move. Its derivative is then that with the gradient held fixed.
     """
     gradient, model_state, report = levels.gradient(inner, hyperparams, index)
+    if levels.moves_linearly(inner, hyperparams):
+        return levels.apply(gradient, inner, hyperparams, model_state), report
     fixed_gradient = tree_fix(gradient)
     slopes = _slopes(levels, fixed_gradient, inner, hyperparams, model_state)
     dead = jtu.tree_map(

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float
 
-from .._custom_types import Hyperparams, InnerOptimiser
+from .._custom_types import Hyperparams, InnerOptimiser, Through
 from .._levels import Levels
 from .._misc import tree_add, tree_scale
 from .._problem import Problem
@@ -61,7 +61,7 @@ class Greedy(AbstractMemoryless):
     )
     final_gradient: bool = eqx.field(static=True, kw_only=True, default=False)
     unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
-    through_update: ClassVar[bool] = True
+    through: ClassVar[Through] = "update"
     val_at_each_step: ClassVar[bool] = True
 
     def estimate(

@@ -9,7 +9,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float
 
-from .._custom_types import Batch, Hyperparams, InnerOptimiser
+from .._custom_types import Batch, Hyperparams, InnerOptimiser, Through
 from .._levels import Levels
 from .._misc import any_mapped, tree_add, tree_scale
 from .._problem import Problem
@@ -74,7 +74,7 @@ class HyperDistill(AbstractBilevelOptimizer):
     )
     inner_steps: int = eqx.field(static=True, kw_only=True, default=1)
     unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
-    through_update: ClassVar[bool] = True
+    through: ClassVar[Through] = "update"
     val_at_each_step: ClassVar[bool] = False
     tasks: ClassVar[None] = None
     sharing: ClassVar[None] = None

@@ -11,7 +11,7 @@ import lineax as lx
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from .._custom_types import Batch, Hyperparams, InnerOptimiser, IntScalar
+from .._custom_types import Batch, Hyperparams, InnerOptimiser, IntScalar, Through
 from .._levels import Levels
 from .._misc import tree_add, tree_dot, tree_norm, tree_scale
 from .._problem import Problem
@@ -83,7 +83,7 @@ class Implicit(AbstractBilevelOptimizer):
     warm_start: bool = eqx.field(static=True, kw_only=True, default=True)
     curvature_steps: int = eqx.field(static=True, kw_only=True, default=5)
     unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
-    through_update: ClassVar[bool] = True
+    through: ClassVar[Through] = "gradient"
     val_at_each_step: ClassVar[bool] = False
     tasks: ClassVar[None] = None
     sharing: ClassVar[None] = None

@@ -5,7 +5,7 @@ from typing import ClassVar
 import equinox as eqx
 import optax
 
-from .._custom_types import Hyperparams, InnerOptimiser
+from .._custom_types import Hyperparams, InnerOptimiser, Through
 from .._levels import Levels
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder, ForwardOverReverse
@@ -42,7 +42,7 @@ class T1T2(AbstractMemoryless):
     second_order: AbstractSecondOrder = ForwardOverReverse()
     inner_steps: int = eqx.field(static=True, kw_only=True, default=1)
     unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
-    through_update: ClassVar[bool] = True
+    through: ClassVar[Through] = "update"
     val_at_each_step: ClassVar[bool] = False
 
     def estimate(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from .._custom_types import Checkpoint, Hyperparams, InnerOptimiser
+from .._custom_types import Checkpoint, Hyperparams, InnerOptimiser, Through
 from .._levels import Levels
 from .._misc import tree_add
 from .._problem import Problem
@@ -45,7 +45,7 @@ class Unrolled(AbstractMemoryless):
     truncation: int | None = eqx.field(static=True, kw_only=True, default=None)
     checkpoint: Checkpoint = eqx.field(static=True, kw_only=True, default=None)
     unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
-    through_update: ClassVar[bool] = True
+    through: ClassVar[Through] = "update"
     val_at_each_step: ClassVar[bool] = False
 
     def __check_init__(self):
