@@ -6,6 +6,11 @@ from ._data import (
     Minibatch as Minibatch,
     Stacked as Stacked,
 )
+from ._diagnostics import (
+    compare_hypergradients as compare_hypergradients,
+    Comparison as Comparison,
+    ComparisonRow as ComparisonRow,
+)
 from ._discrete import (
     AbstractDiscrete as AbstractDiscrete,
     Choice as Choice,

@@ -1,4 +1,7 @@
-from .base import AbstractBilevelOptimizer as AbstractBilevelOptimizer
+from .base import (
+    AbstractBilevelOptimizer as AbstractBilevelOptimizer,
+    make_levels as make_levels,
+)
 from .drmad import DrMAD as DrMAD
 from .first_order import FirstOrder as FirstOrder
 from .forward_mode import ForwardMode as ForwardMode

@@ -14,7 +14,15 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import PyTree
 
-from .._custom_types import Batch, Hyperparams, InnerOptimiser, Key, Model, Through
+from .._custom_types import (
+    Batch,
+    Hyperparams,
+    InnerOptimiser,
+    IntScalar,
+    Key,
+    Model,
+    Through,
+)
 from .._data import AbstractBatches, as_batches
 from .._discrete import refresh
 from .._hyperparameter import canonical, partition_raw, unwrap
@@ -149,7 +157,7 @@ class AbstractBilevelOptimizer(eqx.Module):
         plain = unwrap(hyperparams)
         start = at_start(plain, self.sharing)
         inner = start_inner(self.inner, self.tasks, start, model, model_state)
-        levels = self._levels(model, train, val, jnp.array(0), key)
+        levels = make_levels(self, model, train, val, jnp.array(0), key)
         levels, first = first_task_level(levels, inner, self.tasks)
         aux = checks.empty_aux(levels, first, start)
         batch = checks.train_batch_shapes(levels)
@@ -247,7 +255,7 @@ class AbstractBilevelOptimizer(eqx.Module):
         )
 
     def _estimate(self, state, train, val, key):
-        levels = self._levels(state.model, train, val, state.step, key)
+        levels = make_levels(self, state.model, train, val, state.step, key)
         hyperparams = refresh(state.hyperparams, key, state.step)
         raw, constants = partition_raw(hyperparams)
         to_plain = lambda raw: unwrap(eqx.combine(raw, constants))
@@ -269,15 +277,24 @@ class AbstractBilevelOptimizer(eqx.Module):
         (gradient,) = pullback(estimate.hypergradient)
         return estimate, gradient, hyperparams
 
-    def _levels(self, model, train, val, step, key):
-        return Levels(
-            problem=self.problem,
-            inner=self.inner,
-            second_order=self.second_order,
-            frozen=eqx.filter(model, eqx.is_inexact_array, inverse=True),
-            train=as_batches(train, "train", self.inner_steps),
-            val=as_batches(val, "val", self.inner_steps),
-            position=step * self.inner_steps,
-            key=key,
-            unroll=self.unroll or 1,
-        )
+
+def make_levels(
+    optimizer: AbstractBilevelOptimizer,
+    model: Model,
+    train: Batch | AbstractBatches,
+    val: Batch | AbstractBatches,
+    step: IntScalar,
+    key: Key,
+) -> Levels:
+    """The two levels of call number `step`."""
+    return Levels(
+        problem=optimizer.problem,
+        inner=optimizer.inner,
+        second_order=optimizer.second_order,
+        frozen=eqx.filter(model, eqx.is_inexact_array, inverse=True),
+        train=as_batches(train, "train", optimizer.inner_steps),
+        val=as_batches(val, "val", optimizer.inner_steps),
+        position=step * optimizer.inner_steps,
+        key=key,
+        unroll=optimizer.unroll or 1,
+    )

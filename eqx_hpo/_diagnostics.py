@@ -1,0 +1,279 @@
+"""The hypergradients of several algorithms beside the exact one, and what they cost."""
+
+import dataclasses
+import statistics
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import optax
+from jaxtyping import PRNGKeyArray, PyTree
+
+from ._custom_types import Batch, Hyperparams, Model
+from ._data import AbstractBatches
+from ._exact import exact_hypergradient, Reference
+from ._misc import is_array_or_numpy, tree_dot, tree_norm
+from ._optimizer import AbstractBilevelOptimizer
+from ._optimizer.checks import check_positive_int
+from ._state import BilevelState
+
+
+_LARGEST_UNROLL = 32  # inner steps; more take long to compile
+
+
+class ComparisonRow(eqx.Module):
+    """A hypergradient beside the exact one, and its cost.
+
+    **Attributes:**
+
+    - `name`: of the algorithm.
+    - `cosine`: of the angle to the exact hypergradient, over all `raw` arrays.
+    - `relative_error`: the norm of the difference, over that of the exact one.
+    - `seconds`: for each inner step, the median over calls of `step`.
+    - `flops`: for each inner step, as XLA counts them in a step without loops: NaN for
+        more than 32 inner steps. The loop of a linear solver counts as one pass.
+    - `temporaries`: the temporary memory of a step in bytes, as XLA plans it.
+
+    All are NaN in the first two if the step was skipped.
+    """
+
+    name: str
+    cosine: float
+    relative_error: float
+    seconds: float
+    flops: float
+    temporaries: int
+
+
+class Comparison(eqx.Module):
+    """What [`eqx_hpo.compare_hypergradients`][] found. Prints as a table.
+
+    **Attributes:**
+
+    - `rows`: a [`eqx_hpo.ComparisonRow`][] for each algorithm.
+    - `inner_steps`: the length of the training.
+    - `exact`: the exact hypergradient, shaped like the hyperparameters.
+    """
+
+    rows: tuple[ComparisonRow, ...]
+    inner_steps: int
+    exact: Hyperparams
+
+    def __str__(self) -> str:
+        width = max(len(row.name) for row in self.rows)
+        head = ("cosine", "rel. error", "ms/step", "Mflop/step", "MB")
+        lines = [" " * width + "".join(f"{x:>12}" for x in head)]
+        for row in self.rows:
+            flops = "" if row.flops != row.flops else f"{row.flops / 1e6:.2f}"
+            lines.append(
+                f"{row.name:{width}}{row.cosine:12.4f}{row.relative_error:12.2e}"
+                f"{1e3 * row.seconds:12.3f}{flops:>12}{row.temporaries / 1e6:12.2f}"
+            )
+        return "\n".join(lines)
+
+    def draw(self) -> Any:
+        """A `matplotlib.figure.Figure` of cosine, relative error, time and memory."""
+        from matplotlib.figure import Figure
+
+        panels = {
+            "cosine with the exact one": [row.cosine for row in self.rows],
+            "relative error": [row.relative_error for row in self.rows],
+            "ms for each inner step": [1e3 * row.seconds for row in self.rows],
+            "temporary MB": [row.temporaries / 1e6 for row in self.rows],
+        }
+        names = [row.name for row in self.rows]
+        size = (11, 1.2 + 0.3 * len(names))
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(1, len(panels), sharey=True)
+        for number, (axis, (label, values)) in enumerate(zip(axes, panels.items())):
+            axis.barh(names, values, color=f"C{number}", alpha=0.8)
+            axis.set_xlabel(label)
+            axis.grid(alpha=0.3, axis="x")
+        axes[0].invert_yaxis()
+        return figure
+
+
+def compare_hypergradients(
+    optimizers: Mapping[str, AbstractBilevelOptimizer]
+    | Sequence[AbstractBilevelOptimizer],
+    model: Model,
+    hyperparams: Hyperparams,
+    train: Batch | AbstractBatches,
+    val: Batch | AbstractBatches,
+    *,
+    key: PRNGKeyArray | None,
+    inner_opt_state: PyTree = None,
+    model_state: PyTree = None,
+    reference: Reference = "unrolled",
+    repeats: int = 5,
+) -> Comparison:
+    """Puts hypergradients beside the exact one of the same training.
+
+    All algorithms train from the same start with the same hyperparameters, which do
+    not move, for as many inner steps as the one with the most of them takes in a call
+    of `step`; one with fewer takes several calls, and its last hypergradient counts.
+    The exact one is that of the last validation loss in the hyperparameters, through
+    all those inner steps, with the batches and the keys that the algorithm had.
+
+    Compiles each step twice, and runs it a few times more to measure it.
+
+    **Arguments:**
+
+    - `optimizers`: the algorithms, by name or in a sequence.
+    - `model`, `hyperparams`: as for `init`: where to compare.
+    - `train`, `val`: as for `step`.
+    - `key`: a PRNG key, or `None` if nothing is random.
+    - `inner_opt_state`: the state of the inner optimiser, to start in the middle of a
+        training; a fresh one by default.
+    - `model_state`: an `eqx.nn.State`, for losses that take one.
+    - `reference`: `"unrolled"`, by reverse mode through the whole training; or
+        `"differences"`, central differences of the whole training, two for each number
+        among the hyperparameters, where reverse mode does not fit in memory or the loss
+        has no second derivatives. In single precision these have an error of about
+        1e-3 themselves.
+    - `repeats`: over how many further calls the time is taken.
+
+    **Returns:** a [`eqx_hpo.Comparison`][]. `print` it, or `draw` it.
+
+    **Raises:** a `ValueError` if inner steps do not fit together, or for a
+    [`eqx_hpo.MetaLearner`][] (compare the algorithm that it wraps).
+    """
+    named = _with_names(optimizers)
+    check_positive_int("repeats", repeats)
+    if reference not in get_args(Reference):
+        raise ValueError(
+            f"`reference` must be one of {get_args(Reference)}; got {reference!r}."
+        )
+    steps = max(optimizer.inner_steps for optimizer in named.values())
+    for name, optimizer in named.items():
+        _check(name, optimizer, steps)
+    exact, known, rows = None, None, []
+    for name, optimizer in named.items():
+        state = optimizer.init(
+            model, hyperparams, train=train, val=val, model_state=model_state, key=key
+        )
+        if inner_opt_state is not None:
+            state = eqx.tree_at(lambda s: s.inner_opt_state, state, inner_opt_state)
+        calls = steps // optimizer.inner_steps
+        training = (optimizer.problem, optimizer.inner, calls, optimizer.sharing)
+        if training != known:
+            exact = exact_hypergradient(
+                optimizer, state, train, val, key, calls, reference
+            )
+            known = training
+        data = (train, val)
+        row = _row(name, optimizer, state, data, key, calls, exact, repeats)
+        rows.append(row)
+    return Comparison(tuple(rows), steps, exact)
+
+
+def _with_names(optimizers) -> dict[str, AbstractBilevelOptimizer]:
+    if not isinstance(optimizers, Mapping):
+        kinds = [type(x).__name__ for x in optimizers]
+        number = lambda i: f" ({kinds[: i + 1].count(kinds[i])})"
+        names = [
+            kind + (number(i) if kinds.count(kind) > 1 else "")
+            for i, kind in enumerate(kinds)
+        ]
+        optimizers = dict(zip(names, optimizers))
+    if len(optimizers) == 0:
+        raise ValueError("`optimizers` is empty.")
+    return dict(optimizers)
+
+
+def _check(name: str, optimizer: AbstractBilevelOptimizer, steps: int) -> None:
+    if optimizer.tasks is not None:
+        raise ValueError(f"`{name}` is for many tasks: compare what it wraps.")
+    if steps % optimizer.inner_steps != 0:
+        raise ValueError(
+            f"`{name}` takes {optimizer.inner_steps} inner steps in a call, of which "
+            f"{steps}, the largest number among the optimizers, is no multiple."
+        )
+
+
+def _row(name, optimizer, state, data, key, calls, exact, repeats) -> ComparisonRow:
+    probe = eqx.tree_at(lambda o: o.outer, optimizer, _RECORD)
+    raw_state = _RECORD.init(exact)
+    state = eqx.tree_at(lambda s: s.outer_opt_state, state, raw_state)
+    step = _Step(probe, state, data, key)
+    seconds = []
+    for call in range(calls + repeats):
+        start = time.perf_counter()
+        new = jax.block_until_ready(step(state, call))
+        seconds.append(time.perf_counter() - start)
+        state = new if call < calls else state
+    memory = step.compiled.memory_analysis()
+    got = state.outer_opt_state
+    if int(state.skipped) > 0:
+        got = jtu.tree_map(lambda x: jnp.full_like(x, jnp.nan), got)
+    cosine, error = _compare(got, exact)
+    return ComparisonRow(
+        name=name,
+        cosine=cosine,
+        relative_error=error,
+        seconds=statistics.median(seconds[-repeats:]) / optimizer.inner_steps,
+        flops=_flops(probe, state, data, key),
+        temporaries=0 if memory is None else memory.temp_size_in_bytes,
+    )
+
+
+def _init_record(params: PyTree) -> PyTree:
+    return jtu.tree_map(jnp.zeros_like, params)
+
+
+def _update_record(
+    updates: PyTree, state: PyTree, params: PyTree = None
+) -> tuple[PyTree, PyTree]:
+    del state, params
+    return jtu.tree_map(jnp.zeros_like, updates), updates
+
+
+# An outer optimiser that moves nothing and keeps the last hypergradient as its state.
+_RECORD = optax.GradientTransformation(_init_record, _update_record)
+
+
+class _Step:
+    """A step of an optimizer, compiled, as a function of the state and its number."""
+
+    def __init__(self, optimizer, state, data, key):
+        arrays, self.static = eqx.partition(state, eqx.is_array)
+        self.data, static_data = eqx.partition(data, is_array_or_numpy)
+
+        def step(arrays, data, call):
+            state = eqx.combine(arrays, self.static)
+            train, val = eqx.combine(data, static_data)
+            step_key = None if key is None else jr.fold_in(key, call)
+            new = optimizer.step(state, train, val, key=step_key)
+            return eqx.filter(new, eqx.is_array)
+
+        lowered = jax.jit(step).lower(arrays, self.data, jnp.array(0))
+        self.compiled = lowered.compile()
+
+    def __call__(self, state: BilevelState, call: int) -> BilevelState:
+        arrays = eqx.filter(state, eqx.is_array)
+        new = self.compiled(arrays, self.data, jnp.array(call))
+        return eqx.combine(new, self.static)
+
+
+def _flops(optimizer, state, data, key) -> float:
+    steps = optimizer.inner_steps
+    if steps > _LARGEST_UNROLL:
+        return float("nan")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what there is to say was said before
+        unrolled = dataclasses.replace(optimizer, unroll=steps)
+        analysis = _Step(unrolled, state, data, key).compiled.cost_analysis()
+    return float((analysis or {}).get("flops", float("nan"))) / steps
+
+
+def _compare(got: PyTree, exact: PyTree) -> tuple[float, float]:
+    """The cosine and the relative error."""
+    norms = tree_norm(got) * tree_norm(exact)
+    error = tree_norm(jtu.tree_map(jnp.subtract, got, exact))
+    return float(tree_dot(got, exact) / norms), float(error / tree_norm(exact))
