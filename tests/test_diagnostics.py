@@ -170,7 +170,7 @@ def test_a_step_that_is_skipped_is_not_a_number():
     [
         (dict(inner_steps=3), "no multiple"),
         (dict(optimizers={}), "empty"),
-        (dict(reference="exact"), "`reference`"),
+        (dict(reference="exact"), "reference"),
         (dict(repeats=0), "`repeats`"),
     ],
 )
@@ -204,8 +204,7 @@ def test_convolutions_are_unrolled_on_cpus():
     model, batch = jnp.ones((1, 1, 3, 3)), jnp.ones((2, 1, 5, 5))
     optimizer = hpo.Greedy(problem, optax.sgd(0.01), OUTER, inner_steps=3)
     state = optimizer.init(model, 0.1)
-    step = lambda state: optimizer.step(state, batch, batch)
-    assert "scan" not in str(jax.make_jaxpr(step)(state)).replace("unscanned", "")
     rolled = hpo.Greedy(problem, optax.sgd(0.01), OUTER, inner_steps=3, unroll=1)
-    step = lambda state: rolled.step(state, batch, batch)
-    assert "scan" in str(jax.make_jaxpr(step)(state))
+    for optimizer, loops in ((optimizer, False), (rolled, True)):
+        step = lambda state: optimizer.step(state, batch, batch)
+        assert ("stablehlo.while" in jax.jit(step).lower(state).as_text()) == loops

@@ -298,3 +298,41 @@ def test_few_shot(example, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     for name in (few_shot.FIRST_ORDER, few_shot.ONE_STEP, few_shot.DISTILL):
         assert name in printed
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_kernel_ridge(example, tmp_path, capsys):
+    kernel_ridge = example("kernel_ridge")
+    figure = tmp_path / "figure.png"
+    rows = kernel_ridge.main("friedman", steps=60, seeds=1, figure=str(figure))
+    assert figure.stat().st_size > 10_000
+    each = rows[kernel_ridge.EACH][0]
+    assert each.test < 0.6 * rows[kernel_ridge.SHARED][0].test
+    scale = np.asarray(each.values.scale)
+    assert scale[:3].max() < scale[5:].min()
+    with jax.enable_x64(True):
+        task = kernel_ridge.make_task("diabetes", 0)
+        optimizer = kernel_ridge.make_optimizer()
+        state = kernel_ridge.tune(optimizer, task, 0.0, 2)
+        assert kernel_ridge.compare_gradients(optimizer, state, task) < 1e-9
+        task = kernel_ridge.make_task("friedman", 0)
+        assert kernel_ridge.compare_scikit(each.values, task) < 1e-8
+    assert "refitted" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_inner_solver(example, tmp_path, capsys, monkeypatch):
+    solver = example("inner_solver")
+    monkeypatch.setattr(solver, "OPTAX", {"SGD": (solver.optax.sgd(0.3), (10,))})
+    monkeypatch.setattr(solver, "RUNS", (solver.CLOSE, "SGD 10"))
+    figure = tmp_path / "figure.png"
+    starts, results = solver.main(size=100, updates=10, seeds=1, figure=str(figure))
+    assert figure.stat().st_size > 10_000
+    errors = [starts[f"L-BFGS {x:g}"][0].error for x in (1e-1, 1e-2, 1e-4, 1e-6)]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-4
+    (close,), (sgd,) = results[solver.CLOSE], results["SGD 10"]
+    assert close.records[-1].error < 0.01 < sgd.records[-1].error
+    assert close.val_loss < results[solver.SHARED][0].val_loss
+    assert "solved" in capsys.readouterr().out

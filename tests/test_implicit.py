@@ -245,7 +245,9 @@ def test_a_solve_that_fails_is_carried_to_the_user():
     solver = lx.CG(rtol=1e-10, atol=1e-10, max_steps=2)
     optimizer, state = _at_the_minimum(case, solver)
     after = optimizer.step(state, case.train, case.val)
-    assert after.metrics.diagnostics.result == hpo.RESULTS.max_steps_reached
+    report = after.metrics.diagnostics
+    assert report.result == hpo.RESULTS.max_steps_reached
+    assert int(report.solver_steps) == 2
     assert int(after.skipped) == 0
     run = lambda optimizer, steps: hpo.tune(
         optimizer,

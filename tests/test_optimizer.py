@@ -450,7 +450,9 @@ def _apply(model_and_state, x):
 
 def _bn_train(model_and_state, h, batch, key):
     x, y = batch
-    out, state = _apply(model_and_state, x + h * jr.uniform(key, x.shape))
+    noise_key, dropout_key = jr.split(key)
+    x = eqx.nn.Dropout(0.3)(x + h * jr.uniform(noise_key, x.shape), key=dropout_key)
+    out, state = _apply(model_and_state, x)
     return jnp.mean((out[:, 0] - y) ** 2), state
 
 
@@ -460,18 +462,15 @@ def _bn_val(model_and_state, h, batch, key):
     return jnp.mean((out[:, 0] - batch[1]) ** 2)
 
 
-def test_batch_norm_equals_a_python_loop(getkey):
+def test_batch_norm_and_dropout_equal_a_python_loop(getkey):
     """Statistics are carried from step to step, differentiated (the validation loss
-    reads them), never touched by validation."""
+    reads them), never touched by validation. Each step has its own key, and where steps
+    are taken again, the same one again."""
     model, model_state = eqx.nn.make_with_state(_BatchNormNet)(getkey())
     batch = lambda: (jr.normal(getkey(), (8, 3)), jr.normal(getkey(), (8,)))
     train, val, key = batch(), batch(), getkey()
-    optimizer = hpo.Unrolled(
-        hpo.Problem(_bn_train, _bn_val),
-        optax.sgd(0.1),
-        optax.sgd(0.1),
-        inner_steps=3,
-    )
+    args = (hpo.Problem(_bn_train, _bn_val), optax.sgd(0.1), optax.sgd(0.1))
+    optimizer = hpo.Unrolled(*args, inner_steps=3)
     state = optimizer.init(model, jnp.array(0.3), model_state=model_state)
     got = optimizer.compute_hypergradient(state, train, val, key=key)
     after = optimizer.step(state, train, val, key=key)
@@ -495,6 +494,13 @@ def test_batch_norm_equals_a_python_loop(getkey):
     assert relative_error(after.model_state, expected_state) < 1e-6
     assert relative_error(eqx.filter(after.model, eqx.is_inexact_array), params) < 1e-6
     assert jnp.allclose(after.metrics.val_loss, value)
+    for other in (
+        hpo.Unrolled(*args, inner_steps=3, checkpoint="nested"),
+        hpo.ForwardMode(*args, inner_steps=3),
+    ):
+        start = other.init(model, jnp.array(0.3), model_state=model_state)
+        got = other.compute_hypergradient(start, train, val, key=key)
+        assert relative_error(got, expected) < 1e-6
     fresh = optimizer.restart(after, model, model_state=model_state)
     assert equal(fresh.model_state, state.model_state)
     assert equal(optimizer.restart(after, model).model_state, after.model_state)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from .helpers import hand_unrolled, relative_error, RULES
-from .problems import CASES, ridge
+from .helpers import hand_unrolled, relative_error, RULES, step_temporaries
+from .problems import Case, CASES, ridge
 
 
 INNERS = {
@@ -106,21 +106,78 @@ def test_truncation_equals_unrolling_the_last_steps():
     assert relative_error(got, expected) < 1e-12
 
 
-def test_unroll_of_the_scan_changes_nothing():
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(unroll=7),
+        dict(checkpoint="step"),
+        dict(checkpoint="nested"),
+        dict(checkpoint="nested", unroll=7),
+        dict(checkpoint="nested", truncation=7),
+    ],
+)
+def test_how_it_is_computed_changes_nothing(kwargs):
     case = ridge()
-    grads = [
+    make = lambda **kwargs: hpo.Unrolled(
+        case.problem, optax.adam(0.1), optax.sgd(0.1), inner_steps=7, **kwargs
+    )
+    state = make().init(case.model, case.hyperparams)
+    got, expected = (
+        optimizer.compute_hypergradient(state, case.train, case.val)
+        for optimizer in (make(**kwargs), make())
+    )
+    assert relative_error(got, expected) < 1e-12
+
+
+def test_what_is_kept_of_the_inner_steps():
+    """A loss with a large tape: without checkpoints memory grows with all of it, with
+    one at each step by the weights alone, nested with their root."""
+
+    def train_loss(model, h, batch, key):
+        del key
+        out = batch
+        for _ in range(4):
+            out = jnp.tanh(out @ model)
+        return jnp.mean(out**2) + h * jnp.sum(model**2)
+
+    problem = hpo.Problem(train_loss, train_loss)
+    model, batch = jnp.eye(8), jnp.ones((200, 8))
+    case = Case(problem, model, 0.1, batch, batch, lambda h: model)
+    rules = hpo.ReverseOverReverse(), hpo.ForwardOverReverse()
+
+    def growth(rule, checkpoint):
+        """With 75 further inner steps, in units of the weights."""
+        small, large = (
+            step_temporaries(optimizer, optimizer.init(model, 0.1), case)
+            for optimizer in (
+                hpo.Unrolled(
+                    problem,
+                    optax.sgd(0.1),
+                    optax.sgd(0.1),
+                    rule,
+                    inner_steps=steps,
+                    checkpoint=checkpoint,
+                )
+                for steps in (25, 100)
+            )
+        )
+        return (large - small) / model.nbytes
+
+    assert growth(rules[0], None) > 1000
+    for rule, checkpoint in ((rules[0], "step"), (rules[1], None)):
+        assert 75 <= growth(rule, checkpoint) < 78
+    assert 10 <= growth(rules[1], "nested") < 12
+
+
+def test_bad_checkpoint():
+    with pytest.raises((ValueError, TypeError), match="checkpoint"):
         hpo.Unrolled(
-            case.problem, optax.adam(0.1), optax.sgd(0.1), inner_steps=6, unroll=unroll
+            ridge().problem,
+            optax.sgd(0.1),
+            optax.sgd(0.1),
+            inner_steps=4,
+            checkpoint="all",  # pyright: ignore[reportArgumentType]
         )
-        for unroll in (1, 6)
-    ]
-    grads = [
-        o.compute_hypergradient(
-            o.init(case.model, case.hyperparams), case.train, case.val
-        )
-        for o in grads
-    ]
-    assert relative_error(*grads) < 1e-13
 
 
 def _nested():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from .._custom_types import Batch, Hyperparams, InnerOptimiser, IntScalar, Through
 from .._levels import Levels
@@ -34,12 +34,14 @@ class ImplicitReport(eqx.Module):
     - `curvature`: the smallest curvature $u^\top (H + \rho I) u / u^\top u$ that was
         seen. Below zero it proves that the model is not at a minimum.
     - `gradient_norm`: the norm of the training gradient, zero at a minimum.
+    - `solver_steps`: how many steps the linear solver took; zero for a direct one.
     """
 
     result: RESULTS
     residual: Float[Array, ""]
     curvature: Float[Array, ""]
     gradient_norm: Float[Array, ""]
+    solver_steps: Int[Array, ""]
 
 
 class Implicit(AbstractBilevelOptimizer):
@@ -115,7 +117,8 @@ class Implicit(AbstractBilevelOptimizer):
 
     def init_diagnostics(self) -> ImplicitReport:
         nan = float_scalar(jnp.nan)
-        return ImplicitReport(RESULTS.successful, nan, nan, nan)  # pyright: ignore
+        none = jnp.zeros((), int)
+        return ImplicitReport(RESULTS.successful, nan, nan, nan, none)  # pyright: ignore
 
     def estimate(
         self,
@@ -195,6 +198,7 @@ class Implicit(AbstractBilevelOptimizer):
             residual=float_scalar(_divide(residual, tree_norm(alpha))),
             curvature=float_scalar(curvature),
             gradient_norm=float_scalar(tree_norm(gradient)),
+            solver_steps=jnp.asarray(solved.stats.get("num_steps", 0), int),
         )
 
 
