@@ -183,7 +183,10 @@ class Levels(eqx.Module):
             length = math.isqrt(len(steps))
             whole = len(steps) // length * length
             segments = steps[:whole].reshape(-1, length)
-            carry, _ = lax.scan(recompute(segment), carry, segments)
+            whole_unroll = 1 if loops else len(segments)
+            carry, _ = lax.scan(
+                recompute(segment), carry, segments, unroll=whole_unroll
+            )
             steps = steps[whole:]
         if len(steps) > 0:
             carry, _ = segment(carry, steps)

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 from eqx_hpo._hyperparameter import partition_raw
+from eqx_hpo._optimizer import make_levels
+from eqx_hpo._optimizer.drmad import end_cotangent, pull_back
 
 from .helpers import relative_error, step_temporaries
 from .problems import logistic, ridge
@@ -114,3 +116,20 @@ def test_temporaries_do_not_grow_with_the_inner_steps():
         return step_temporaries(optimizer, state, case)
 
     assert temporaries(1000) <= 1.05 * temporaries(10)
+
+
+def test_a_second_moment_that_is_zero_passes_nothing_on():
+    """On the line the gradients before it need not be zero."""
+    problem = hpo.Problem(
+        lambda w, h, batch, key: h * w[0] ** 2, lambda w, h, batch, key: jnp.sum(w**2)
+    )
+    optimizer = hpo.DrMAD(problem, optax.adam(0.1), OUTER, inner_steps=3)
+    state = optimizer.init(jnp.ones(2), 0.5)
+    levels = make_levels(optimizer, state.model, None, None, state.step, None)
+    inner = hpo.InnerState(state.model, state.inner_opt_state, None)
+    cotangent = end_cotangent(inner, (jnp.ones(2), None))
+    before, product = pull_back(
+        levels, inner, state.hyperparams, cotangent, jnp.array(0)
+    )
+    leaves = jax.tree.leaves((before, product))
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in leaves)

@@ -336,3 +336,36 @@ def test_inner_solver(example, tmp_path, capsys, monkeypatch):
     assert close.records[-1].error < 0.01 < sgd.records[-1].error
     assert close.val_loss < results[solver.SHARED][0].val_loss
     assert "solved" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_neural_ode(example, tmp_path, capsys, monkeypatch):
+    neural_ode = example("neural_ode")
+    monkeypatch.setattr(neural_ode, "TEST", 4)
+    figure = tmp_path / "figure.png"
+    rows = neural_ode.main(size=2, steps=4, warmup=1, seeds=1, figure=str(figure))
+    assert figure.stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    for name, row in rows.items():
+        assert name in printed
+        assert np.all(np.isfinite(row.exact)) and np.all(row.steps > 0)
+    noise = {name: np.asarray(row.course.values.noise) for name, row in rows.items()}
+    assert np.all(noise["fixed"] == noise["fixed"][:, :1])
+    assert np.all(noise["tuned online"][:, -1] != noise["tuned online"][:, 0])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compare(example, tmp_path, capsys, monkeypatch):
+    compare = example("compare")
+    weights = {"weights": compare.SETTINGS["weights"]}
+    monkeypatch.setattr(compare, "SETTINGS", weights)
+    figure = tmp_path / "figure.png"
+    results = compare.main(size=30, steps=3, warm=5, figure=str(figure))
+    assert figure.stat().st_size > 10_000
+    for placed in results:
+        rows = {row.name: row for row in placed.comparison.rows}
+        assert rows["Unrolled"].relative_error < 1e-4
+        assert rows["T1T2"].relative_error > 0.1
+    assert "cosine" in capsys.readouterr().out

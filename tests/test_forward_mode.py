@@ -78,15 +78,18 @@ def test_adam_with_a_gradient_that_is_zero():
 
     problem, model = hpo.Problem(train_loss, val_loss), jnp.array([0.0, 0.3, 1.0])
     for steps in (1, 2, 6):
-        got, expected = (
+        args = (problem, optax.adam(0.1), HOLD)
+        got, nested, expected = (
             x.compute_hypergradient(x.init(model, 0.5), jnp.ones(()), jnp.ones(()))
             for x in (
-                hpo.ForwardMode(problem, optax.adam(0.1), HOLD, inner_steps=steps),
-                hpo.Unrolled(problem, optax.adam(0.1), HOLD, inner_steps=steps),
+                hpo.ForwardMode(*args, inner_steps=steps),
+                hpo.Unrolled(*args, inner_steps=steps, checkpoint="nested"),
+                hpo.Unrolled(*args, inner_steps=steps),
             )
         )
         assert jnp.isfinite(got)
         assert jnp.allclose(got, expected, rtol=1e-10, atol=1e-14)
+        assert jnp.allclose(nested, expected, rtol=1e-12, atol=1e-14)
 
 
 def _scheduled(steps, window, inner, hyperparams):

@@ -1,3 +1,4 @@
+import dataclasses
 import functools as ft
 import itertools
 
@@ -167,6 +168,20 @@ def test_what_is_kept_of_the_inner_steps():
     for rule, checkpoint in ((rules[0], "step"), (rules[1], None)):
         assert 75 <= growth(rule, checkpoint) < 78
     assert 10 <= growth(rules[1], "nested") < 12
+
+
+def test_batches_are_drawn_again_and_not_kept():
+    case = ridge()
+    data = (jnp.ones((400, 6)), jnp.ones(400))
+    optimizers = [
+        hpo.Unrolled(case.problem, optax.sgd(0.1), optax.sgd(0.1), inner_steps=steps)
+        for steps in (25, 100)
+    ]
+    state = optimizers[0].init(case.model, case.hyperparams)
+    batches = hpo.Minibatch(data, 200, replacement=False)
+    case = dataclasses.replace(case, train=batches)
+    small, large = (step_temporaries(x, state, case) for x in optimizers)
+    assert large - small < 75 * 2 * case.model.nbytes
 
 
 def test_bad_checkpoint():

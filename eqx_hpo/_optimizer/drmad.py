@@ -1,6 +1,7 @@
 """Reverse mode along the straight line from the first to the last weights, in place of
 the trajectory, which is never stored."""
 
+import dataclasses
 from typing import ClassVar
 
 import equinox as eqx
@@ -121,4 +122,9 @@ def pull_back(
         return eqx.filter(new, eqx.is_inexact_array)
 
     _, pullback = eqx.filter_vjp(update, arrays, hyperparams)
-    return pullback(cotangent)
+    before, product = pullback(cotangent)
+    # Adam's second moment that is still zero has an infinite slope. On the line, unlike
+    # on the trajectory, the gradients before it need not be zero.
+    drop = lambda x, c: jnp.where((x == 0) & ~jnp.isfinite(c), 0, c)
+    opt_state = jtu.tree_map(drop, arrays.opt_state, before.opt_state)
+    return dataclasses.replace(before, opt_state=opt_state), product
