@@ -8,7 +8,6 @@ inner state and in the hyperparameters; `update` by the second-order rule.
 import dataclasses
 import functools as ft
 import math
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -16,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-import optax
 from jax import lax
 from jaxtyping import PRNGKeyArray, PyTree
 
@@ -31,11 +29,12 @@ from ._custom_types import (
     Model,
 )
 from ._data import AbstractBatches
-from ._misc import as_device_arrays, depends_on, match_dtypes
+from ._inner import apply_inner
+from ._misc import depends_on, match_dtypes
 from ._problem import evaluate_train, evaluate_val, Problem
 from ._second_order import AbstractSecondOrder, drop_dead_cotangents
 from ._state import InnerState
-from ._tasks import first_batches, first_task, over_tasks
+from ._tasks import first_batches, first_task
 
 
 # What a key is folded with, so that all draw independently.
@@ -122,7 +121,7 @@ class Levels(eqx.Module):
         gradient, as SGD does, momentum or not. Found by tracing."""
 
         def slope(gradient):
-            move = lambda x: _apply(self.inner, x, state, hyperparams)[0]
+            move = lambda x: apply_inner(self.inner, x, state, hyperparams)[0]
             ones = jtu.tree_map(jnp.ones_like, gradient)
             return jax.jvp(move, (gradient,), (ones,))[1]
 
@@ -143,7 +142,7 @@ class Levels(eqx.Module):
         - `state`, `hyperparams`: as those of `update`.
         - `model_state`: the model's state after the step.
         """
-        params, opt_state = _apply(self.inner, gradient, state, hyperparams)
+        params, opt_state = apply_inner(self.inner, gradient, state, hyperparams)
         return match_dtypes(InnerState(params, opt_state, model_state), state)
 
     def run(
@@ -269,55 +268,3 @@ def first_task_level(
         val=first_batches(levels.val, tasks),
     )
     return levels, first_task(inner, tasks)
-
-
-def start_inner(
-    inner: InnerOptimiser,
-    tasks: int | None,
-    hyperparams: Hyperparams,
-    model: Model,
-    model_state: PyTree,
-) -> InnerState:
-    """The inner state in which training starts; `tasks` as in `_tasks`."""
-    params = eqx.filter(model, eqx.is_inexact_array)
-    opt_state = inner_init(inner, tasks, hyperparams)(params)
-    return InnerState(params, as_device_arrays(opt_state), model_state)
-
-
-def inner_init(
-    inner: InnerOptimiser, tasks: int | None, hyperparams: Hyperparams
-) -> Callable[[PyTree], PyTree]:
-    """The function that makes the state of the inner optimiser, of each task its
-    own."""
-    return over_tasks(inner_transformation(inner, hyperparams).init, tasks)
-
-
-def inner_transformation(
-    inner: InnerOptimiser, hyperparams: Hyperparams
-) -> optax.GradientTransformation:
-    """The Optax transformation that `inner` is, or makes of the hyperparameters."""
-    if isinstance(inner, optax.GradientTransformation):
-        return inner
-    transformation = inner(hyperparams)
-    if not isinstance(transformation, optax.GradientTransformation):
-        raise ValueError(
-            "`inner` must be an `optax.GradientTransformation`, or a function from the "
-            "unwrapped hyperparameters to one; the function returned a "
-            f"{type(transformation).__name__}."
-        )
-    return transformation
-
-
-def _apply(inner, grad, state, hyperparams):
-    transformation = inner_transformation(inner, hyperparams)
-    try:
-        updates, opt_state = transformation.update(grad, state.opt_state, state.params)
-    except TypeError as e:
-        if "value" not in str(e):
-            raise
-        raise ValueError(
-            "`inner` asks for the value of the loss in its update. Only "
-            "transformations of (updates, state, params) can be used here: no line "
-            "search and no reduction on a plateau."
-        ) from e
-    return optax.apply_updates(state.params, updates), opt_state

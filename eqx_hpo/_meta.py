@@ -10,7 +10,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ._custom_types import Batch, Hyperparams, InnerOptimiser, Model, Through
-from ._levels import inner_init, Levels
+from ._inner import inner_init
+from ._levels import Levels
 from ._misc import match_dtypes
 from ._optimizer import AbstractBilevelOptimizer
 from ._optimizer.checks import as_share, check_positive_int

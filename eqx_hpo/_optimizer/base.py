@@ -26,8 +26,9 @@ from .._custom_types import (
 from .._data import AbstractBatches, as_batches
 from .._discrete import refresh
 from .._hyperparameter import canonical, partition_raw, unwrap
+from .._inner import inner_init, start_inner
 from .._jit import filter_jit
-from .._levels import first_task_level, inner_init, Levels, start_inner
+from .._levels import first_task_level, Levels
 from .._misc import as_device_arrays, check_same_structure
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder
@@ -59,9 +60,8 @@ class AbstractBilevelOptimizer(eqx.Module):
         hyperparameters.
     - `second_order`: the rule for derivatives of the training gradient.
     - `inner_steps`: the number of inner steps in a call of `step`.
-    - `unroll`: how many inner steps a compiled loop holds in its body. By default one;
-        on CPUs, where convolutions run many times slower inside loops, all of them
-        (up to 64) if a loss holds a convolution. A full unroll compiles longer.
+    - `unroll`: how many inner steps a compiled loop holds in its body. By default one,
+        and on CPUs up to 64 if a loss holds a convolution, which a loop makes slow.
     """
 
     problem: eqx.AbstractVar[Problem]
