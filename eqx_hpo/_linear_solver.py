@@ -117,9 +117,9 @@ class Nystrom(lx.AbstractLinearSolver):
     $$A_k = C W^+ C^\top,$$
 
     where $C$ are $k$ columns of $A$ drawn at random and $W$ their rows of the same
-    numbers. All else is exact, by the eigendecomposition of $A_k$, in place of
-    Woodbury's formula, which loses half of the digits in single precision. With `rank`
-    at or above the size of $A$ it solves $(A + \rho I) x = v$.
+    numbers. All else is exact, by the eigendecomposition of $A_k$: Woodbury's formula,
+    with $C^\top C$ in it, would square the condition number. With `rank` at or above
+    the size of $A$ it solves $(A + \rho I) x = v$.
 
     The operator must be real and symmetric. Holds $k$ vectors of the size of $v$, and
     takes $k$ products with the operator. Where $W$ has a negative eigenvalue, $A$ has

@@ -178,8 +178,8 @@ def test_nystrom_is_exact_once_its_rank_is_that_of_the_matrix():
 
 
 def test_nystrom_is_accurate_in_single_precision():
-    matrix = _matrix(np.logspace(-6, 3, SIZE)).astype(jnp.float32)
-    solver = hpo.Nystrom(4, 1e-3)
+    matrix = _matrix(np.logspace(-4, 1, SIZE)).astype(jnp.float32)
+    solver = hpo.Nystrom(4, 1e-2)
     got = lx.linear_solve(_operator(matrix), VECTOR.astype(jnp.float32), solver).value
     double = lx.linear_solve(_operator(matrix.astype(float)), VECTOR, solver).value
     assert got.dtype == jnp.float32
