@@ -77,7 +77,7 @@ def test_adam_with_a_gradient_that_is_zero():
         return jnp.sum((model - batch) ** 2)
 
     problem, model = hpo.Problem(train_loss, val_loss), jnp.array([0.0, 0.3, 1.0])
-    for steps in (1, 2, 6):
+    for steps in (1, 6):
         args = (problem, optax.adam(0.1), HOLD)
         got, nested, expected = (
             x.compute_hypergradient(x.init(model, 0.5), jnp.ones(()), jnp.ones(()))
