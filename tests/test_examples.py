@@ -369,3 +369,14 @@ def test_compare(example, tmp_path, capsys, monkeypatch):
         assert rows["Unrolled"].relative_error < 1e-4
         assert rows["T1T2"].relative_error > 0.1
     assert "cosine" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_million_decays(example, tmp_path, capsys):
+    million_decays = example("million_decays")
+    figure = tmp_path / "figure.png"
+    results = million_decays.main(size=10, hidden=(64,), steps=5, figure=str(figure))
+    assert figure.stat().st_size > 10_000
+    assert set(results) >= {million_decays.IMPLICIT, million_decays.NONE}
+    assert "hyperparameters" in capsys.readouterr().out

@@ -1,0 +1,278 @@
+"""Tunes one weight decay for every weight of an MLP, more than a million of them, until
+50 validation images are fitted without an error.
+
+The sanity check of Lorraine et al., "Optimizing Millions of Hyperparameters by Implicit
+Differentiation", AISTATS 2020. Such an overfit is no use in itself. It shows that the
+hypergradient tells for each decay which way to move: the same updates, each given to
+another weight, stand beside it.
+
+    python million_decays.py
+    python million_decays.py --dataset mnist --seeds 3
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import eqx_hpo as hpo
+import image_data
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PyTree, Scalar
+from matplotlib.figure import Figure
+
+
+HIDDEN = {"digits": (1024, 1024)}  # smaller images, so a wider second layer
+DEFAULT_HIDDEN = (1024, 256)
+START, LOWER, UPPER = 1e-2, 1e-5, 1.0  # of each weight decay
+INNER, INNER_STEPS = optax.sgd(0.05, momentum=0.9), 10
+NEUMANN = hpo.Neumann(terms=10, learning_rate=0.1)
+# A millionth of the loss is each decay's share, far below the usual `eps`.
+OUTER = optax.rmsprop(0.1, eps=1e-24)
+TEST = 2000  # images at most
+IMPLICIT, T1T2, NONE = "Implicit, Neumann", "T1T2", "no tuning"
+SWAPPED = "Implicit, swapped updates"
+PARTS = ("train", "validation", "test")
+
+
+class Data(NamedTuple):
+    x: Float[Array, "n features"]
+    y: Int[Array, " n"]
+
+
+class Plain(NamedTuple):
+    """The state of training without tuning."""
+
+    model: Any
+    opt_state: Any
+    decay: Any
+
+
+class Method(NamedTuple):
+    init: Callable[..., Any]  # of the model and the decays
+    step: Callable[..., Any]  # of the state and the two parts of the data
+
+
+class Record(NamedTuple):
+    step: int
+    accuracies: tuple[float, ...]  # one for each of `PARTS`
+    val_loss: float
+
+
+class Course(NamedTuple):
+    records: list[Record]
+    seconds: list[float]  # of each step
+    reports: list[Any]  # of each step of `Implicit`
+
+
+def load_data(dataset: str, folder: str | None, size: int, seed: int) -> list[Data]:
+    splits = image_data.load(dataset, folder=folder, size=size, seed=seed)
+    flat = [(x.images.reshape(len(x.labels), -1), x.labels) for x in splits]
+    return [Data(jnp.asarray(x[:TEST]), jnp.asarray(y[:TEST])) for x, y in flat]
+
+
+def make_model(features: int, hidden: tuple[int, ...], seed: int) -> list[Any]:
+    sizes = (features, *hidden, 10)
+    keys = jr.split(jr.key(seed), len(sizes) - 1)
+    layers = zip(sizes, sizes[1:], keys)
+    return [eqx.nn.Linear(n, m, key=key) for n, m, key in layers]
+
+
+def compute_logits(model: Any, x: Any) -> Float[Array, "n classes"]:
+    for layer in model[:-1]:
+        x = jax.nn.relu(x @ layer.weight.T + layer.bias)
+    return x @ model[-1].weight.T + model[-1].bias
+
+
+def val_loss(model: Any, decay: Any, data: Data, key: None) -> Scalar:
+    logits = compute_logits(model, data.x)
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, data.y))
+
+
+def train_loss(model: Any, decay: Any, data: Data, key: None) -> Scalar:
+    penalty = jtu.tree_map(lambda d, w: jnp.sum(d * w**2) / 2, decay, model)
+    return val_loss(model, None, data, key) + sum(jtu.tree_leaves(penalty))
+
+
+def start_plain(model: Any, decay: PyTree) -> Plain:
+    return Plain(model, INNER.init(model), hpo.unwrap(decay))
+
+
+def train_plain(state: Plain, train: Data, val: Data) -> Plain:
+    def step(carry, _):
+        model, opt_state = carry
+        gradient = jax.grad(train_loss)(model, state.decay, train, None)
+        updates, opt_state = INNER.update(gradient, opt_state)
+        return (optax.apply_updates(model, updates), opt_state), None
+
+    carry, _ = jax.lax.scan(step, state[:2], length=INNER_STEPS)
+    return Plain(*carry, state.decay)
+
+
+def make_methods() -> dict[str, Method]:
+    problem = hpo.Problem(train_loss, val_loss)
+    options: dict[str, Any] = dict(inner_steps=INNER_STEPS)
+    implicit: Any = dict(options, linear_solver=NEUMANN, warm_start=False)
+    swap = optax.stateless(lambda updates, _: jtu.tree_map(jnp.flip, updates))
+    swapped = optax.chain(OUTER, swap)
+    optimizers = {
+        IMPLICIT: hpo.Implicit(problem, INNER, OUTER, **implicit),
+        T1T2: hpo.T1T2(problem, INNER, OUTER, **options),
+        SWAPPED: hpo.Implicit(problem, INNER, swapped, **implicit),
+    }
+    methods = {name: Method(x.init, x.step) for name, x in optimizers.items()}
+    return methods | {NONE: Method(start_plain, train_plain)}
+
+
+@jax.jit
+def assess(model: Any, data: list[Data]) -> tuple[list[Scalar], Scalar]:
+    """The accuracy on each part, and the validation loss."""
+    right = [jnp.argmax(compute_logits(model, x), axis=1) == y for x, y in data]
+    return [jnp.mean(x) for x in right], val_loss(model, None, data[1], None)
+
+
+def start_state(method: Method, model: Any) -> Any:
+    decay = jtu.tree_map(
+        lambda w: hpo.Interval(jnp.full(w.shape, START), LOWER, UPPER), model
+    )
+    return method.init(model, decay)
+
+
+def compile_step(method: Method, model: Any, data: list[Data]) -> Any:
+    arguments = start_state(method, model), *data[:2]
+    return jax.jit(lambda *args: method.step(*args)).lower(*arguments).compile()
+
+
+def run(method: Method, step: Any, model: Any, data: list[Data], steps: int) -> Course:
+    """`step` is that of the method, compiled."""
+    state, every = start_state(method, model), max(1, steps // 20)
+    course = Course([], [], [])
+    for number in range(steps + 1):
+        if number % every == 0 or number == steps:
+            accuracies, loss = assess(state.model, data)
+            accuracies = tuple(100 * float(x) for x in accuracies)
+            course.records.append(Record(number, accuracies, float(loss)))
+        if number < steps:
+            start = time.perf_counter()
+            state = jax.block_until_ready(step(state, *data[:2]))
+            course.seconds.append(time.perf_counter() - start)
+            if isinstance(state, hpo.BilevelState):
+                course.reports.append(state.metrics.diagnostics)
+    return course
+
+
+def describe(values: list[float]) -> str:
+    """Mean and standard error."""
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if values[1:] else 0.0
+    return f"{np.mean(values):.3g} ± {error:.2g}"
+
+
+def print_results(results: dict[str, list[Course]], megabytes: dict[str, float]):
+    print(
+        f"{'at the end':26}" + "".join(f"{part + ', %':>16}" for part in PARTS), end=""
+    )
+    print(f"{'val. loss':>18}{'s a step':>10}{'MB':>7}")
+    for name, courses in results.items():
+        ends = [course.records[-1] for course in courses]
+        cells = [describe([x.accuracies[i] for x in ends]) for i in range(len(PARTS))]
+        loss = describe([end.val_loss for end in ends])
+        seconds = np.median([x for course in courses for x in course.seconds])
+        print(f"{name:26}" + "".join(f"{cell:>16}" for cell in cells), end="")
+        print(f"{loss:>18}{seconds:10.3f}{megabytes[name]:7.1f}")
+    for name in (IMPLICIT, SWAPPED):
+        for course in results.get(name, []):
+            print_reports(name, course)
+
+
+def print_reports(name: str, course: Course) -> None:
+    failed = [bool(x.result != hpo.RESULTS.successful) for x in course.reports]
+    keys = ("residual", "curvature", "gradient_norm")
+    values = [np.array([getattr(x, key) for x in course.reports]) for key in keys]
+    perfect = [x.step for x in course.records if x.accuracies[1] == 100]
+    print(
+        f"{name}: validation at 100 % from step {min(perfect, default='none')} on;",
+        end="",
+    )
+    print(
+        f" failed solves in steps {[i + 1 for i, x in enumerate(failed) if x]};", end=""
+    )
+    print(
+        f" residual {np.median(values[0]):.2f} (median),"
+        f" at most {values[0].max():.2f};",
+        end="",
+    )
+    print(
+        f" curvature {values[1].min():.3g} at least, {values[1][-1]:.3g} at the end;",
+        end="",
+    )
+    print(f" gradient norm {values[2][0]:.2g}, at the end {values[2][-1]:.2g}")
+
+
+def draw(results: dict[str, list[Course]], path: str) -> None:
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    for axes, (i, part) in zip(figure.subplots(1, 3, sharey=True), enumerate(PARTS)):
+        for number, (name, courses) in enumerate(results.items()):
+            steps = [x.step for x in courses[0].records]
+            values = np.array([[x.accuracies[i] for x in y.records] for y in courses])
+            axes.plot(steps, values.T, color=f"C{number}", linewidth=0.6, alpha=0.5)
+            axes.plot(steps, values.mean(axis=0), color=f"C{number}", label=name)
+        axes.set(xlabel="updates of the decays", title=part)
+        axes.grid(alpha=0.3)
+        axes.set_ylim(0, 102)
+        if i == 0:
+            axes.set_ylabel("accuracy, %")
+        if i == 2:
+            axes.legend(loc="lower right")
+    figure.savefig(path, dpi=100)
+
+
+def main(
+    *,
+    dataset: str = "digits",
+    folder: str | None = None,
+    size: int = 50,
+    hidden: tuple[int, ...] | None = None,
+    steps: int = 30,
+    seeds: int = 1,
+    first: int = 0,
+    figure: str = "million_decays.png",
+) -> dict[str, list[Course]]:
+    methods, compiled = make_methods(), {}
+    results: dict[str, list[Course]] = {name: [] for name in methods}
+    for seed in range(first, first + seeds):
+        data = load_data(dataset, folder, size, seed)
+        hidden = hidden or HIDDEN.get(dataset, DEFAULT_HIDDEN)
+        model = make_model(data[0].x.shape[1], tuple(hidden), seed)
+        if seed == first:
+            print(f"{sum(x.size for x in jtu.tree_leaves(model))} hyperparameters")
+        for name, method in methods.items():
+            if name not in compiled:
+                compiled[name] = compile_step(method, model, data)
+            results[name].append(run(method, compiled[name], model, data, steps))
+    megabytes = {
+        name: step.memory_analysis().temp_size_in_bytes / 1e6
+        for name, step in compiled.items()
+    }
+    print_results(results, megabytes)
+    draw(results, figure)
+    print(f"\nThe course is in {figure}.")
+    return results
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dataset", default="digits", choices=image_data.NAMES)
+    parser.add_argument("--folder", help="with the files of the data set")
+    parser.add_argument("--size", type=int, default=50, help="of train and validation")
+    parser.add_argument("--hidden", type=int, nargs="+", help="widths of the layers")
+    parser.add_argument("--steps", type=int, default=30, help="updates of the decays")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first", type=int, default=0, help="seed")
+    parser.add_argument("--figure", default="million_decays.png", help="to write")
+    main(**vars(parser.parse_args()))
