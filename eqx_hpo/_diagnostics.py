@@ -40,7 +40,7 @@ class ComparisonRow(eqx.Module):
         more than 32 inner steps. The loop of a linear solver counts as one pass.
     - `temporaries`: the temporary memory of a step in bytes, as XLA plans it.
 
-    All are NaN in the first two if the step was skipped.
+    `cosine` and `relative_error` are NaN if the step was skipped.
     """
 
     name: str
@@ -58,7 +58,8 @@ class Comparison(eqx.Module):
 
     - `rows`: a [`eqx_hpo.ComparisonRow`][] for each algorithm.
     - `inner_steps`: the length of the training.
-    - `exact`: the exact hypergradient, shaped like the hyperparameters.
+    - `exact`: the exact hypergradient, shaped like the hyperparameters; that of the
+        last algorithm where keys or batches differ with the calls.
     """
 
     rows: tuple[ComparisonRow, ...]
@@ -153,7 +154,7 @@ def compare_hypergradients(
     steps = max(optimizer.inner_steps for optimizer in named.values())
     for name, optimizer in named.items():
         _check(name, optimizer, steps)
-    exact, known, rows = None, None, []
+    exact, references, rows = None, {}, []
     for name, optimizer in named.items():
         state = optimizer.init(
             model, hyperparams, train=train, val=val, model_state=model_state, key=key
@@ -161,12 +162,13 @@ def compare_hypergradients(
         if inner_opt_state is not None:
             state = eqx.tree_at(lambda s: s.inner_opt_state, state, inner_opt_state)
         calls = steps // optimizer.inner_steps
-        training = (optimizer.problem, optimizer.inner, calls, optimizer.sharing)
-        if training != known:
-            exact = exact_hypergradient(
+        training = (id(optimizer.problem), id(optimizer.inner))
+        training = (*training, calls, optimizer.sharing)
+        if training not in references:
+            references[training] = exact_hypergradient(
                 optimizer, state, train, val, key, calls, reference
             )
-            known = training
+        exact = references[training]
         data = (train, val)
         row = _row(name, optimizer, state, data, key, calls, exact, repeats)
         rows.append(row)

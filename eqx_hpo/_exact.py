@@ -1,7 +1,7 @@
 """The exact hypergradient of a training of many calls of `step`, as a reference."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -16,7 +16,7 @@ from ._data import AbstractBatches
 from ._discrete import refresh
 from ._hyperparameter import partition_raw, unwrap
 from ._optimizer import AbstractBilevelOptimizer, make_levels
-from ._optimizer.checks import loops_slowly
+from ._optimizer.checks import default_unroll
 from ._second_order import ReverseOverReverse
 from ._state import BilevelState, InnerState
 from ._windows import at_step
@@ -38,38 +38,41 @@ def exact_hypergradient(
     inner steps all have the hyperparameters of `state`, by reverse mode or by central
     differences. Step `i` draws with `fold_in(key, i)`."""
     raw, _ = partition_raw(state.hyperparams)
-    loss = lambda raw: _final_loss(optimizer, state, train, val, key, calls, raw)
-    if reference == "unrolled":
-        return eqx.filter_jit(eqx.filter_grad(loss))(raw)
-    flat, unflatten = jfu.ravel_pytree(raw)
-    flat_loss = lambda flat: loss(unflatten(flat))
-    return unflatten(eqx.filter_jit(_central_differences)(flat_loss, flat))
+    differentiate = _central_differences if reference == "differences" else _by_autodiff
+    # The data are arguments: as constants XLA would hold them, and fold them.
+    return differentiate(raw, optimizer, state, train, val, key, calls)
 
 
-def _central_differences(fn, x: Float[Array, " size"]) -> Float[Array, " size"]:
+@eqx.filter_jit
+def _by_autodiff(raw: Hyperparams, *args: Any) -> Hyperparams:
+    return eqx.filter_grad(_final_loss)(raw, *args)
+
+
+@eqx.filter_jit
+def _central_differences(raw: Hyperparams, *args: Any) -> Hyperparams:
+    x, unflatten = jfu.ravel_pytree(raw)
+    loss = lambda x: _final_loss(unflatten(x), *args)
     steps = jnp.cbrt(jnp.finfo(x.dtype).eps) * jnp.maximum(1, jnp.abs(x))
 
     def difference(index):
         up, down = (x.at[index].add(sign * steps[index]) for sign in (1, -1))
-        return (fn(up) - fn(down)) / (up[index] - down[index])
+        return (loss(up) - loss(down)) / (up[index] - down[index])
 
-    return lax.map(difference, jnp.arange(x.size))
+    return unflatten(lax.map(difference, jnp.arange(x.size)))
 
 
-def _final_loss(optimizer, state, train, val, key, calls, raw) -> Float[Array, ""]:
+def _final_loss(raw, optimizer, state, train, val, key, calls) -> Float[Array, ""]:
     inner_steps = optimizer.inner_steps
     steps = calls * inner_steps
 
-    def at_call(call):
+    def at(step):
+        """The levels, the hyperparameters and the number within the call of a step."""
+        call = step // inner_steps
         call_key = None if key is None else jr.fold_in(key, call)
         noisy = refresh(state.hyperparams, call_key, call)
         plain = unwrap(eqx.combine(raw, partition_raw(noisy)[1]))
         levels = make_levels(optimizer, state.model, train, val, call, call_key)
-        return dataclasses.replace(levels, second_order=ReverseOverReverse()), plain
-
-    def at(step):
-        """The levels, the hyperparameters and the number within the call of a step."""
-        levels, plain = at_call(step // inner_steps)
+        levels = dataclasses.replace(levels, second_order=ReverseOverReverse())
         return levels, at_step(plain, optimizer.sharing, step), step % inner_steps
 
     @jax.checkpoint
@@ -83,7 +86,7 @@ def _final_loss(optimizer, state, train, val, key, calls, raw) -> Float[Array, "
     start = InnerState(params, state.inner_opt_state, state.model_state)
     arrays, fixed = eqx.partition(start, eqx.is_array)
     levels, hyperparams, _ = at(jnp.array(0))
-    unroll = steps if loops_slowly(levels, start, hyperparams) else 1
+    unroll = default_unroll(levels, start, hyperparams, steps)
     arrays, _ = lax.scan(advance, arrays, jnp.arange(steps), unroll=unroll)
     levels, hyperparams, index = at(jnp.asarray(steps - 1))
     return levels.validate(eqx.combine(arrays, fixed), hyperparams, index)[0]

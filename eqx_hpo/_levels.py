@@ -117,15 +117,23 @@ class Levels(eqx.Module):
         return grad, eqx.combine(carried, fixed), (value, aux)
 
     def moves_linearly(self, state: InnerState, hyperparams: Hyperparams) -> bool:
-        """Whether the inner optimiser moves the parameters linearly in the training
-        gradient, as SGD does, momentum or not. Found by tracing."""
+        """Whether what the inner optimiser does, to the parameters and to its state, is
+        linear in the training gradient, as that of SGD is, momentum or not. Found by
+        tracing."""
 
         def slope(gradient):
-            move = lambda x: apply_inner(self.inner, x, state, hyperparams)[0]
+            def move(gradient):
+                new = apply_inner(self.inner, gradient, state, hyperparams)
+                return eqx.filter(new, eqx.is_inexact_array)
+
             ones = jtu.tree_map(jnp.ones_like, gradient)
             return jax.jvp(move, (gradient,), (ones,))[1]
 
-        return not depends_on(slope, state.params)
+        try:
+            return not depends_on(slope, state.params)
+        except Exception:
+            # An optimiser that JAX cannot differentiate: linear it is not.
+            return False
 
     def apply(
         self,

@@ -169,7 +169,7 @@ class Nystrom(lx.AbstractLinearSolver):
             chosen = np.sort(rng.choice(size, self.rank, replace=False))
         columns = _columns(operator, chosen)
         values, vectors = jnp.linalg.eigh(columns[chosen])
-        cutoff = jnp.finfo(values.dtype).eps * size * jnp.max(jnp.abs(values))
+        cutoff = jnp.finfo(values.dtype).eps * len(chosen) * jnp.max(jnp.abs(values))
         indefinite = jnp.min(values) < -cutoff
         if self.rank >= size:
             return _Spectrum(vectors, values, indefinite)

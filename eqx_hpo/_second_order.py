@@ -61,11 +61,15 @@ class ReverseOverReverse(AbstractSecondOrder):
     """Reverse mode through the training gradient: exact.
 
     Keeps the tape of the whole gradient evaluation. Works with every loss that JAX can
-    differentiate twice in reverse mode, those with a custom VJP inside included.
+    differentiate twice in reverse mode, those with a custom VJP inside included. It is
+    the gradient as it is, without a rule of its own, so it can be pushed forward too.
     """
 
     def differentiate(self, loss: LossFn) -> GradientFn:
-        return PlainGradient().differentiate(loss)
+        def gradient(params, rest, args):
+            return _gradient(loss, params, rest, lax.stop_gradient(args))
+
+        return gradient
 
 
 class ForwardOverReverse(AbstractSecondOrder):
@@ -132,18 +136,6 @@ FiniteDifference.__init__.__doc__ = """**Arguments:**
 - `epsilon`: the length of the step in the space of the model's parameters. In float32
     the relative error is about 3e-4 at 0.01 and grows to 2e-3 at 0.001.
 """
-
-
-class PlainGradient(AbstractSecondOrder):
-    """No rule: the gradient as JAX differentiates it, forward mode included, which a
-    custom VJP would not allow. Nothing is done about cotangents that are not finite.
-    """
-
-    def differentiate(self, loss: LossFn) -> GradientFn:
-        def gradient(params, rest, args):
-            return _gradient(loss, params, rest, lax.stop_gradient(args))
-
-        return gradient
 
 
 def _gradient(loss: LossFn, params: PyTree, rest: PyTree, args: PyTree):

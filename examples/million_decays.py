@@ -12,7 +12,7 @@ another weight, stand beside it.
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -33,11 +33,12 @@ DEFAULT_HIDDEN = (1024, 256)
 START, LOWER, UPPER = 1e-2, 1e-5, 1.0  # of each weight decay
 INNER, INNER_STEPS = optax.sgd(0.05, momentum=0.9), 10
 NEUMANN = hpo.Neumann(terms=10, learning_rate=0.1)
-# A millionth of the loss is each decay's share, far below the usual `eps`.
+# The hypergradient of one decay of a million is far below the usual `eps`, which would
+# hold all of them where they are.
 OUTER = optax.rmsprop(0.1, eps=1e-24)
 TEST = 2000  # images at most
-IMPLICIT, T1T2, NONE = "Implicit, Neumann", "T1T2", "no tuning"
-SWAPPED = "Implicit, swapped updates"
+IMPLICIT, T1T2, NONE = "Implicit", "T1T2", "no tuning"
+SWAPPED = "Implicit, swapped"
 PARTS = ("train", "validation", "test")
 
 
@@ -59,14 +60,10 @@ class Method(NamedTuple):
     step: Callable[..., Any]  # of the state and the two parts of the data
 
 
-class Record(NamedTuple):
-    step: int
-    accuracies: tuple[float, ...]  # one for each of `PARTS`
-    val_loss: float
-
-
 class Course(NamedTuple):
-    records: list[Record]
+    steps: list[int]  # those whose accuracies and losses are recorded
+    accuracies: list[list[float]]  # of each of `PARTS`, in percent
+    val_losses: list[float]
     seconds: list[float]  # of each step
     reports: list[Any]  # of each step of `Implicit`
 
@@ -77,11 +74,10 @@ def load_data(dataset: str, folder: str | None, size: int, seed: int) -> list[Da
     return [Data(jnp.asarray(x[:TEST]), jnp.asarray(y[:TEST])) for x, y in flat]
 
 
-def make_model(features: int, hidden: tuple[int, ...], seed: int) -> list[Any]:
+def make_model(features: int, hidden: Sequence[int], seed: int) -> list[eqx.nn.Linear]:
     sizes = (features, *hidden, 10)
-    keys = jr.split(jr.key(seed), len(sizes) - 1)
-    layers = zip(sizes, sizes[1:], keys)
-    return [eqx.nn.Linear(n, m, key=key) for n, m, key in layers]
+    shapes = zip(sizes, sizes[1:], jr.split(jr.key(seed), len(sizes) - 1))
+    return [eqx.nn.Linear(fan_in, out, key=key) for fan_in, out, key in shapes]
 
 
 def compute_logits(model: Any, x: Any) -> Float[Array, "n classes"]:
@@ -116,18 +112,16 @@ def train_plain(state: Plain, train: Data, val: Data) -> Plain:
 
 
 def make_methods() -> dict[str, Method]:
-    problem = hpo.Problem(train_loss, val_loss)
-    options: dict[str, Any] = dict(inner_steps=INNER_STEPS)
-    implicit: Any = dict(options, linear_solver=NEUMANN, warm_start=False)
-    swap = optax.stateless(lambda updates, _: jtu.tree_map(jnp.flip, updates))
-    swapped = optax.chain(OUTER, swap)
-    optimizers = {
-        IMPLICIT: hpo.Implicit(problem, INNER, OUTER, **implicit),
-        T1T2: hpo.T1T2(problem, INNER, OUTER, **options),
-        SWAPPED: hpo.Implicit(problem, INNER, swapped, **implicit),
+    args = (hpo.Problem(train_loss, val_loss), INNER, OUTER)
+    solver: Any = dict(linear_solver=NEUMANN, warm_start=False)
+    implicit = hpo.Implicit(*args, inner_steps=INNER_STEPS, **solver)
+    t1t2 = hpo.T1T2(*args, inner_steps=INNER_STEPS)
+    return {
+        IMPLICIT: Method(implicit.init, implicit.step),
+        T1T2: Method(t1t2.init, t1t2.step),
+        SWAPPED: Method(implicit.init, implicit.step),
+        NONE: Method(start_plain, train_plain),
     }
-    methods = {name: Method(x.init, x.step) for name, x in optimizers.items()}
-    return methods | {NONE: Method(start_plain, train_plain)}
 
 
 @jax.jit
@@ -149,85 +143,78 @@ def compile_step(method: Method, model: Any, data: list[Data]) -> Any:
     return jax.jit(lambda *args: method.step(*args)).lower(*arguments).compile()
 
 
-def run(method: Method, step: Any, model: Any, data: list[Data], steps: int) -> Course:
-    """`step` is that of the method, compiled."""
-    state, every = start_state(method, model), max(1, steps // 20)
-    course = Course([], [], [])
+def swap_updates(before: Any, after: Any) -> Any:
+    """Gives each decay the update of another one of the same array."""
+    swap = lambda old, new: old + jnp.flip(new - old)
+    hyperparams = jtu.tree_map(swap, before.hyperparams, after.hyperparams)
+    return eqx.tree_at(lambda state: state.hyperparams, after, hyperparams)
+
+
+def run(state: Any, step: Any, data: list[Data], steps: int, swap: bool) -> Course:
+    course, every = Course([], [], [], [], []), max(1, steps // 20)
     for number in range(steps + 1):
         if number % every == 0 or number == steps:
             accuracies, loss = assess(state.model, data)
-            accuracies = tuple(100 * float(x) for x in accuracies)
-            course.records.append(Record(number, accuracies, float(loss)))
+            course.steps.append(number)
+            course.accuracies.append([100 * float(x) for x in accuracies])
+            course.val_losses.append(float(loss))
         if number < steps:
-            start = time.perf_counter()
-            state = jax.block_until_ready(step(state, *data[:2]))
+            before, start = state, time.perf_counter()
+            state = jax.block_until_ready(step(before, *data[:2]))
             course.seconds.append(time.perf_counter() - start)
+            state = swap_updates(before, state) if swap else state
             if isinstance(state, hpo.BilevelState):
                 course.reports.append(state.metrics.diagnostics)
     return course
 
 
-def describe(values: list[float]) -> str:
+def describe(values: Sequence[float]) -> str:
     """Mean and standard error."""
     error = np.std(values, ddof=1) / len(values) ** 0.5 if values[1:] else 0.0
     return f"{np.mean(values):.3g} ± {error:.2g}"
 
 
-def print_results(results: dict[str, list[Course]], megabytes: dict[str, float]):
-    print(
-        f"{'at the end':26}" + "".join(f"{part + ', %':>16}" for part in PARTS), end=""
-    )
+def print_results(results: dict[str, list[Course]], steps: dict[str, Any]) -> None:
+    print(f"{'at the end':18}", *(f"{part + ', %':>14}" for part in PARTS), end="")
     print(f"{'val. loss':>18}{'s a step':>10}{'MB':>7}")
     for name, courses in results.items():
-        ends = [course.records[-1] for course in courses]
-        cells = [describe([x.accuracies[i] for x in ends]) for i in range(len(PARTS))]
-        loss = describe([end.val_loss for end in ends])
-        seconds = np.median([x for course in courses for x in course.seconds])
-        print(f"{name:26}" + "".join(f"{cell:>16}" for cell in cells), end="")
-        print(f"{loss:>18}{seconds:10.3f}{megabytes[name]:7.1f}")
-    for name in (IMPLICIT, SWAPPED):
-        for course in results.get(name, []):
-            print_reports(name, course)
+        cells = [describe(x) for x in zip(*(y.accuracies[-1] for y in courses))]
+        loss = describe([course.val_losses[-1] for course in courses])
+        seconds = np.median([course.seconds for course in courses])
+        memory = steps[name].memory_analysis().temp_size_in_bytes / 1e6
+        print(f"{name:18}", *(f"{cell:>14}" for cell in cells), end="")
+        print(f"{loss:>18}{seconds:10.3f}{memory:7.1f}")
 
 
-def print_reports(name: str, course: Course) -> None:
-    failed = [bool(x.result != hpo.RESULTS.successful) for x in course.reports]
-    keys = ("residual", "curvature", "gradient_norm")
-    values = [np.array([getattr(x, key) for x in course.reports]) for key in keys]
-    perfect = [x.step for x in course.records if x.accuracies[1] == 100]
+def print_reports(courses: list[Course]) -> None:
+    print(f"\n{IMPLICIT}, a line for each seed{'curvature':>26}{'gradient norm':>20}")
     print(
-        f"{name}: validation at 100 % from step {min(perfect, default='none')} on;",
-        end="",
+        "val. at 100 %  failed solves  residual     least     last     first     last"
     )
-    print(
-        f" failed solves in steps {[i + 1 for i, x in enumerate(failed) if x]};", end=""
-    )
-    print(
-        f" residual {np.median(values[0]):.2f} (median),"
-        f" at most {values[0].max():.2f};",
-        end="",
-    )
-    print(
-        f" curvature {values[1].min():.3g} at least, {values[1][-1]:.3g} at the end;",
-        end="",
-    )
-    print(f" gradient norm {values[2][0]:.2g}, at the end {values[2][-1]:.2g}")
+    for course in courses:
+        perfect = [x for x, y in zip(course.steps, course.accuracies) if y[1] == 100]
+        failed = [bool(x.result != hpo.RESULTS.successful) for x in course.reports]
+        where = ", ".join(str(x + 1) for x in np.flatnonzero(failed))
+        residual = np.median([float(x.residual) for x in course.reports])
+        curvature = [float(x.curvature) for x in course.reports]
+        norm = [float(x.gradient_norm) for x in course.reports]
+        print(f"{min(perfect, default='-'):>13}{where:>15}{residual:10.2f}", end="")
+        print(f"{min(curvature):10.3f}{curvature[-1]:9.3f}{norm[0]:10.3f}", end="")
+        print(f"{norm[-1]:9.3f}")
 
 
 def draw(results: dict[str, list[Course]], path: str) -> None:
     figure = Figure(figsize=(12, 4), layout="constrained")
     for axes, (i, part) in zip(figure.subplots(1, 3, sharey=True), enumerate(PARTS)):
         for number, (name, courses) in enumerate(results.items()):
-            steps = [x.step for x in courses[0].records]
-            values = np.array([[x.accuracies[i] for x in y.records] for y in courses])
+            steps = courses[0].steps
+            values = np.array([course.accuracies for course in courses])[:, :, i]
             axes.plot(steps, values.T, color=f"C{number}", linewidth=0.6, alpha=0.5)
             axes.plot(steps, values.mean(axis=0), color=f"C{number}", label=name)
         axes.set(xlabel="updates of the decays", title=part)
         axes.grid(alpha=0.3)
-        axes.set_ylim(0, 102)
         if i == 0:
-            axes.set_ylabel("accuracy, %")
-        if i == 2:
+            axes.set(ylabel="accuracy, %", ylim=(0, 102))
             axes.legend(loc="lower right")
     figure.savefig(path, dpi=100)
 
@@ -237,7 +224,7 @@ def main(
     dataset: str = "digits",
     folder: str | None = None,
     size: int = 50,
-    hidden: tuple[int, ...] | None = None,
+    hidden: Sequence[int] | None = None,
     steps: int = 30,
     seeds: int = 1,
     first: int = 0,
@@ -247,19 +234,19 @@ def main(
     results: dict[str, list[Course]] = {name: [] for name in methods}
     for seed in range(first, first + seeds):
         data = load_data(dataset, folder, size, seed)
-        hidden = hidden or HIDDEN.get(dataset, DEFAULT_HIDDEN)
-        model = make_model(data[0].x.shape[1], tuple(hidden), seed)
-        if seed == first:
-            print(f"{sum(x.size for x in jtu.tree_leaves(model))} hyperparameters")
+        widths = hidden or HIDDEN.get(dataset, DEFAULT_HIDDEN)
+        model = make_model(data[0].x.shape[1], widths, seed)
         for name, method in methods.items():
             if name not in compiled:
-                compiled[name] = compile_step(method, model, data)
-            results[name].append(run(method, compiled[name], model, data, steps))
-    megabytes = {
-        name: step.memory_analysis().temp_size_in_bytes / 1e6
-        for name, step in compiled.items()
-    }
-    print_results(results, megabytes)
+                same = compiled.get(IMPLICIT) if name == SWAPPED else None
+                compiled[name] = same or compile_step(method, model, data)
+            start, swap = start_state(method, model), name == SWAPPED
+            results[name].append(run(start, compiled[name], data, steps, swap))
+        if seed == first:
+            count = sum(x.size for x in jtu.tree_leaves(model))
+            print(f"{count} hyperparameters, {size} validation images")
+    print_results(results, compiled)
+    print_reports(results[IMPLICIT])
     draw(results, figure)
     print(f"\nThe course is in {figure}.")
     return results

@@ -186,6 +186,27 @@ def test_nystrom_is_accurate_in_single_precision():
     assert jnp.linalg.norm(got - double) < 3e-3 * jnp.linalg.norm(double)
 
 
+def test_nystrom_keeps_small_eigenvalues_of_a_large_operator():
+    """What counts as rounding does not grow with the size of the operator."""
+    size, rank = 20_000, 3
+    factor = jr.normal(jr.key(0), (size, rank)) * jnp.array([1.0, 0.1, 0.03])
+    vector = factor @ jnp.ones(rank)
+
+    def solve(dtype):
+        root, rest = factor.astype(dtype), vector.astype(dtype)
+        operator = lx.FunctionLinearOperator(
+            lambda x: root @ (root.T @ x),
+            jax.ShapeDtypeStruct((size,), dtype),
+            lx.positive_semidefinite_tag,
+        )
+        return lx.linear_solve(operator, rest, hpo.Nystrom(rank, 1.0)).value
+
+    exact = factor @ jnp.linalg.solve(factor.T @ factor + jnp.eye(rank), jnp.ones(rank))
+    for dtype, tolerance in ((jnp.float64, 1e-8), (jnp.float32, 0.05)):
+        error = jnp.linalg.norm(solve(dtype).astype(float) - exact)
+        assert error < tolerance * jnp.linalg.norm(exact)
+
+
 def test_nystrom_reports_an_indefinite_operator():
     operator = _operator(jnp.diag(jnp.array([1.0, -1.0, 2.0])))
     got = lx.linear_solve(operator, jnp.ones(3), hpo.Nystrom(3, 0.1), throw=False)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+import lineax as lx
 import numpy as np
 import optax
 import pytest
@@ -228,8 +229,13 @@ def test_empty_hyperparameters():
         lambda w, h, batch, key: jnp.sum((w - batch) ** 2),
         lambda w, h, batch, key: jnp.sum((w - batch) ** 2),
     )
-    optimizer = hpo.T1T2(problem, optax.sgd(0.5), optax.adam(0.1))
-    for empty in (None, {}, ()):
+    args = (problem, optax.sgd(0.5), optax.adam(0.1))
+    implicit = hpo.Implicit(*args, inner_steps=1, linear_solver=lx.LU())
+    for optimizer, empty in (
+        *[(hpo.T1T2(*args), empty) for empty in (None, {}, ())],
+        (hpo.ForwardMode(*args), {}),
+        (implicit, {}),
+    ):
         state = optimizer.init(jnp.zeros(2), empty)
         state = optimizer.step(state, jnp.ones(2), jnp.ones(2))
         assert jnp.allclose(state.model, 1.0)
@@ -410,6 +416,20 @@ def test_bad_settings(kwargs, match):
     settings = {"inner": optax.sgd(0.1), "outer": optax.sgd(0.1), **kwargs}
     with pytest.raises((ValueError, TypeError), match=match):
         hpo.T1T2(quadratic().problem, **settings)
+
+
+def test_an_optimiser_that_cannot_be_differentiated_trains_all_the_same():
+    """Its update is computed outside of JAX; the direct term needs no derivative."""
+
+    def halve(x):
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return jax.pure_callback(lambda x: np.asarray(x) / 2, shape, x)
+
+    inner = optax.stateless(lambda updates, _: jtu.tree_map(halve, updates))
+    case = quadratic()
+    optimizer = hpo.FirstOrder(case.problem, inner, optax.sgd(0.1))
+    after = optimizer.step(_start(case, optimizer), case.train, case.val)
+    assert int(after.skipped) == 0
 
 
 def test_inner_must_make_a_transformation():

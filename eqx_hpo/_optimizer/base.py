@@ -61,7 +61,7 @@ class AbstractBilevelOptimizer(eqx.Module):
     - `second_order`: the rule for derivatives of the training gradient.
     - `inner_steps`: the number of inner steps in a call of `step`.
     - `unroll`: how many inner steps a compiled loop holds in its body. By default one,
-        and on CPUs up to 64 if a loss holds a convolution, which a loop makes slow.
+        or on CPUs all (of at most 64) if a loss holds a convolution: loops slow it.
     """
 
     problem: eqx.AbstractVar[Problem]
@@ -143,8 +143,6 @@ class AbstractBilevelOptimizer(eqx.Module):
             compiles twice.
         - `model_state`: an `eqx.nn.State`, for losses that take and return one.
         - `key`: a PRNG key, where the losses need one.
-
-        **Returns:** a [`eqx_hpo.BilevelState`][].
 
         **Raises:** a `ValueError` if `model` has nothing to train or still holds
         placeholders, or if a hyperparameter is not floating point.
@@ -270,8 +268,10 @@ class AbstractBilevelOptimizer(eqx.Module):
         checks.check_state(state, init, self.outer, raw)
         one_task = first_task_level(levels, inner, self.tasks)
         with checks.explain_missing_key(*one_task, start):
-            if self.unroll is None and checks.loops_slowly(*one_task, start):
-                levels = dataclasses.replace(levels, unroll=min(self.inner_steps, 64))
+            unroll = self.unroll or checks.default_unroll(
+                *one_task, start, self.inner_steps
+            )
+            levels = dataclasses.replace(levels, unroll=unroll)
             estimate = self.estimate(levels, inner, plain, state.memory)
         checks.warn_if_independent(*one_task, start, self.through)
         (gradient,) = pullback(estimate.hypergradient)

@@ -18,8 +18,11 @@ from .._custom_types import Batch, Hyperparams, Model, Through
 from .._hyperparameter import is_hyperparameter
 from .._levels import Levels
 from .._misc import check_same_structure, depends_on, holds_convolution
-from .._second_order import PlainGradient
+from .._second_order import ReverseOverReverse
 from .._state import BilevelState, InnerState
+
+
+_LARGEST_UNROLL = 64  # inner steps; more compile for too long
 
 
 def check_positive_int(name: str, value: Any) -> None:
@@ -125,7 +128,7 @@ def warn_if_independent(
     levels = eqx.tree_at(
         lambda x: x.second_order,
         levels,
-        PlainGradient(),
+        ReverseOverReverse(),
         is_leaf=lambda x: x is levels.second_order,
     )
     index = jnp.array(0)
@@ -156,18 +159,20 @@ def warn_if_independent(
     )
 
 
-def loops_slowly(levels: Levels, inner: InnerState, hyperparams: Hyperparams) -> bool:
-    """Whether this is a CPU and a loss holds a convolution, which runs many times
-    slower inside a compiled loop there
-    (https://github.com/jax-ml/jax/issues/12868)."""
-    if jax.default_backend() != "cpu":
-        return False
+def default_unroll(
+    levels: Levels, inner: InnerState, hyperparams: Hyperparams, steps: int
+) -> int:
+    """How many of `steps` inner steps a compiled loop should hold in its body: one,
+    but all of them on a CPU if a loss holds a convolution, which runs many times slower
+    inside a loop there (https://github.com/jax-ml/jax/issues/12868)."""
+    if jax.default_backend() != "cpu" or not 1 < steps <= _LARGEST_UNROLL:
+        return 1
     arrays, static = eqx.partition((levels, inner, hyperparams), eqx.is_array)
 
     def reports(arrays):
         return _reports(*eqx.combine(arrays, static))
 
-    return holds_convolution(reports, arrays)
+    return steps if holds_convolution(reports, arrays) else 1
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from .._problem import Problem
 from .._second_order import (
     AbstractSecondOrder,
     ForwardOverReverse,
-    PlainGradient,
+    ReverseOverReverse,
     square_underflows,
 )
 from .._state import Estimate, InnerState, Memory
@@ -87,7 +87,7 @@ class ForwardMode(AbstractBilevelOptimizer):
         memory: Memory,
     ) -> Estimate:
         tangents, elapsed = memory.episode
-        levels = dataclasses.replace(levels, second_order=PlainGradient())
+        levels = dataclasses.replace(levels, second_order=ReverseOverReverse())
         at = lambda hyperparams, step: at_step(hyperparams, self.sharing, step)
         report = levels.empty_report(inner, at(hyperparams, elapsed))
 
@@ -204,7 +204,7 @@ def _contract(alpha: PyTree, tangents: PyTree) -> Float[Array, " size"]:
     dtype = jnp.result_type(float)
 
     def dot(a, z):
-        return (z.reshape(len(z), -1) @ a.reshape(-1)).astype(dtype)
+        return (z.reshape(len(z), a.size) @ a.reshape(a.size)).astype(dtype)
 
     pairs = zip(jtu.tree_leaves(alpha), jtu.tree_leaves(tangents), strict=True)
     return sum((dot(a, z) for a, z in pairs), start=jnp.zeros((), dtype))

@@ -15,7 +15,7 @@ from .._custom_types import Batch, Hyperparams, InnerOptimiser, IntScalar, Throu
 from .._levels import Levels
 from .._misc import tree_add, tree_dot, tree_norm, tree_scale
 from .._problem import Problem
-from .._second_order import AbstractSecondOrder, ForwardOverReverse, PlainGradient
+from .._second_order import AbstractSecondOrder, ForwardOverReverse, ReverseOverReverse
 from .._solution import RESULTS
 from .._state import Estimate, float_scalar, InnerState, Memory
 from .base import AbstractBilevelOptimizer
@@ -161,7 +161,7 @@ class Implicit(AbstractBilevelOptimizer):
         index: IntScalar,
     ) -> tuple[lx.AbstractLinearOperator, PyTree]:
         """The damped Hessian of the train loss, and its gradient."""
-        levels = dataclasses.replace(levels, second_order=PlainGradient())
+        levels = dataclasses.replace(levels, second_order=ReverseOverReverse())
 
         def at(params):
             state = dataclasses.replace(inner, params=params)
