@@ -179,7 +179,8 @@ def test_temporaries_and_traces_do_not_grow_with_the_inner_steps():
     def compile_step(inner_steps):
         problem = hpo.Problem(train_loss, case.problem.val_loss)
         inner = optax.sgd(0.1, momentum=0.9)
-        optimizer = hpo.Greedy(problem, inner, OUTER, inner_steps=inner_steps)
+        # By default a small number of steps is looked at once more, for convolutions.
+        optimizer = hpo.Greedy(problem, inner, OUTER, inner_steps=inner_steps, unroll=1)
         state = optimizer.init(case.model, case.hyperparams)
         return step_temporaries(optimizer, state, case)
 
