@@ -167,20 +167,19 @@ def compare(
 def draw(results: list[Placed], path: str) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    names = list(dict.fromkeys(row.name for x in results for row in x.comparison.rows))
+    handles = {}
     for axis, (problem, place, comparison) in zip(axes, results):
-        for number, row in enumerate(comparison.rows):
-            x, marker = 1e3 * row.seconds, "os^vDP*Xdhp"[number % 11]
-            axis.scatter(x, row.cosine, marker=marker, s=50, label=row.name)
-        axis.set(xscale="log", xlabel="ms for each inner step")
+        for row in comparison.rows:
+            number = names.index(row.name)
+            look: dict[str, Any] = dict(color=f"C{number % 10}", s=50)
+            look["marker"] = "os^vDP*Xdhp"[number % 11]
+            handles[row.name] = axis.scatter(1e3 * row.seconds, row.cosine, **look)
+        axis.set(xlim=(0, None), xlabel="ms for each inner step")
         axis.set_title(f"{problem}, {place}", fontsize=10)
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="cosine with the exact hypergradient")
-    known = {}
-    for axis in axes:
-        known.update(dict(zip(*reversed(axis.get_legend_handles_labels()))))
-    figure.legend(
-        known.values(), known.keys(), loc="outside lower center", ncols=4, frameon=False
-    )
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=100)
 
 
