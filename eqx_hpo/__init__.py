@@ -55,6 +55,7 @@ from ._outer import (
     select_top_k as select_top_k,
 )
 from ._problem import Problem as Problem
+from ._search import search as search
 from ._second_order import (
     AbstractSecondOrder as AbstractSecondOrder,
     FiniteDifference as FiniteDifference,

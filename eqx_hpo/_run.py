@@ -5,6 +5,7 @@ with convolutions on a CPU, it is one step. Records of the history are written o
 device and drained by the host when their block is full.
 """
 
+import dataclasses
 import time
 from typing import Any, cast
 
@@ -60,7 +61,7 @@ class Run:
         interval: int,
         max_skipped: int,
     ):
-        self.state = _copy(state)  # since it will be donated
+        self.state = copy_state(state)  # since it will be donated
         self.step = int(state.step)
         self.skipped = int(state.skipped)
         if self.skipped >= max_skipped:
@@ -82,9 +83,15 @@ class Run:
         self._drained = self.step // interval
         self._rows, self._capacity = _empty_rows(self.state)
 
-    def restart(self, model: Model, model_state: PyTree) -> None:
-        state = self._optimizer.restart(self.state, model, model_state=model_state)
-        self.state = _copy(state)  # of `model`, which is the user's
+    def restart(
+        self, model: Model, model_state: PyTree, hyperparams: Hyperparams | None = None
+    ) -> None:
+        """Starts the inner level afresh, with other hyperparameters if given."""
+        state = self.state
+        if hyperparams is not None:
+            state = dataclasses.replace(state, hyperparams=hyperparams)
+        state = self._optimizer.restart(state, model, model_state=model_state)
+        self.state = copy_state(state)  # of `model`, which is the user's
 
     def advance(self, limit: int, donate: bool) -> None:
         """Takes at most `limit` steps."""
@@ -265,5 +272,6 @@ _advance_keeping = filter_jit(_advance)
 _advance_donating = filter_jit_donating_first(_advance)
 
 
-def _copy(state: BilevelState) -> BilevelState:
+def copy_state(state: BilevelState) -> BilevelState:
+    """The same state in other buffers, which outlives the donation of these."""
     return jtu.tree_map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, state)

@@ -107,18 +107,14 @@ def tune(
     try:
         with ProgressBar(steps, progress) as bar:
             donate = callback is None  # what it is given must outlive the next step
-            result = _drive(run, run.step + steps, before, after, bar, donate)
-    except StopIteration:
-        result = RESULTS.data_exhausted
-    except KeyboardInterrupt:
-        result = RESULTS.interrupted
+            result = drive(run, run.step + steps, before, after, bar, donate)
     finally:
         if checkpoint is not None and run.is_alive():
             save(checkpoint, run.state)
     return run.finish(result)
 
 
-def _drive(
+def drive(
     run: Run,
     end: int,
     before: list[_Event],
@@ -126,22 +122,27 @@ def _drive(
     bar: ProgressBar,
     donate: bool,
 ) -> Any:
-    """Steps until `end`, or until there is a reason to stop."""
+    """Steps until `end`, or until there is a reason to stop, an item of `RESULTS`."""
     periods = [period for period, _ in (*before, *after)]
-    with catch_interrupt() as interrupted:
-        while run.step < end:
-            start = run.step
-            for action in _due(before, start):
-                action()
-            left = [period - start % period for period in periods]
-            run.advance(min([end - start, *left]), donate)
-            bar.update(run.step - start, run.state)
-            if any([action() is True for action in _due(after, run.step)]):
-                return RESULTS.stopped
-            if run.has_failed():
-                return RESULTS.nonfinite
-            if interrupted():
-                return RESULTS.interrupted
+    try:
+        with catch_interrupt() as interrupted:
+            while run.step < end:
+                start = run.step
+                for action in _due(before, start):
+                    action()
+                left = [period - start % period for period in periods]
+                run.advance(min([end - start, *left]), donate)
+                bar.update(run.step - start, run.state)
+                if any([action() is True for action in _due(after, run.step)]):
+                    return RESULTS.stopped
+                if run.has_failed():
+                    return RESULTS.nonfinite
+                if interrupted():
+                    return RESULTS.interrupted
+    except StopIteration:
+        return RESULTS.data_exhausted
+    except KeyboardInterrupt:
+        return RESULTS.interrupted
     return RESULTS.successful
 
 

@@ -12,5 +12,6 @@ from .implicit import (
     Implicit as Implicit,
     ImplicitReport as ImplicitReport,
 )
+from .plain_training import PlainTraining as PlainTraining
 from .t1t2 import T1T2 as T1T2
 from .unrolled import Unrolled as Unrolled

@@ -1,0 +1,259 @@
+"""Black-box baselines: `search` trains afresh with what an Optuna sampler proposes, and
+gives the `Solution` that `tune` gives.
+
+All trials are episodes of one run, so that what is compiled, the data and the history
+are those of `tune`; between two of them new hyperparameters are put in place.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import PyTree
+
+from ._custom_types import Batch, Hyperparams, Key, Model
+from ._data import AbstractBatches, Minibatch
+from ._discrete import has_discrete
+from ._feed import Feed
+from ._hyperparameter import canonical, partition_raw, unwrap
+from ._misc import check_same_structure
+from ._optimizer import AbstractBilevelOptimizer, PlainTraining
+from ._optimizer.checks import check_positive_int
+from ._progress import ProgressBar
+from ._run import copy_state, Run, start
+from ._solution import RESULTS, Solution
+from ._state import BilevelState
+from ._tune import drive
+
+
+_NEVER = 2**31 - 1  # a failed trial does not end the run, however long it goes on
+
+
+def search(
+    optimizer: AbstractBilevelOptimizer,
+    model: Model,
+    low: Hyperparams,
+    high: Hyperparams,
+    train: Batch | AbstractBatches | Any,
+    val: Batch | AbstractBatches | Any,
+    *,
+    trials: int,
+    steps: int,
+    key: Key,
+    sampler: Literal["random", "tpe"] | Any = "tpe",
+    progress: bool = True,
+    callback: Callable[[BilevelState], Any] | None = None,
+    model_state: PyTree = None,
+) -> Solution:
+    """Chooses hyperparameters by complete trainings, as a baseline for
+    [`eqx_hpo.tune`][]. Needs [Optuna](https://optuna.org):
+    `pip install 'eqx_hpo[optuna]'`.
+
+    ```python
+    low, high = hpo.Positive(1e-4), hpo.Positive(10.0)
+    solution = hpo.search(
+        optimizer, model, low, high, train, val, trials=50, steps=1000, key=key
+    )
+    ```
+
+    **Arguments:**
+
+    - `optimizer`: any [`eqx_hpo.AbstractBilevelOptimizer`][] for one task, of which
+        the problem, `inner` and `inner_steps` are used: `steps` means as many inner
+        steps here as in `tune`.
+    - `model`: the model that each trial starts from.
+    - `low`, `high`: the ends of the range of each hyperparameter, two pytrees of the
+        structure of `hyperparams` in `tune`. Each coordinate of each `raw` array is one
+        parameter of the search, uniform between the two: `Positive` is searched by
+        its logarithm, a plain array or `Real` as it is. The ends of a `Simplex`, which
+        cannot be lower in all entries, are taken in whatever order they come.
+    - `train`, `val`: the data, as for `tune`. The validation loss is taken once, at the
+        end of a trial; on all data where `val` is an [`eqx_hpo.Minibatch`][].
+    - `trials`: the number of trainings.
+    - `steps`: of each, in calls of `optimizer.step`.
+    - `key`: a PRNG key, or `None` if nothing is random. It seeds the sampler too.
+    - `sampler`: `"random"`, `"tpe"` (tree-structured Parzen estimator), or any sampler
+        of `optuna.samplers`.
+    - `progress`: whether to show a progress bar.
+    - `callback`: called as `callback(state)` after each trial; the search stops if it
+        returns `True`.
+    - `model_state`: an `eqx.nn.State`, for losses that take and return one.
+
+    **Returns:** a [`eqx_hpo.Solution`][] with the model, the hyperparameters and the
+    `state` of the best trial, which `tune` can go on from. `history` has one record for
+    each trial, in their order, with `step` the number of steps so far. A trial whose
+    loss is not finite has failed, and `RESULTS.nonfinite` says that all have. Ctrl-C
+    ends the search with the best so far.
+
+    **Raises:** an `ImportError` without Optuna; a `ValueError` if the ranges do not
+    match, are empty or not finite, or if hyperparameters are discrete.
+    """
+    check_positive_int("trials", trials)
+    check_positive_int("steps", steps)
+    if optimizer.tasks is not None or optimizer.sharing is not None:
+        raise ValueError(
+            "`search` trains one model with hyperparameters that are the same at each "
+            "step; give it an optimizer without tasks and without `sharing`."
+        )
+    space = _Space(canonical(low), canonical(high))
+    study = _Study(sampler, key)
+    trainer = PlainTraining(
+        optimizer.problem,
+        optimizer.inner,
+        inner_steps=optimizer.inner_steps,
+        unroll=optimizer.unroll,
+        validate_every=steps,
+    )
+    whole = val.data if isinstance(val, Minibatch) else val
+    feeds = Feed(train, "train", trainer.inner_steps), Feed(whole, "val", 1)
+    like, state = (
+        start(x, model, space.low, *feeds, key, None, model_state)
+        for x in (optimizer, trainer)
+    )
+    run = Run(trainer, *feeds, key, state, steps, _NEVER)
+    best, result = None, RESULTS.successful
+    with ProgressBar(trials * steps, progress) as bar:
+        for number in range(1, trials + 1):
+            trial = study.ask(space)
+            run.restart(model, model_state, space.place(trial.params))
+            result = drive(run, number * steps, [], [], bar, donate=True)
+            if result != RESULTS.successful:
+                break
+            if study.tell(trial, run.state):
+                best = copy_state(run.state)
+            if callback is not None and callback(copy_state(run.state)) is True:
+                result = RESULTS.stopped
+                break
+    return _join(run.finish(result), best, like, study)
+
+
+class _Space:
+    """The box that is searched, coordinate by coordinate."""
+
+    def __init__(self, low: Hyperparams, high: Hyperparams):
+        check_same_structure("high", high, low, "`low`")
+        if has_discrete(low):
+            raise ValueError(
+                "`low` holds relaxed discrete hyperparameters, which `search` cannot "
+                "vary. Take them out, and call `search` for each choice."
+            )
+        self.low = low
+        raw, self._constants = partition_raw(low)
+        leaves, self._treedef = jtu.tree_flatten_with_path(raw)
+        others = jtu.tree_leaves(partition_raw(high)[0])
+        self._shapes, self.ranges = [], {}
+        for (path, x), y in zip(leaves, others, strict=True):
+            self._shapes.append((x.shape, x.dtype))
+            ends = np.stack([x, y]).reshape(2, -1).T.tolist()
+            name = jtu.keystr(path)
+            for i, pair in enumerate(ends):
+                if not all(map(math.isfinite, pair)):
+                    raise ValueError(
+                        f"`low` and `high` must be finite; at `{name}`, coordinate "
+                        f"{i}, their unconstrained values are {pair}."
+                    )
+                self.ranges[f"{name}[{i}]"] = (min(pair), max(pair))
+        if len(self.ranges) == 0:
+            raise ValueError("`low` holds no hyperparameters to search for.")
+
+    def place(self, params: dict[str, float]) -> Hyperparams:
+        """The hyperparameters with the coordinates of a trial."""
+        numbers = iter([params[name] for name in self.ranges])
+        leaves = [
+            jnp.asarray([next(numbers) for _ in range(math.prod(shape))], dtype)
+            for shape, dtype in self._shapes
+        ]
+        shaped = [x.reshape(shape) for x, (shape, _) in zip(leaves, self._shapes)]
+        return eqx.combine(jtu.tree_unflatten(self._treedef, shaped), self._constants)
+
+
+class _Study:
+    """Optuna's study, and the best validation loss so far."""
+
+    def __init__(self, sampler: Any, key: Key):
+        self._optuna = _import_optuna()
+        samplers = self._optuna.samplers
+        seed = 0 if key is None else int(jr.randint(key, (), 0, 2**31 - 1))
+        if sampler == "random":
+            sampler = samplers.RandomSampler(seed)
+        elif sampler == "tpe":
+            sampler = samplers.TPESampler(seed=seed)
+        elif not isinstance(sampler, samplers.BaseSampler):
+            raise ValueError(
+                "`sampler` must be 'random', 'tpe' or a sampler of `optuna.samplers`; "
+                f"got {sampler!r}."
+            )
+        verbosity = self._optuna.logging.get_verbosity()
+        self._optuna.logging.set_verbosity(self._optuna.logging.WARNING)
+        self._study = self._optuna.create_study(sampler=sampler)
+        self._optuna.logging.set_verbosity(verbosity)
+        self.best_loss = math.inf
+        self.best, self.tried, self.failed = 0, 0, 0
+
+    def ask(self, space: _Space) -> Any:
+        new = self._optuna.distributions.FloatDistribution
+        return self._study.ask({name: new(*x) for name, x in space.ranges.items()})
+
+    def tell(self, trial: Any, state: BilevelState) -> bool:
+        """Takes the state at the end of a trial; tells whether it is the best."""
+        self.tried += 1
+        if state.skipped > 0:
+            self.failed += 1
+            self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+            return False
+        loss = float(state.metrics.val_loss)
+        self._study.tell(trial, loss)
+        if loss >= self.best_loss:
+            return False
+        self.best_loss, self.best = loss, self.tried
+        return True
+
+
+def _import_optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as e:
+        raise ImportError(
+            "`search` needs Optuna: `pip install 'eqx_hpo[optuna]'`."
+        ) from e
+    return optuna
+
+
+def _join(
+    last: Solution, best: BilevelState | None, like: BilevelState, study: _Study
+) -> Solution:
+    """The solution at the last step with the best trial in its place, in a state as
+    `tune` takes it."""
+    message = f"Best of {study.tried} trials: number {study.best}, validation loss "
+    message += f"{study.best_loss:.4g}."
+    if study.failed > 0:
+        message += f" Trials that were not finite: {study.failed}."
+    result = last.result
+    if best is None:
+        if result == RESULTS.successful:
+            result = RESULTS.nonfinite
+        best, message = last.state, f"No trial was completed: {study.failed} failed."
+    if result != RESULTS.successful:
+        message = f"{RESULTS[result]} {message}"
+    metrics = dataclasses.replace(best.metrics, diagnostics=like.metrics.diagnostics)
+    state = dataclasses.replace(
+        best,
+        outer_opt_state=like.outer_opt_state,
+        memory=like.memory,
+        metrics=metrics,
+    )
+    return dataclasses.replace(
+        last,
+        model=best.model,
+        hyperparams=best.hyperparams,
+        values=unwrap(best.hyperparams),
+        result=result,
+        state=state,
+        message=message,
+    )
