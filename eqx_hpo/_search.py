@@ -96,20 +96,9 @@ def search(
     """
     check_positive_int("trials", trials)
     check_positive_int("steps", steps)
-    if optimizer.tasks is not None or optimizer.sharing is not None:
-        raise ValueError(
-            "`search` trains one model with hyperparameters that are the same at each "
-            "step; give it an optimizer without tasks and without `sharing`."
-        )
     space = _Space(canonical(low), canonical(high))
     study = _Study(sampler, key)
-    trainer = PlainTraining(
-        optimizer.problem,
-        optimizer.inner,
-        inner_steps=optimizer.inner_steps,
-        unroll=optimizer.unroll,
-        validate_every=steps,
-    )
+    trainer = _make_trainer(optimizer, steps)
     whole = val.data if isinstance(val, Minibatch) else val
     feeds = Feed(train, "train", trainer.inner_steps), Feed(whole, "val", 1)
     like, state = (
@@ -131,6 +120,21 @@ def search(
                 result = RESULTS.stopped
                 break
     return _join(run.finish(result), best, like, study)
+
+
+def _make_trainer(optimizer: AbstractBilevelOptimizer, steps: int) -> PlainTraining:
+    if optimizer.tasks is not None or optimizer.sharing is not None:
+        raise ValueError(
+            "`search` trains one model with hyperparameters that are the same at each "
+            "step; give it an optimizer without tasks and without `sharing`."
+        )
+    return PlainTraining(
+        optimizer.problem,
+        optimizer.inner,
+        inner_steps=optimizer.inner_steps,
+        unroll=optimizer.unroll,
+        validate_every=steps,
+    )
 
 
 class _Space:

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from typing import Any
 
 import equinox as eqx
 import eqx_hpo as hpo
@@ -35,7 +36,7 @@ OPTIMIZER = hpo.T1T2(PROBLEM, INNER, OUTER, inner_steps=2)
 LOW, HIGH = jnp.full(6, -4.0), jnp.full(6, 2.0)
 
 
-def _search(optimizer=OPTIMIZER, low=LOW, high=HIGH, **kwargs):
+def _search(optimizer: Any = OPTIMIZER, low: Any = LOW, high: Any = HIGH, **kwargs):
     settings = {"trials": 5, "steps": 4, "key": jr.key(0), **kwargs}
     data = settings.pop("train", CASE.train), settings.pop("val", CASE.val)
     return hpo.search(optimizer, CASE.model, low, high, *data, **settings)
@@ -135,7 +136,9 @@ def test_a_learning_rate_can_be_searched():
     ids=lambda x: x.__name__,
 )
 def test_tune_goes_on_from_the_best_trial(make):
-    settings = {"decay": 0.9} if make in (hpo.Greedy, hpo.HyperDistill) else {}
+    settings: dict[str, Any] = (
+        {"decay": 0.9} if make in (hpo.Greedy, hpo.HyperDistill) else {}
+    )
     optimizer = make(PROBLEM, INNER, OUTER, inner_steps=2, **settings)
     solution = _search(optimizer)
     args = (optimizer, solution.model, solution.hyperparams, CASE.train, CASE.val)
