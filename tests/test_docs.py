@@ -1,7 +1,9 @@
 """Every Python block of the README and of the docs runs, page by page."""
 
+import difflib
 import pathlib
 import re
+import textwrap
 
 import jax
 import pytest
@@ -11,8 +13,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def _blocks(page):
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+def _blocks(page, language="python"):
+    pattern = rf"^( *)```{language}\n(.*?)^\1```"
+    found = re.findall(pattern, page.read_text(), re.M | re.S)
+    return [textwrap.dedent(block) for _, block in found]
 
 
 @pytest.mark.parametrize(
@@ -27,7 +31,7 @@ def test_blocks_run(page, tmp_path, monkeypatch, capsys):
         for block in _blocks(page):
             exec(compile(block, str(page), "exec"), namespace)
     if page.name == "README.md":
-        printed = re.findall(r"^```text\n(.*?)^```", page.read_text(), re.M | re.S)
+        printed = _blocks(page, "text")
         numbers = lambda text: [float(x) for x in re.findall(r"-?\d+\.\d+", text)]
         got = numbers(capsys.readouterr().out)
         expected = numbers(printed[0])
@@ -37,3 +41,11 @@ def test_blocks_run(page, tmp_path, monkeypatch, capsys):
 def test_the_example_of_the_readme_has_15_lines():
     first = _blocks(ROOT / "README.md")[0]
     assert len([line for line in first.splitlines() if line.strip()]) <= 15
+
+
+def test_the_diff_of_the_tutorial_is_that_of_its_scripts():
+    page = ROOT / "docs" / "getting-started.md"
+    before, after, *_ = [block.splitlines() for block in _blocks(page)]
+    lines = list(difflib.unified_diff(before, after, n=1, lineterm=""))[3:]
+    expected = ["" if line.startswith("@@") else line.rstrip() for line in lines]
+    assert _blocks(page, "diff")[0].splitlines() == expected
