@@ -385,3 +385,33 @@ def test_million_decays(example, tmp_path, capsys, monkeypatch):
     loss = {name: course.val_losses[-1] for name, (course,) in results.items()}
     # The same updates at other weights do not help.
     assert loss[decays.IMPLICIT] < 0.7 * min(loss[decays.SWAPPED], loss[decays.NONE])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_learning_rates(example, tmp_path, capsys, monkeypatch):
+    rates = example("learning_rates")
+    learn, start = rates.learn_schedule, np.full((200, 2), rates.START, np.float32)
+
+    def learn_or_start(optimizer, model, train, val, updates):
+        """The start, in place of a schedule for one order of the batches."""
+        if isinstance(train, rates.hpo.Stacked):
+            return rates.jnp.asarray(start)
+        return learn(optimizer, model, train, val, updates)
+
+    monkeypatch.setattr(rates, "learn_schedule", learn_or_start)
+    monkeypatch.setattr(rates, "SCHEDULE_RATE", 0.3)  # few updates, so larger ones
+    figure = tmp_path / "figure.png"
+    results = rates.main(size=200, steps=200, updates=8, figure=str(figure))
+    assert figure.stat().st_size > 10_000
+    assert rates.LEARNED in capsys.readouterr().out
+    (learned,), (online,) = results[rates.LEARNED], results[rates.ONLINE]
+    (fixed,) = results[rates.FIXED]
+    assert learned.course.rates.shape == online.course.rates.shape == (200, 2)
+    # A window shares its rates, and both ways have left the start.
+    windows = np.reshape(learned.course.rates, (rates.WINDOWS, -1, 2))
+    assert np.all(windows == windows[:, :1])
+    assert windows[1:-1].min() > 2 * rates.START
+    assert np.asarray(online.course.rates).max() > 2 * rates.START
+    # What was learned beats the start on an order of batches not seen before.
+    assert learned.course.val_losses[-1] < 0.8 * fixed.course.val_losses[-1]
