@@ -415,3 +415,35 @@ def test_learning_rates(example, tmp_path, capsys, monkeypatch):
     assert np.asarray(online.course.rates).max() > 2 * rates.START
     # What was learned beats the start on an order of batches not seen before.
     assert learned.course.val_losses[-1] < 0.8 * fixed.course.val_losses[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_regularisation(example, tmp_path, capsys, monkeypatch):
+    regularisation = example("regularisation")
+    few = {regularisation.T1T2: "-"}
+    small = {"WIDTH": 16, "HIDDEN_LAYERS": 1, "RATES": (0.4,), "LOOKS": few}
+    for name, value in small.items():
+        monkeypatch.setattr(regularisation, name, value)
+    figure = tmp_path / "figure.png"
+    results = regularisation.main(size=60, steps=20, figure=str(figure))
+    assert figure.stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in results)
+    values = {name: run.course[..., -1] for name, (run,) in results.items()}
+    start = np.array(regularisation.DEFAULTS)[:, None]
+    assert np.allclose(values[regularisation.DEFAULT], start)
+    tuned = values[regularisation.T1T2]
+    assert np.allclose(values[regularisation.RETRAINED], tuned)
+    # A gradient reaches each of the six.
+    assert np.all(np.abs(tuned / start - 1) > 1e-3)
+    decay, noise, dropout = tuned
+    assert np.all(decay > 0) and np.all(noise > 0)
+    assert np.all((dropout > 0) & (dropout < 1))
+    # Without a key nothing is disturbed; with another key it is another draw.
+    network = regularisation.hpo.unwrap(
+        regularisation.make_network(4, (1e-4, 0.1, 0.5), regularisation.jr.key(0))
+    )
+    x, keys = np.ones(4, np.float32), regularisation.jr.split(regularisation.jr.key(1))
+    assert np.array_equal(network(x), network(x))
+    assert not np.allclose(network(x, keys[0]), network(x, keys[1]))
