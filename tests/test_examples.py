@@ -447,3 +447,38 @@ def test_regularisation(example, tmp_path, capsys, monkeypatch):
     x, keys = np.ones(4, np.float32), regularisation.jr.split(regularisation.jr.key(1))
     assert np.array_equal(network(x), network(x))
     assert not np.allclose(network(x, keys[0]), network(x, keys[1]))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_augmentation(example, tmp_path, capsys, monkeypatch):
+    augmentation = example("augmentation")
+    methods = {"T1T2": augmentation.METHODS["T1T2"]}
+    monkeypatch.setattr(augmentation, "METHODS", methods)
+    monkeypatch.setattr(augmentation, "HIDDEN", 32)
+    # Nothing is retrained: that compiles two more programs.
+    row = lambda _, __, values, *rest: augmentation.Row(
+        *(np.zeros(len(values.weights)) for _ in range(3))
+    )
+    monkeypatch.setattr(augmentation, "train_all", row)
+    figure = tmp_path / "figure.png"
+    (result,) = augmentation.main(size=60, steps=30, random=1, figure=str(figure))
+    assert figure.stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in result.rows)
+    assert result.rows["T1T2, online"].test > 0.5
+    strengths, weights = result.solutions["T1T2"].values
+    named = dict(zip(augmentation.OPERATIONS, weights))
+    assert np.isclose(sum(weights), 1)
+    assert named["invert"] < named["upside down"] < 1 / 6 < named["nothing"]
+    for name, largest in augmentation.LARGEST.items():
+        assert 0 < strengths[name] < largest
+        assert abs(strengths[name] / largest - 0.2) > 1e-3  # a gradient reaches it
+    # With no strength each operation does what its name says, and nothing else.
+    images, key = result.data.train.images[:5], augmentation.jr.key(0)
+    none = augmentation.make_plain().strengths
+    same, mirror, down, invert, *_ = augmentation.augment_all(images, none, key)
+    assert np.allclose(same, images, atol=1e-5)
+    assert np.allclose(mirror, images[:, :, ::-1], atol=1e-5)
+    assert np.allclose(down, images[:, ::-1], atol=1e-5)
+    assert np.allclose(invert, 1 - images, atol=1e-5)
