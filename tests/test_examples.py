@@ -482,3 +482,26 @@ def test_augmentation(example, tmp_path, capsys, monkeypatch):
     assert np.allclose(mirror, images[:, :, ::-1], atol=1e-5)
     assert np.allclose(down, images[:, ::-1], atol=1e-5)
     assert np.allclose(invert, 1 - images, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_random_search(example, tmp_path, capsys, monkeypatch):
+    random_search = example("random_search")
+    make = random_search.make_methods
+    shown = (random_search.EXACT, random_search.ONE_STEP)
+    few = lambda: {name: make()[name] for name in shown}
+    monkeypatch.setattr(random_search, "make_methods", few)
+    figure = tmp_path / "figure.png"
+    results = random_search.main(numbers=(100,), trials=5, figure=str(figure))
+    assert figure.stat().st_size > 10_000
+    assert random_search.TPE in capsys.readouterr().out
+    courses = results[100][0].courses
+    random, exact = courses[random_search.RANDOM], courses[random_search.EXACT]
+    # It starts from what random search tried first, trained in the same way.
+    assert exact.val_losses[0] == pytest.approx(random.val_losses[0], rel=1e-4)
+    assert exact.val_losses[-1] < 0.8 * random.val_losses[-1]
+    assert exact.test_loss < random.test_loss
+    reached = random_search.seconds_to_reach(exact, random.val_losses[-1])
+    assert exact.seconds[0] <= reached < exact.seconds[-1]
+    assert len(courses[random_search.ONE_STEP].seconds) == 10
