@@ -505,3 +505,40 @@ def test_random_search(example, tmp_path, capsys, monkeypatch):
     reached = random_search.seconds_to_reach(exact, random.val_losses[-1])
     assert exact.seconds[0] <= reached < exact.seconds[-1]
     assert len(courses[random_search.ONE_STEP].seconds) == 10
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_darts(example, tmp_path, capsys, monkeypatch):
+    darts = example("darts")
+    monkeypatch.setattr(darts, "CELLS", 1)
+    make, second = darts.make_optimizers, darts.SECOND
+    only = lambda inner: {second: make(inner)[second]}
+    monkeypatch.setattr(darts, "make_optimizers", only)
+    figure = tmp_path / "figure.png"
+    (result,) = darts.main(size=100, steps=30, random=1, figure=str(figure))
+    assert figure.stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    for name, search in result.searches.items():
+        assert f"{name}, retrained" in printed
+        # Two edges into each node, with one operation each, and not `none`.
+        cell = np.asarray(search.cell)
+        ends = np.array(darts.EDGES)[:, 1]
+        into = [cell[ends == node].sum() for node in (2, 3, 4)]
+        assert into == [2, 2, 2] and cell.max() == 1 and not cell[:, 0].any()
+        # They are the strongest ones.
+        strength = np.asarray(search.solution.values)[:, 1:].max(axis=1)
+        for node in (2, 3, 4):
+            edges = [i for i, e in enumerate(darts.EDGES) if e[1] == node]
+            kept = [strength[i] for i in edges if cell[i].any()]
+            left = [strength[i] for i in edges if not cell[i].any()]
+            assert not left or min(kept) >= max(left)
+        assert search.discretised.parameters < search.relaxed.parameters
+        assert search.relaxed.val_loss < 2.2
+        assert np.abs(np.asarray(search.solution.values) - 1 / 6).max() > 0.02
+    # The products of matrices are convolutions and pools.
+    x = np.random.default_rng(0).normal(size=(64, 2, 5)).astype(np.float32)
+    square = np.pad(x.reshape(8, 8, 2, 5), [(1, 1), (1, 1), (0, 0), (0, 0)])
+    shifted = [square[i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
+    neighbours = np.asarray(darts.get_neighbours(x)).reshape(9, 8, 8, 2, 5)
+    assert np.allclose(neighbours, np.stack(shifted))
