@@ -171,6 +171,9 @@ def make_methods() -> dict[str, hpo.AbstractBilevelOptimizer]:
         "T1-T2": hpo.T1T2(*args, **options),
         "greedy 0.9": hpo.Greedy(*args, **options, decay=0.9),
         "greedy 0.9, momentum": hpo.Greedy(*args, **options, decay=0.9, momentum=0.9),
+        "implicit, 5 terms": hpo.Implicit(
+            *args, **options, linear_solver=hpo.Neumann(5, 0.3), warm_start=False
+        ),
         EXACT: hpo.Unrolled(*args, **options),
     }
 
