@@ -17,6 +17,7 @@ LIMITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 10), reason="older XLA counts one percent more"
 )

@@ -44,6 +44,7 @@ def _optimizers(inner, problem):
     }
 
 
+@pytest.mark.slow
 def test_exact_algorithms_are_exact_however_they_cut_it():
     case, inner = logistic(), optax.adam(0.1)
     got = _compare(_optimizers(inner, case.problem))
@@ -74,6 +75,7 @@ def test_the_one_step_row_is_the_last_hypergradient_of_the_training():
     assert first.cosine < 0.999
 
 
+@pytest.mark.slow
 def test_random_losses_and_batches_have_a_reference_of_their_own():
     """Noise in the loss and batches drawn at random, which differ with how the
     training is cut into calls."""

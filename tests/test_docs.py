@@ -11,6 +11,12 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Pages that train for long.
+LONG = [
+    "docs/examples/learning-rates.md",
+    "docs/examples/model-parts.md",
+    "docs/getting-started.md",
+]
 
 
 def _blocks(page, language="python"):
@@ -19,10 +25,13 @@ def _blocks(page, language="python"):
     return [textwrap.dedent(block) for _, block in found]
 
 
+def _parametrise(page):
+    name = str(page.relative_to(ROOT))
+    return pytest.param(page, id=name, marks=[pytest.mark.slow] * (name in LONG))
+
+
 @pytest.mark.parametrize(
-    "page",
-    [page for page in PAGES if _blocks(page)],
-    ids=lambda page: str(page.relative_to(ROOT)),
+    "page", [_parametrise(page) for page in PAGES if _blocks(page)]
 )
 def test_blocks_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -41,6 +50,14 @@ def test_blocks_run(page, tmp_path, monkeypatch, capsys):
 def test_the_example_of_the_readme_has_15_lines():
     first = _blocks(ROOT / "README.md")[0]
     assert len([line for line in first.splitlines() if line.strip()]) <= 15
+
+
+def test_the_tutorial_runs_with_few_steps():
+    namespace = {"__name__": "docs"}
+    with jax.enable_x64(False):
+        for block in _blocks(ROOT / "docs" / "getting-started.md"):
+            few = re.sub(r"(range\(|steps=)\d+", r"\g<1>5", block)
+            exec(compile(few, "getting-started.md", "exec"), namespace)
 
 
 def test_the_diff_of_the_tutorial_is_that_of_its_scripts():

@@ -68,6 +68,7 @@ def test_greedy_toy(example, tmp_path, capsys):
     assert "0.861" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_greedy_cosines(example, monkeypatch):
     cosines = example("greedy_cosines")
     monkeypatch.setattr(

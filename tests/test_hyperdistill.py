@@ -244,6 +244,7 @@ def _replicate(tree, size):
     return jax.tree.map(copy, tree)
 
 
+@pytest.mark.slow
 def test_temporaries_do_not_grow_with_the_horizon():
     case = logistic()
 

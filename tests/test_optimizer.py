@@ -482,6 +482,7 @@ def _bn_val(model_and_state, h, batch, key):
     return jnp.mean((out[:, 0] - batch[1]) ** 2)
 
 
+@pytest.mark.slow
 def test_batch_norm_and_dropout_equal_a_python_loop(getkey):
     """Statistics are carried from step to step, differentiated (the validation loss
     reads them), never touched by validation. Each step has its own key, and where steps

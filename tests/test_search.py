@@ -191,13 +191,6 @@ def test_callback_sees_every_trial_and_stops():
 
 
 def test_ctrl_c_keeps_the_best():
-    def callback(state):
-        if state.step == 8:
-            signal.raise_signal(signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):  # it is the user's own code
-        _search(callback=callback)
-
     def batches():
         for i in range(100):
             if i == 20:

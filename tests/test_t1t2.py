@@ -140,6 +140,7 @@ def _gradient_temporaries(data_rows) -> int:
     return memory.temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_of_a_step():
     """Finite differences hold little more than one gradient. The exact mixed product
     needs the tape of the training gradient while the validation gradient runs, and the
