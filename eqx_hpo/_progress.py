@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
-import tqdm
 
 from ._state import BilevelState
 
@@ -20,6 +19,8 @@ class ProgressBar:
     the standard error is not a terminal."""
 
     def __init__(self, total: int, enabled: bool):
+        import tqdm  # here, as it would be a good part of the time of `import eqx_hpo`
+
         self._bar = tqdm.tqdm(
             total=total, disable=None if enabled else True, dynamic_ncols=True
         )

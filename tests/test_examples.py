@@ -543,3 +543,93 @@ def test_darts(example, tmp_path, capsys, monkeypatch):
     shifted = [square[i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
     neighbours = np.asarray(darts.get_neighbours(x)).reshape(9, 8, 8, 2, 5)
     assert np.allclose(neighbours, np.stack(shifted))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scale(example, tmp_path, capsys):
+    scale = example("scale")
+    figure = tmp_path / "figure.png"
+    rows = scale.main(smallest=1e4, largest=1e5, rounds=1, figure=str(figure))
+    assert figure.stat().st_size > 10_000
+    assert "100172" in capsys.readouterr().out
+    for row in rows:
+        assert all(np.all(x > 0) for x in row.seconds.values())
+    small, large = (row.megabytes for row in rows)
+    for name in small:
+        # In proportion to H, and a few copies of the weights.
+        assert 8 < large[name] / small[name] < 11
+        assert large[name] < 20 * 4 * rows[1].decays / 1e6
+    assert large["plain"] < large["T1T2"] <= large["Greedy"] < large["HyperDistill"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_training_loop(example, tmp_path, capsys, monkeypatch):
+    loop = example("training_loop")
+    for name, value in dict(EVERY=(5,), TIMED_STEPS=10, TIMED_BLOCKS=2).items():
+        monkeypatch.setattr(loop, name, value)
+    monkeypatch.setattr(loop, "LOG_EVERY", 20)
+    monkeypatch.setattr(loop, "CHECKPOINT_EVERY", 40)
+    monkeypatch.setattr(loop, "INTERRUPT", 70)
+    figure = tmp_path / "figure.png"
+    options = dict(size=200, width=32, steps=120, figure=str(figure))
+    results, seconds = loop.main(**options)
+    assert figure.stat().st_size > 10_000
+    assert "resumed: the same bits" in capsys.readouterr().out
+    assert set(seconds) == set(results) == {"plain", 5}
+    for (run,) in results.values():
+        assert run.test > 70 and run.log[-1].step == 120
+    decay = {name: run.log[-1].values.decay for name, (run,) in results.items()}
+    assert np.allclose(decay["plain"], loop.DECAY)
+    assert np.all(decay[5] < 0.8 * loop.DECAY)
+    run = results[5][0]
+    double = lambda x: 2 * x if isinstance(x, jax.Array) else x
+    with pytest.raises(AssertionError):
+        loop.check_equal(run, run._replace(states=jax.tree.map(double, run.states)))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_library_at_every_nth_step(example, monkeypatch):
+    """Is one optimizer with n inner steps, where the losses draw nothing."""
+    import equinox as eqx
+    import eqx_hpo as hpo
+
+    loop = example("training_loop")
+    noisy = loop.train_loss
+    quiet = lambda *args: noisy(*args[:3], jax.random.key(0))
+    monkeypatch.setattr(loop, "train_loss", quiet)
+    data = example("image_data").load("digits", size=100)
+    model = loop.make_model(data.train, 16, 0)
+    start = jax.tree.map(hpo.Positive, loop.make_values())
+    optimizer = loop.make_optimizer(5)
+    own = optimizer.init(model, start)
+    params = eqx.filter(model, eqx.is_inexact_array)
+    structure = jax.tree.structure(loop.INNER.init(params))
+    assert jax.tree.structure(own.inner_opt_state) == structure
+    _, own = loop.take_last(loop.tuned_steps(optimizer, own, data, 5, 0), 20)
+    problem = hpo.Problem(quiet, loop.val_loss)
+    whole = hpo.T1T2(problem, loop.INNER, optimizer.outer, inner_steps=5)
+    state = whole.init(model, start)
+    train, val = loop.load_batches(data.train, 0), loop.load_batches(data.val, 0)
+    for _ in range(4):
+        batches = [next(train) for _ in range(5)]
+        stacked = hpo.Stacked(jax.tree.map(lambda *x: np.stack(x), *batches))
+        state = whole.step(state, stacked, next(val))
+    for x, y in zip(jax.tree.leaves(own), jax.tree.leaves(state), strict=True):
+        if eqx.is_inexact_array(x):
+            assert np.allclose(x, y, rtol=1e-3, atol=1e-5)
+
+
+def test_page_of_training_loop(capsys):
+    """Both scripts that the first difference on the page stands for."""
+    page = (ROOT / "docs" / "examples" / "training-loop.md").read_text()
+    lines = page.split("```diff\n")[1].split("```")[0].splitlines()
+    for left_out, printed in [("+", 2), ("-", 3)]:
+        script = "\n".join(x[1:] for x in lines if not x.startswith(left_out))
+        with jax.enable_x64(False):
+            exec(compile(script, "page", "exec"), {"__name__": "page"})
+        rows = capsys.readouterr().out.splitlines()
+        assert [len(row.split()) for row in rows] == [printed] * 4
+        assert float(rows[-1].split()[1]) < 1 < 2 < float(rows[0].split()[1])
