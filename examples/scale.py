@@ -3,13 +3,10 @@ decay for each weight of a two-layer network, from a thousand of them to a milli
 more, beside plain training of the same network.
 
     python scale.py
-    python scale.py --largest 1e7 --rounds 3
+    python scale.py --largest 1e8 --rounds 3
 """
 
 import argparse
-import multiprocessing
-import resource
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -159,22 +156,6 @@ def measure(count: float, batch: int, rounds: int) -> Row:
     return Row(sum(x.size for x in model), seconds, megabytes)
 
 
-def measure_resident(name: str, count: float, batch: int) -> float:
-    """Megabytes that the process has taken at most, those of the program left out."""
-    unit = 1e6 if sys.platform == "darwin" else 1e3
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    method = make_methods()[name]
-    small = make_data(8, batch, 0)
-    jax.block_until_ready(method.step(start(method, *small[:2]), *small[1:]))
-    before = peak()
-    model, train, val = make_data(round(count**0.5), batch, 0)
-    state = start(method, model, train)
-    del model
-    step = compile_step(method, state, train, val)
-    jax.block_until_ready(step(state, train, val))
-    return peak() - before
-
-
 def print_row(row: Row) -> None:
     plain = row.seconds[PLAIN]
     print(f"{row.decays:>10}{1e3 * np.median(plain):12.3f}", end="")
@@ -218,7 +199,6 @@ def main(
     largest: float = 1e6,
     batch: int = 16,
     rounds: int = 9,
-    check: bool = False,
     figure: str = "scale.png",
 ) -> list[Row]:
     rows = []
@@ -227,14 +207,6 @@ def main(
     for count in smallest * 10.0 ** np.arange(decades + 1):
         rows.append(measure(count, batch, rounds))
         print_row(rows[-1])
-    if check:
-        print(f"\nMB that a process takes, {rows[-1].decays} hyperparameters:")
-        # A fresh process for each, since the peak of a process never falls.
-        context = multiprocessing.get_context("spawn")
-        for name in rows[-1].seconds:
-            with context.Pool(1) as pool:
-                used = pool.apply(measure_resident, (name, largest, batch))
-            print(f"{name:14}{used:10.2f}")
     draw(rows, figure)
     print(f"\nThe figure is in {figure}.")
     return rows
@@ -246,6 +218,5 @@ if __name__ == "__main__":
     parser.add_argument("--largest", type=float, default=1e6, help="number of decays")
     parser.add_argument("--batch", type=int, default=16, help="examples in each part")
     parser.add_argument("--rounds", type=int, default=9, help="of which the median is")
-    parser.add_argument("--check", action="store_true", help="resident memory too")
     parser.add_argument("--figure", default="scale.png", help="file to write")
     main(**vars(parser.parse_args()))
