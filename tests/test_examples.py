@@ -633,3 +633,24 @@ def test_page_of_training_loop(capsys):
         rows = capsys.readouterr().out.splitlines()
         assert [len(row.split()) for row in rows] == [printed] * 4
         assert float(rows[-1].split()[1]) < 1 < 2 < float(rows[0].split()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_cifar10(example, tmp_path, capsys, monkeypatch):
+    cifar10 = example("cifar10")
+    shown = (cifar10.TPE, cifar10.T1T2)
+    monkeypatch.setattr(cifar10, "METHODS", shown)
+    figure = tmp_path / "figure.png"
+    results = cifar10.main(size=100, steps=20, seconds=1.0, seeds=1, figure=str(figure))
+    assert figure.stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    for name, (course,) in results.items():
+        assert name in printed
+        losses = [record.val_loss for record in course.records]
+        assert losses == sorted(losses, reverse=True)
+    searched, tuned = (results[name][0].records[-1].values for name in shown)
+    assert results[cifar10.T1T2][0].records[-1].val_loss < 2.2  # a guess: 2.3
+    assert np.all(np.abs(np.log(tuned.dropout / 0.3)) > 0.01)  # where it started
+    assert len(set(np.asarray(searched.decay).tolist())) == 4
+    assert 0.01 <= searched.noise <= 1
