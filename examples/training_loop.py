@@ -354,7 +354,7 @@ def main(
             results[name].append(run)
         if check:
             print(f"Interrupted at step {INTERRUPT} and resumed: the same bits.\n")
-            print_log(runs[1])
+            print_log(runs[EVERY[0]])
             seconds = measure_seconds(model, data)
     print_table(results, seconds)
     draw(results, seconds, figure)
