@@ -15,7 +15,8 @@ IntScalar: TypeAlias = Int[Array, ""]
 Key: TypeAlias = PRNGKeyArray | None
 # loss(model, hyperparams, batch, key). `Any`: a user annotates them as they are.
 Loss: TypeAlias = Callable[[Any, Any, Any, Any], Any]
-Through: TypeAlias = Literal["update", "gradient"] | None
+# "values": of training without a derivative.
+Through: TypeAlias = Literal["update", "gradient", "values"] | None
 Model: TypeAlias = PyTree[Any]
 
 # A function of the unwrapped hyperparameters puts a learning rate, a momentum or a

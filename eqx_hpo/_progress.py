@@ -15,15 +15,17 @@ _REFRESH = 0.1  # seconds
 
 
 class ProgressBar:
-    """A line with the losses, the norm of the hypergradient and the rate. Silent where
-    the standard error is not a terminal."""
+    """A line with the losses, the norm of the hypergradient and the rate; only with the
+    train loss where nothing is tuned. Silent where the standard error is not a
+    terminal."""
 
-    def __init__(self, total: int, enabled: bool):
+    def __init__(self, total: int, enabled: bool, tunes: bool = True):
         import tqdm  # here, as it would be a good part of the time of `import eqx_hpo`
 
         self._bar = tqdm.tqdm(
             total=total, disable=None if enabled else True, dynamic_ncols=True
         )
+        self._tunes = tunes
         self._shown = 0.0
 
     def update(self, steps: int, state: BilevelState) -> None:
@@ -37,10 +39,10 @@ class ProgressBar:
             return
         self._shown = now
         metrics, skipped = jax.device_get((state.metrics, state.skipped))
-        line = (
-            f"train {metrics.train_loss:.4g}, val {metrics.val_loss:.4g}, "
-            f"hypergradient {metrics.hypergradient_norm:.2g}"
-        )
+        line = f"train {metrics.train_loss:.4g}"
+        if self._tunes:
+            line += f", val {metrics.val_loss:.4g}"
+            line += f", hypergradient {metrics.hypergradient_norm:.2g}"
         self._bar.set_postfix_str(line + (f", skipped {skipped}" if skipped else ""))
 
     def __enter__(self) -> "ProgressBar":

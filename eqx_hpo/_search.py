@@ -22,7 +22,7 @@ from ._data import AbstractBatches, Minibatch
 from ._discrete import has_discrete
 from ._feed import Feed
 from ._hyperparameter import canonical, partition_raw, unwrap
-from ._misc import check_same_structure
+from ._misc import as_device_arrays, check_same_structure
 from ._optimizer import AbstractBilevelOptimizer, PlainTraining
 from ._optimizer.checks import check_positive_int
 from ._progress import ProgressBar
@@ -32,7 +32,8 @@ from ._state import BilevelState
 from ._tune import drive
 
 
-_NEVER = 2**31 - 1  # a failed trial does not end the run, however long it goes on
+_LARGEST = 2**31 - 1
+_NEVER = _LARGEST  # a failed trial does not end the run, however long it goes on
 
 
 def search(
@@ -78,8 +79,8 @@ def search(
     - `trials`: the number of trainings.
     - `steps`: of each, in calls of `optimizer.step`.
     - `key`: a PRNG key, or `None` if nothing is random. It seeds the sampler too.
-    - `sampler`: `"random"`, `"tpe"` (tree-structured Parzen estimator), or any sampler
-        of `optuna.samplers`.
+    - `sampler`: `"random"`, `"tpe"` (tree-structured Parzen estimator), or a sampler of
+        `optuna.samplers` for continuous parameters.
     - `progress`: whether to show a progress bar.
     - `callback`: called as `callback(state)` after each trial; the search stops if it
         returns `True`.
@@ -87,9 +88,9 @@ def search(
 
     **Returns:** a [`eqx_hpo.Solution`][] with the model, the hyperparameters and the
     `state` of the best trial, which `tune` can go on from. `history` has one record for
-    each trial, in their order, with `step` the number of steps so far. A trial whose
-    loss is not finite has failed, and `RESULTS.nonfinite` says that all have. Ctrl-C
-    ends the search with the best so far.
+    each trial, in their order, with `step` the number of steps so far. A trial that
+    ends in steps that are not finite has failed, with NaN as its validation loss, and
+    `RESULTS.nonfinite` says that all have. Ctrl-C ends the search with the best so far.
 
     **Raises:** an `ImportError` without Optuna; a `ValueError` if the ranges do not
     match, are empty or not finite, or if hyperparameters are discrete.
@@ -98,7 +99,7 @@ def search(
     check_positive_int("steps", steps)
     space = _Space(canonical(low), canonical(high))
     study = _Study(sampler, key)
-    trainer = _make_trainer(optimizer, steps)
+    trainer = _make_trainer(optimizer, steps, trials)
     whole = val.data if isinstance(val, Minibatch) else val
     feeds = Feed(train, "train", trainer.inner_steps), Feed(whole, "val", 1)
     like, state = (
@@ -107,26 +108,37 @@ def search(
     )
     run = Run(trainer, *feeds, key, state, steps, _NEVER)
     best, result = None, RESULTS.successful
-    with ProgressBar(trials * steps, progress) as bar:
-        for number in range(1, trials + 1):
-            trial = study.ask(space)
-            run.restart(model, model_state, space.place(trial.params))
-            result = drive(run, number * steps, [], [], bar, donate=True)
-            if result != RESULTS.successful:
-                break
-            if study.tell(trial, run.state):
-                best = copy_state(run.state)
-            if callback is not None and callback(copy_state(run.state)) is True:
-                result = RESULTS.stopped
-                break
-    return _join(run.finish(result), best, like, study)
+    try:
+        with ProgressBar(trials * steps, progress, tunes=False) as bar:
+            for number in range(1, trials + 1):
+                trial = study.ask(space)
+                run.restart(model, model_state, space.place(trial.params))
+                result = drive(run, number * steps, [], [], bar, donate=True)
+                if result != RESULTS.successful:
+                    break
+                if study.tell(trial, run.state):
+                    best = copy_state(run.state)
+                if callback is not None and callback(copy_state(run.state)) is True:
+                    result = RESULTS.stopped
+                    break
+    except KeyboardInterrupt:
+        result = RESULTS.interrupted
+    return _join(optimizer, run.finish(result), best, like, study)
 
 
-def _make_trainer(optimizer: AbstractBilevelOptimizer, steps: int) -> PlainTraining:
+def _make_trainer(
+    optimizer: AbstractBilevelOptimizer, steps: int, trials: int
+) -> PlainTraining:
     if optimizer.tasks is not None or optimizer.sharing is not None:
         raise ValueError(
             "`search` trains one model with hyperparameters that are the same at each "
             "step; give it an optimizer without tasks and without `sharing`."
+        )
+    inner_steps = trials * steps * optimizer.inner_steps
+    if inner_steps > _LARGEST:
+        raise ValueError(
+            f"`trials` and `steps` make {inner_steps} inner steps in all, but only "
+            f"{_LARGEST} can be counted. Lower one of them."
         )
     return PlainTraining(
         optimizer.problem,
@@ -149,8 +161,14 @@ class _Space:
             )
         self.low = low
         raw, self._constants = partition_raw(low)
+        high_raw, constants = partition_raw(high)
+        if not eqx.tree_equal(self._constants, constants):
+            raise ValueError(
+                "`low` and `high` must have the same constants, such as the bounds of "
+                f"an `Interval`; got {self._constants} and {constants}."
+            )
         leaves, self._treedef = jtu.tree_flatten_with_path(raw)
-        others = jtu.tree_leaves(partition_raw(high)[0])
+        others = jtu.tree_leaves(high_raw)
         self._shapes, self.ranges = [], {}
         for (path, x), y in zip(leaves, others, strict=True):
             self._shapes.append((x.shape, x.dtype))
@@ -197,8 +215,8 @@ class _Study:
         self._optuna.logging.set_verbosity(self._optuna.logging.WARNING)
         self._study = self._optuna.create_study(sampler=sampler)
         self._optuna.logging.set_verbosity(verbosity)
-        self.best_loss = math.inf
-        self.best, self.tried, self.failed = 0, 0, 0
+        self.best_loss, self.best = math.inf, 0
+        self.failed: list[bool] = []  # of each trial
 
     def ask(self, space: _Space) -> Any:
         new = self._optuna.distributions.FloatDistribution
@@ -206,16 +224,15 @@ class _Study:
 
     def tell(self, trial: Any, state: BilevelState) -> bool:
         """Takes the state at the end of a trial; tells whether it is the best."""
-        self.tried += 1
-        if state.skipped > 0:
-            self.failed += 1
+        self.failed.append(bool(state.skipped > 0))
+        if self.failed[-1]:
             self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
             return False
         loss = float(state.metrics.val_loss)
         self._study.tell(trial, loss)
         if loss >= self.best_loss:
             return False
-        self.best_loss, self.best = loss, self.tried
+        self.best_loss, self.best = loss, len(self.failed)
         return True
 
 
@@ -230,25 +247,35 @@ def _import_optuna() -> Any:
 
 
 def _join(
-    last: Solution, best: BilevelState | None, like: BilevelState, study: _Study
+    optimizer: AbstractBilevelOptimizer,
+    last: Solution,
+    best: BilevelState | None,
+    like: BilevelState,
+    study: _Study,
 ) -> Solution:
     """The solution at the last step with the best trial in its place, in a state as
     `tune` takes it."""
-    message = f"Best of {study.tried} trials: number {study.best}, validation loss "
+    tried, failed, result = len(study.failed), sum(study.failed), last.result
+    # Without the row of a trial that was cut short.
+    history = jtu.tree_map(lambda x: x[:tried], last.history)
+    val_loss = np.where(study.failed, np.nan, history.val_loss)
+    message = f"Best of {tried} trials: number {study.best}, validation loss "
     message += f"{study.best_loss:.4g}."
-    if study.failed > 0:
-        message += f" Trials that were not finite: {study.failed}."
-    result = last.result
+    if failed > 0:
+        message += f" Trials that were not finite: {failed}."
     if best is None:
         if result == RESULTS.successful:
             result = RESULTS.nonfinite
-        best, message = last.state, f"No trial was completed: {study.failed} failed."
+        best, message = last.state, f"No trial was completed: {failed} failed."
     if result != RESULTS.successful:
         message = f"{RESULTS[result]} {message}"
-    metrics = dataclasses.replace(best.metrics, diagnostics=like.metrics.diagnostics)
+    outer_opt_state = optimizer.outer.init(partition_raw(best.hyperparams)[0])
+    # No `aux`: that of `val` as a whole may have another shape.
+    diagnostics = like.metrics.diagnostics
+    metrics = dataclasses.replace(best.metrics, aux=None, diagnostics=diagnostics)
     state = dataclasses.replace(
         best,
-        outer_opt_state=like.outer_opt_state,
+        outer_opt_state=as_device_arrays(outer_opt_state),
         memory=like.memory,
         metrics=metrics,
     )
@@ -257,6 +284,7 @@ def _join(
         model=best.model,
         hyperparams=best.hyperparams,
         values=unwrap(best.hyperparams),
+        history=dataclasses.replace(history, val_loss=val_loss),
         result=result,
         state=state,
         message=message,

@@ -254,7 +254,7 @@ def draw(results: dict[str, list[Row]], path: str) -> None:
         left.plot(np.arange(steps), rates[:, 1], "--", **look)
         losses = np.array([x.val_losses for x in courses])
         x, mean = np.arange(1, POINTS + 1) * steps / POINTS, losses.mean(axis=0)
-        deviation = losses.std(axis=0)
+        deviation = losses.std(axis=0, ddof=min(1, len(losses) - 1))
         right.plot(x, mean, **look)
         right.fill_between(x, mean - deviation, mean + deviation, alpha=0.15, **look)
     left.set(yscale="log", ylim=(1e-3, 0.5))

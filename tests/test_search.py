@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from eqx_hpo._run import copy_state
 
@@ -196,9 +197,15 @@ def test_ctrl_c_keeps_the_best():
                 os.kill(os.getpid(), signal.SIGINT)
             yield CASE.train
 
-    solution = _search(train=batches())
-    assert solution.result == hpo.RESULTS.interrupted
-    assert "Best of 2 trials" in solution.message
+    def callback(state):
+        if state.step == 8:
+            raise KeyboardInterrupt
+
+    for settings in ({"train": batches()}, {"callback": callback}):
+        solution = _search(**settings)
+        assert solution.result == hpo.RESULTS.interrupted
+        assert "Best of 2 trials" in solution.message
+        assert len(solution.history.step) == 2
     loss = PROBLEM.val_loss(solution.model, solution.values, CASE.val, None)
     assert solution.history.val_loss[:2].min() == pytest.approx(float(loss))
 
@@ -207,6 +214,12 @@ def test_data_that_end_end_the_search():
     solution = _search(train=iter([CASE.train] * 20))
     assert solution.result == hpo.RESULTS.data_exhausted
     assert "Best of 2 trials" in solution.message
+    assert solution.history.step.tolist() == [4, 8]
+    assert solution.state.metrics.val_loss == solution.history.val_loss.min()
+    none = _search(train=iter([CASE.train] * 5))
+    assert none.result == hpo.RESULTS.data_exhausted
+    assert "No trial was completed" in none.message
+    assert len(none.history.step) == 0
 
 
 @pytest.mark.parametrize(
@@ -216,6 +229,11 @@ def test_data_that_end_end_the_search():
         ({"high": (HIGH,)}, "`high` does not have the structure"),
         ({"high": jnp.full(5, 2.0)}, "`high`"),
         ({"low": (), "high": ()}, "no hyperparameters"),
+        (
+            {"low": hpo.Interval(LOW, -9.0, 0.0), "high": hpo.Interval(LOW, -9.0, 1.0)},
+            "same constants",
+        ),
+        ({"trials": 2**20, "steps": 2**11}, "inner steps"),
         ({"low": hpo.Choice(3), "high": hpo.Choice(3)}, "discrete"),
         ({"trials": 0}, "`trials`"),
         ({"steps": 0}, "`steps`"),
@@ -231,6 +249,32 @@ def test_one_task_and_one_row_of_hyperparameters_only():
     optimizer = hpo.ForwardMode(PROBLEM, INNER, OUTER, inner_steps=2, sharing=1)
     with pytest.raises(ValueError, match="without `sharing`"):
         _search(optimizer)
+
+
+def test_the_state_suits_any_outer_optimiser_and_aux():
+    """One that keeps the parameters, and an `aux` with the size of a batch."""
+
+    def losses(model, penalty, batch, key):
+        residuals = batch[0] @ model - batch[1]
+        return PROBLEM.train_loss(model, penalty, batch, key), residuals
+
+    problem = hpo.Problem(losses, losses, has_aux=True)
+    outer = optax.contrib.schedule_free_sgd(1e-9)
+    optimizer = hpo.T1T2(problem, INNER, outer, inner_steps=2)
+    val = hpo.Minibatch(CASE.val, 5)
+    solution = _search(optimizer, val=val)
+    args = (optimizer, solution.model, solution.hyperparams, CASE.train, val)
+    more = hpo.tune(*args, steps=1, key=jr.key(0), state=solution.state)
+    assert relative_error(more.values, solution.values) < 1e-6
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_has_no_gradient_can_be_searched():
+    def losses(model, penalty, *rest):
+        return PROBLEM.train_loss(model, jnp.round(penalty), *rest)
+
+    optimizer = hpo.T1T2(hpo.Problem(losses, PROBLEM.val_loss), INNER, OUTER)
+    assert _search(optimizer).history.val_loss.std() > 0
 
 
 def test_without_optuna(monkeypatch):

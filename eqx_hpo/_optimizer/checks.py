@@ -122,7 +122,7 @@ def warn_if_independent(
     """Warns where the hypergradient is zero whatever the numbers are. Runs while a
     step is traced, so that it speaks once a compilation."""
     arrays, rest = eqx.partition(hyperparams, eqx.is_inexact_array)
-    if len(jtu.tree_leaves(arrays)) == 0:
+    if len(jtu.tree_leaves(arrays)) == 0 or through == "values":
         return
     # A rule with a custom VJP hides what it depends on; this one does not.
     levels = eqx.tree_at(

@@ -29,7 +29,7 @@ class PlainTraining(AbstractMemoryless):
     inner_steps: int = eqx.field(static=True, kw_only=True, default=1)
     unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
     validate_every: int = eqx.field(static=True, kw_only=True, default=1)
-    through: ClassVar[Through] = "update"  # what makes one trial differ from another
+    through: ClassVar[Through] = "values"
     val_at_each_step: ClassVar[bool] = False
 
     def estimate(
