@@ -29,8 +29,14 @@ def save(path: str | os.PathLike[str], state: BilevelState) -> None:
     - `path`: of the file. An existing one is replaced.
     - `state`: a [`eqx_hpo.BilevelState`][].
 
-    **Raises:** an `OSError` if the file cannot be written.
+    **Raises:** an `OSError` if the file cannot be written; a `ValueError` if `state`
+    is none.
     """
+    if not isinstance(state, BilevelState):
+        raise ValueError(
+            f"`state` must be a `BilevelState`; got a {type(state).__name__}. A "
+            "`Solution` has one: `solution.state`."
+        )
     path = pathlib.Path(path)
     header = {"format": _FORMAT, "version": _VERSION, "leaves": _specs(state)}
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
@@ -51,7 +57,7 @@ def load(path: str | os.PathLike[str], like: BilevelState) -> BilevelState:
 
     - `path`: of the file.
     - `like`: a state of the same structure, shapes and dtypes: make it by `init` of
-        the same optimizer.
+        the same optimizer with the same arguments.
 
     **Returns:** the saved state, bit for bit.
 
@@ -89,7 +95,7 @@ def _check_specs(saved: dict[str, str], like: dict[str, str]) -> None:
             raise ValueError(
                 f"`like` does not match the saved state: `state{name}` is {got} in the "
                 f"file and {expected} in `like`. Make `like` by `init` of the same "
-                "optimizer."
+                "optimizer with the same arguments (`HyperDistill` needs `train`)."
             )
 
 

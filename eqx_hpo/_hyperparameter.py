@@ -201,14 +201,16 @@ def canonical(hyperparams: Hyperparams) -> Hyperparams:
     def convert(path, x):
         if isinstance(x, float):
             return jnp.asarray(x, jnp.result_type(float))
-        integer = isinstance(x, (bool, int)) or (
-            is_array_or_numpy(x) and not jnp.issubdtype(x.dtype, jnp.floating)
+        is_array = is_array_or_numpy(x)
+        wrong = isinstance(x, (bool, int, str)) or (
+            is_array and not jnp.issubdtype(x.dtype, jnp.floating)
         )
-        if integer:
+        if wrong:
+            shown = f"{x.dtype}{list(x.shape)}" if is_array else repr(x)
             raise ValueError(
-                f"`hyperparams{jtu.keystr(path)}` is {x!r}, but a hyperparameter must "
-                "be floating point to have a gradient. Make it a float, or take it "
-                "out of `hyperparams`."
+                f"`hyperparams{jtu.keystr(path)}` is {shown}, but a hyperparameter "
+                "must be floating point to have a gradient. Make it a float, or take "
+                "it out of `hyperparams`."
             )
         return x
 
@@ -235,7 +237,8 @@ def as_float(value: ArrayLike, name: str) -> Float[Array, "..."]:
     array = jnp.asarray(value, dtype)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(
-            f"`{name}(value)` must be floating point; got dtype {array.dtype}."
+            f"`{name}(value)` must be floating point; got dtype {array.dtype}. Make it "
+            "a float."
         )
     return array
 

@@ -136,10 +136,21 @@ def check_same_structure(name: str, got: PyTree, expected: PyTree, what: str) ->
     got_leaves, got_def = jtu.tree_flatten_with_path(got)
     expected_leaves, expected_def = jtu.tree_flatten_with_path(expected)
     if got_def != expected_def:
-        raise ValueError(
-            f"`{name}` does not have the structure of {what}.\n"
-            f"Got: {got_def}\nExpected: {expected_def}"
-        )
+        places = [
+            {jtu.keystr(path): _spec(x) for path, x in leaves}
+            for leaves in (got_leaves, expected_leaves)
+        ]
+        differing = [
+            x for x in [*places[1], *places[0]] if (x in places[0]) != (x in places[1])
+        ]
+        if len(differing) > 0:
+            there = [place.get(differing[0], "nothing") for place in places]
+            reason = (
+                f": at `{name}{differing[0]}` it has {there[0]} instead of {there[1]}."
+            )
+        else:
+            reason = f".\nGot: {got_def}\nExpected: {expected_def}"
+        raise ValueError(f"`{name}` does not have the structure of {what}{reason}")
     for (path, x), (_, y) in zip(got_leaves, expected_leaves):
         if _spec(x) != _spec(y):
             raise ValueError(

@@ -29,7 +29,7 @@ from ._progress import ProgressBar
 from ._run import copy_state, Run, start
 from ._solution import RESULTS, Solution
 from ._state import BilevelState
-from ._tune import drive
+from ._tune import check_start, drive
 
 
 _LARGEST = 2**31 - 1
@@ -90,11 +90,13 @@ def search(
     `state` of the best trial, which `tune` can go on from. `history` has one record for
     each trial, in their order, with `step` the number of steps so far. A trial that
     ends in steps that are not finite has failed, with NaN as its validation loss, and
-    `RESULTS.nonfinite` says that all have. Ctrl-C ends the search with the best so far.
+    `RESULTS.nonfinite` says that all have. The validation loss of the best trial is
+    `state.metrics.val_loss`. Ctrl-C ends the search with the best so far.
 
     **Raises:** an `ImportError` without Optuna; a `ValueError` if the ranges do not
     match, are empty or not finite, or if hyperparameters are discrete.
     """
+    check_start(optimizer, key, None)
     check_positive_int("trials", trials)
     check_positive_int("steps", steps)
     space = _Space(canonical(low), canonical(high))

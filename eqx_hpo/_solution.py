@@ -111,7 +111,7 @@ class Solution(eqx.Module):
     - `hyperparams`: the tuned hyperparameters, placeholders included.
     - `values`: their constrained values.
     - `history`: a [`eqx_hpo.History`][].
-    - `result`: an item of [`eqx_hpo.RESULTS`][].
+    - `result`: an item of [`eqx_hpo.RESULTS`][]; compare it by `==`.
     - `state`: the last state; pass it to `tune` to go on.
     - `message`: the result in words, with the step at which it came about.
     - `discretised`: an [`eqx_hpo.Discretised`][] if there are discrete hyperparameters

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import jax
 from jaxtyping import PyTree
 
 from ._checkpoint import save
@@ -11,7 +12,7 @@ from ._custom_types import Batch, Hyperparams, Key, Model
 from ._data import AbstractBatches
 from ._feed import Feed
 from ._optimizer import AbstractBilevelOptimizer
-from ._optimizer.checks import check_positive_int
+from ._optimizer.checks import check_positive_int, check_type
 from ._progress import catch_interrupt, ProgressBar
 from ._run import Run, start
 from ._solution import RESULTS, Solution
@@ -60,7 +61,8 @@ def tune(
         iterator or iterable of batches. Of a train iterator each step takes
         `inner_steps` batches; of a validation iterator one, or `inner_steps` if
         `optimizer` validates after each inner step. An iterable that can be started
-        again, such as a data loader, is.
+        again, such as a data loader, is. A list or a tuple is a pytree, so one batch:
+        pass `iter(batches)`.
     - `steps`: the number of calls of `optimizer.step` to make.
     - `key`: a PRNG key, or `None` if nothing is random. Step number `i` gets
         `jax.random.fold_in(key, i)`.
@@ -87,6 +89,7 @@ def tune(
     **Raises:** a `ValueError` if `state` does not match `model` and `hyperparams`, or
     an option is out of range.
     """
+    check_start(optimizer, key, state)
     options = {"steps": steps, "restart": restart, "history": history}
     options |= {"checkpoint_every": checkpoint_every, "max_skipped": max_skipped}
     for name, value in options.items():
@@ -112,6 +115,16 @@ def tune(
         if checkpoint is not None and run.is_alive():
             save(checkpoint, run.state)
     return run.finish(result)
+
+
+def check_start(optimizer: Any, key: Any, state: Any) -> None:
+    what = "an algorithm such as `T1T2`, before `model` and `hyperparams`"
+    check_type("optimizer", optimizer, AbstractBilevelOptimizer, what)
+    if state is not None:
+        what = "a `BilevelState` (that of a `Solution` is `solution.state`)"
+        check_type("state", state, BilevelState, what)
+    if key is not None:
+        check_type("key", key, jax.Array, "a PRNG key such as `jax.random.key(0)`")
 
 
 def drive(

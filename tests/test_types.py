@@ -1,10 +1,15 @@
 """The annotations are checked while the tests run."""
 
+import types
+
 import eqx_hpo as hpo
 import jax.numpy as jnp
 import jaxtyping
 import optax
 import pytest
+from eqx_hpo._checkpoint import save
+from eqx_hpo._optimizer.checks import check_settings
+from eqx_hpo._tune import check_start
 
 from .problems import quadratic
 
@@ -42,3 +47,39 @@ def test_a_wrong_argument_raises():
             optax.sgd(0.1),
             optax.sgd(0.1),
         )
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"problem": lambda *args: 0.0}, "`problem` must be an `eqx_hpo.Problem"),
+        ({"outer": optax.sgd}, "`outer` must be an `optax.GradientTransformation`"),
+        ({"second_order": 5}, "`second_order` must be a rule"),
+        ({"inner": optax.adam}, "`inner` is the Optax function `adam`"),
+        ({"inner": 3}, "`inner` must be"),
+    ],
+)
+def test_wrong_settings_are_named_without_the_checks_of_types_too(change, match):
+    settings = {
+        "problem": quadratic().problem,
+        "inner": optax.sgd(0.1),
+        "outer": optax.sgd(0.1),
+        "second_order": hpo.FiniteDifference(),
+        "inner_steps": 1,
+        "unroll": None,
+    }
+    with pytest.raises(ValueError, match=match):
+        check_settings(types.SimpleNamespace(**(settings | change)))
+
+
+def test_what_is_no_state_is_named(tmp_path):
+    solution = object()
+    with pytest.raises(ValueError, match="`state` must be a `BilevelState`.*`solution"):
+        save.__wrapped__(tmp_path / "file", solution)
+    with pytest.raises(ValueError, match="`optimizer` must be an algorithm.*a dict"):
+        check_start({}, None, None)
+    optimizer = hpo.T1T2(quadratic().problem, optax.sgd(0.1), optax.sgd(0.1))
+    with pytest.raises(ValueError, match="`state` must be a `BilevelState`"):
+        check_start(optimizer, None, solution)
+    with pytest.raises(ValueError, match="`key` must be a PRNG key"):
+        check_start(optimizer, 0, None)

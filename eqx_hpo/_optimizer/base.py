@@ -80,7 +80,7 @@ class AbstractBilevelOptimizer(eqx.Module):
     sharing: eqx.AbstractVar[int | None]
 
     def __check_init__(self):
-        checks.check_settings(self.inner, self.outer, self.inner_steps, self.unroll)
+        checks.check_settings(self)
 
     @abc.abstractmethod
     def init_memory(

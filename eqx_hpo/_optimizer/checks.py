@@ -18,7 +18,8 @@ from .._custom_types import Batch, Hyperparams, Model, Through
 from .._hyperparameter import is_hyperparameter
 from .._levels import Levels
 from .._misc import check_same_structure, depends_on, holds_convolution
-from .._second_order import ReverseOverReverse
+from .._problem import Problem
+from .._second_order import AbstractSecondOrder, ReverseOverReverse
 from .._state import BilevelState, InnerState
 
 
@@ -60,20 +61,36 @@ def as_number(name: str, value: Any, zero: bool = True) -> Array:
     return array
 
 
-def check_settings(inner: Any, outer: Any, inner_steps: Any, unroll: Any) -> None:
-    check_positive_int("inner_steps", inner_steps)
-    if unroll is not None:
-        check_positive_int("unroll", unroll)
-    if not isinstance(outer, optax.GradientTransformation):
+def check_settings(optimizer: Any) -> None:
+    """Of an algorithm, those that all have."""
+    problem, rule = optimizer.problem, optimizer.second_order
+    check_type(
+        "problem", problem, Problem, "an `eqx_hpo.Problem(train_loss, val_loss)`"
+    )
+    check_positive_int("inner_steps", optimizer.inner_steps)
+    if optimizer.unroll is not None:
+        check_positive_int("unroll", optimizer.unroll)
+    expected = "an `optax.GradientTransformation`"
+    check_type("outer", optimizer.outer, optax.GradientTransformation, expected)
+    check_type(
+        "second_order", rule, AbstractSecondOrder, "a rule, as `FiniteDifference()`"
+    )
+    inner = optimizer.inner
+    if isinstance(inner, optax.GradientTransformation):
+        return
+    if getattr(inner, "__module__", "").startswith("optax."):
         raise ValueError(
-            "`outer` must be an `optax.GradientTransformation`; got a "
-            f"{type(outer).__name__}."
+            f"`inner` is the Optax function `{inner.__name__}` itself; call it, as in "
+            "`optax.adam(1e-3)`."
         )
-    if not (callable(inner) or isinstance(inner, optax.GradientTransformation)):
-        raise ValueError(
-            "`inner` must be an `optax.GradientTransformation`, or a function from "
-            f"hyperparameters to one; got a {type(inner).__name__}."
-        )
+    if not callable(inner):
+        expected += ", or a function from hyperparameters to one"
+        raise ValueError(f"`inner` must be {expected}; got a {type(inner).__name__}.")
+
+
+def check_type(name: str, value: Any, expected: type, what: str) -> None:
+    if not isinstance(value, expected):
+        raise ValueError(f"`{name}` must be {what}; got a {type(value).__name__}.")
 
 
 def check_state(
@@ -107,7 +124,8 @@ def check_model(model: Model) -> None:
             raise ValueError(
                 f"`model{jtu.keystr(path)}` is a {type(node).__name__} placeholder. "
                 "Split the hyperparameters off first: `hyperparams, model = "
-                "eqx_hpo.partition(model)`."
+                "eqx_hpo.partition(model)`. (Or are `model` and `hyperparams` in the "
+                "wrong order?)"
             )
     if not any(eqx.is_inexact_array(node) for _, node in nodes):
         raise ValueError(

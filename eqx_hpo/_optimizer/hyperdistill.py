@@ -34,8 +34,8 @@ class HyperDistill(AbstractBilevelOptimizer):
     The weights $w^*_t = p_t w^*_{t-1} + (1 - p_t) \theta_{t-1}$, with $p_t = 1 - 1 /
     S_t$, are a running average of those before each inner step, and the batch $D^*_t$
     keeps a share $p_t$ of its examples and takes the others from $D_t$. So the horizon
-    is the whole episode, while memory is $O(P + H)$ and one batch. A step costs a
-    training gradient, a validation gradient and one product.
+    is the whole episode, while memory is $O(P + H)$ and one batch. A step costs two
+    training gradients, a validation gradient and one product.
 
     The scale $s$ is fitted by least squares to reverse mode over `horizon` inner steps
     from where the model is, on the straight line between their first and last weights,
