@@ -201,12 +201,11 @@ def canonical(hyperparams: Hyperparams) -> Hyperparams:
     def convert(path, x):
         if isinstance(x, float):
             return jnp.asarray(x, jnp.result_type(float))
-        is_array = is_array_or_numpy(x)
-        wrong = isinstance(x, (bool, int, str)) or (
-            is_array and not jnp.issubdtype(x.dtype, jnp.floating)
-        )
+        wrong, shown = isinstance(x, (bool, int, str)), repr(x)
+        if is_array_or_numpy(x):
+            wrong = not jnp.issubdtype(x.dtype, jnp.floating)
+            shown = f"{x.dtype}{list(x.shape)}"
         if wrong:
-            shown = f"{x.dtype}{list(x.shape)}" if is_array else repr(x)
             raise ValueError(
                 f"`hyperparams{jtu.keystr(path)}` is {shown}, but a hyperparameter "
                 "must be floating point to have a gradient. Make it a float, or take "

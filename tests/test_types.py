@@ -1,6 +1,8 @@
 """The annotations are checked while the tests run."""
 
+import inspect
 import types
+from typing import Any
 
 import eqx_hpo as hpo
 import jax.numpy as jnp
@@ -73,9 +75,9 @@ def test_wrong_settings_are_named_without_the_checks_of_types_too(change, match)
 
 
 def test_what_is_no_state_is_named(tmp_path):
-    solution = object()
+    solution: Any = object()
     with pytest.raises(ValueError, match="`state` must be a `BilevelState`.*`solution"):
-        save.__wrapped__(tmp_path / "file", solution)
+        inspect.unwrap(save)(tmp_path / "file", solution)
     with pytest.raises(ValueError, match="`optimizer` must be an algorithm.*a dict"):
         check_start({}, None, None)
     optimizer = hpo.T1T2(quadratic().problem, optax.sgd(0.1), optax.sgd(0.1))
