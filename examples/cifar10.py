@@ -307,7 +307,7 @@ def main(
     folder: str | None = None,
     size: int = 300,
     steps: int = 60,
-    seconds: float = 4.0,
+    seconds: float = 3.0,
     clock: str = "wall",
     seeds: int = 2,
     first: int = 0,
@@ -335,7 +335,7 @@ if __name__ == "__main__":
     parser.add_argument("--folder", help="with the data; else they are downloaded")
     parser.add_argument("--size", type=int, default=300, help="of the train set")
     parser.add_argument("--steps", type=int, default=60, help="updates in a trial")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each method")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each method")
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--first", type=int, default=0, help="seed")

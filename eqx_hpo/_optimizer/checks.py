@@ -76,14 +76,7 @@ def check_settings(optimizer: Any) -> None:
         "second_order", rule, AbstractSecondOrder, "a rule, as `FiniteDifference()`"
     )
     inner = optimizer.inner
-    if isinstance(inner, optax.GradientTransformation):
-        return
-    if getattr(inner, "__module__", "").startswith("optax."):
-        raise ValueError(
-            f"`inner` is the Optax function `{inner.__name__}` itself; call it, as in "
-            "`optax.adam(1e-3)`."
-        )
-    if not callable(inner):
+    if not (callable(inner) or isinstance(inner, optax.GradientTransformation)):
         expected += ", or a function from hyperparameters to one"
         raise ValueError(f"`inner` must be {expected}; got a {type(inner).__name__}.")
 
