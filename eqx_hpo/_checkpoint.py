@@ -29,8 +29,8 @@ def save(path: str | os.PathLike[str], state: BilevelState) -> None:
     - `path`: of the file. An existing one is replaced.
     - `state`: a [`eqx_hpo.BilevelState`][].
 
-    **Raises:** an `OSError` if the file cannot be written; a `ValueError` if `state`
-    is none.
+    **Raises:** an `OSError` if the file cannot be written; a `ValueError` if `state` is
+    something else.
     """
     if not isinstance(state, BilevelState):
         raise ValueError(

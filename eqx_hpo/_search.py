@@ -94,7 +94,8 @@ def search(
     `state.metrics.val_loss`. Ctrl-C ends the search with the best so far.
 
     **Raises:** an `ImportError` without Optuna; a `ValueError` if the ranges do not
-    match, are empty or not finite, or if hyperparameters are discrete.
+    match, are empty or not finite, if hyperparameters are discrete, or if an option is
+    out of range.
     """
     check_start(optimizer, key, None)
     check_positive_int("trials", trials)
@@ -189,12 +190,11 @@ class _Space:
     def place(self, params: dict[str, float]) -> Hyperparams:
         """The hyperparameters with the coordinates of a trial."""
         numbers = iter([params[name] for name in self.ranges])
-        leaves = [
-            jnp.asarray([next(numbers) for _ in range(math.prod(shape))], dtype)
-            for shape, dtype in self._shapes
-        ]
-        shaped = [x.reshape(shape) for x, (shape, _) in zip(leaves, self._shapes)]
-        return eqx.combine(jtu.tree_unflatten(self._treedef, shaped), self._constants)
+        leaves = []
+        for shape, dtype in self._shapes:
+            flat = [next(numbers) for _ in range(math.prod(shape))]
+            leaves.append(jnp.asarray(flat, dtype).reshape(shape))
+        return eqx.combine(jtu.tree_unflatten(self._treedef, leaves), self._constants)
 
 
 class _Study:

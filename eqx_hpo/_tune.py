@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 from jaxtyping import PyTree
 
 from ._checkpoint import save
@@ -124,7 +125,8 @@ def check_start(optimizer: Any, key: Any, state: Any) -> None:
         what = "a `BilevelState` (that of a `Solution` is `solution.state`)"
         check_type("state", state, BilevelState, what)
     if key is not None:
-        check_type("key", key, jax.Array, "a PRNG key such as `jax.random.key(0)`")
+        arrays = (jax.Array, np.ndarray)
+        check_type("key", key, arrays, "a PRNG key such as `jax.random.key(0)`")
 
 
 def drive(

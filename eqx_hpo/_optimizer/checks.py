@@ -81,7 +81,7 @@ def check_settings(optimizer: Any) -> None:
         raise ValueError(f"`inner` must be {expected}; got a {type(inner).__name__}.")
 
 
-def check_type(name: str, value: Any, expected: type, what: str) -> None:
+def check_type(name: str, value: Any, expected: Any, what: str) -> None:
     if not isinstance(value, expected):
         raise ValueError(f"`{name}` must be {what}; got a {type(value).__name__}.")
 
