@@ -25,6 +25,7 @@ from ._hyperparameter import (
     partition as partition,
     Positive as Positive,
     Real as Real,
+    Schedule as Schedule,
     Simplex as Simplex,
     unwrap as unwrap,
 )
@@ -32,6 +33,7 @@ from ._levels import Levels as Levels
 from ._linear_solver import Neumann as Neumann, Nystrom as Nystrom
 from ._meta import MetaLearner as MetaLearner
 from ._optimizer import (
+    AbstractAlgorithm as AbstractAlgorithm,
     AbstractBilevelOptimizer as AbstractBilevelOptimizer,
     DrMAD as DrMAD,
     FirstOrder as FirstOrder,

@@ -57,7 +57,7 @@ def load(path: str | os.PathLike[str], like: BilevelState) -> BilevelState:
 
     - `path`: of the file.
     - `like`: a state of the same structure, shapes and dtypes: make it by `init` of
-        the same optimizer with the same arguments.
+        the same algorithm with the same arguments.
 
     **Returns:** the saved state, bit for bit.
 
@@ -95,7 +95,7 @@ def _check_specs(saved: dict[str, str], like: dict[str, str]) -> None:
             raise ValueError(
                 f"`like` does not match the saved state: `state{name}` is {got} in the "
                 f"file and {expected} in `like`. Make `like` by `init` of the same "
-                "optimizer with the same arguments (`HyperDistill` needs `train`)."
+                "algorithm with the same arguments (`HyperDistill` needs `train`)."
             )
 
 

@@ -8,15 +8,13 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 
 Batch: TypeAlias = PyTree[Any]
-Checkpoint: TypeAlias = Literal["step", "nested"] | None
 FloatScalar: TypeAlias = Float[Array, ""]
 Hyperparams: TypeAlias = PyTree[Any]
 IntScalar: TypeAlias = Int[Array, ""]
 Key: TypeAlias = PRNGKeyArray | None
-# loss(model, hyperparams, batch, key). `Any`: a user annotates them as they are.
+# loss(model, hyperparams, batch, key). `Any`, because users annotate their losses in
+# their own way.
 Loss: TypeAlias = Callable[[Any, Any, Any, Any], Any]
-# "values": of training without a derivative.
-Through: TypeAlias = Literal["update", "gradient", "values"] | None
 Model: TypeAlias = PyTree[Any]
 
 # A function of the unwrapped hyperparameters puts a learning rate, a momentum or a
@@ -24,3 +22,7 @@ Model: TypeAlias = PyTree[Any]
 InnerOptimiser: TypeAlias = (
     optax.GradientTransformation | Callable[[Hyperparams], optax.GradientTransformation]
 )
+
+# Which derivative of the inner level an algorithm takes: that of the whole update, that
+# of the training gradient, or none. "values" asks for no hypergradient at all.
+Through: TypeAlias = Literal["update", "gradient", "values"] | None

@@ -116,7 +116,7 @@ class Stacked(AbstractBatches):
         """**Arguments:**
 
         - `batches`: a pytree of arrays whose leading axis runs over the inner steps;
-            its length is the `inner_steps` of the optimizer.
+            its length is the `inner_steps` of the algorithm.
 
         **Raises:** a `ValueError` if it is empty or the leading axes differ.
         """
@@ -128,14 +128,14 @@ class Stacked(AbstractBatches):
         return jtu.tree_map(lambda x: x[index % x.shape[0]], self.batches)
 
 
-def as_batches(data: Any, name: str, inner_steps: int) -> AbstractBatches:
+def as_batches(data: Any, name: str, inner_steps: int | None) -> AbstractBatches:
     """Brings what the user gave as `train` or `val` to one form, or says what is wrong
     with it."""
-    if isinstance(data, Stacked):
+    if isinstance(data, Stacked) and inner_steps is not None:
         length = jtu.tree_leaves(data.batches)[0].shape[0]
         if length != inner_steps:
             raise ValueError(
-                f"`{name}` is `Stacked` with {length} batches, but the optimizer takes "
+                f"`{name}` is `Stacked` with {length} batches, but the algorithm takes "
                 f"{inner_steps} inner steps; give one batch for each."
             )
     batches = data if isinstance(data, AbstractBatches) else SameBatch(data)

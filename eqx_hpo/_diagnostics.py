@@ -1,9 +1,7 @@
 """The hypergradients of several algorithms beside the exact one, and what they cost."""
 
-import dataclasses
 import statistics
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -15,12 +13,12 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
+from ._checks import check_positive_int, check_type
 from ._custom_types import Batch, Hyperparams, Model
 from ._data import AbstractBatches
 from ._exact import exact_hypergradient, Reference
 from ._misc import is_array_or_numpy, tree_dot, tree_norm
-from ._optimizer import AbstractBilevelOptimizer
-from ._optimizer.checks import check_positive_int
+from ._optimizer import AbstractAlgorithm
 from ._state import BilevelState
 
 
@@ -36,8 +34,9 @@ class ComparisonRow(eqx.Module):
     - `cosine`: of the angle to the exact hypergradient, over all `raw` arrays.
     - `relative_error`: the norm of the difference, over that of the exact one.
     - `seconds`: for each inner step, the median over calls of `step`.
-    - `flops`: for each inner step, as XLA counts them in a step without loops: NaN for
-        more than 32 inner steps. The loop of a linear solver counts as one pass.
+    - `flops`: of the estimate, for each inner step, as XLA counts them with the loops
+        over inner steps unrolled: NaN for more than 32 inner steps. The loop of a linear
+        solver counts as one pass.
     - `temporaries`: the temporary memory of a step in bytes, as XLA plans it.
 
     `cosine` and `relative_error` are NaN if the step was skipped.
@@ -101,8 +100,8 @@ class Comparison(eqx.Module):
 
 
 def compare_hypergradients(
-    optimizers: Mapping[str, AbstractBilevelOptimizer]
-    | Sequence[AbstractBilevelOptimizer],
+    algorithms: Mapping[str, AbstractAlgorithm]
+    | Sequence[AbstractAlgorithm],
     model: Model,
     hyperparams: Hyperparams,
     train: Batch | AbstractBatches,
@@ -126,7 +125,7 @@ def compare_hypergradients(
 
     **Arguments:**
 
-    - `optimizers`: the algorithms, by name or in a sequence.
+    - `algorithms`: the algorithms, by name or in a sequence.
     - `model`, `hyperparams`: as for `init`: where to compare.
     - `train`, `val`: as for `step`.
     - `key`: a PRNG key, or `None` if nothing is random.
@@ -145,62 +144,62 @@ def compare_hypergradients(
     **Raises:** a `ValueError` if inner steps do not fit together, or for a
     [`eqx_hpo.MetaLearner`][] (compare the algorithm that it wraps).
     """
-    named = _with_names(optimizers)
+    named = _with_names(algorithms)
     check_positive_int("repeats", repeats)
     if reference not in get_args(Reference):
         raise ValueError(
             f"`reference` must be one of {get_args(Reference)}; got {reference!r}."
         )
-    steps = max(optimizer.inner_steps for optimizer in named.values())
-    for name, optimizer in named.items():
-        _check(name, optimizer, steps)
+    steps = max(algorithm.inner_steps for algorithm in named.values())
+    for name, algorithm in named.items():
+        _check(name, algorithm, steps)
     exact, references, rows = None, {}, []
-    for name, optimizer in named.items():
-        state = optimizer.init(
+    for name, algorithm in named.items():
+        state = algorithm.init(
             model, hyperparams, train=train, val=val, model_state=model_state, key=key
         )
         if inner_opt_state is not None:
             state = eqx.tree_at(lambda s: s.inner_opt_state, state, inner_opt_state)
-        calls = steps // optimizer.inner_steps
-        training = (id(optimizer.problem), id(optimizer.inner))
-        training = (*training, calls, optimizer.sharing)
+        calls = steps // algorithm.inner_steps
+        training = (id(algorithm.problem), id(algorithm.inner))
+        training = (*training, calls)
         if training not in references:
             references[training] = exact_hypergradient(
-                optimizer, state, train, val, key, calls, reference
+                algorithm, state, train, val, key, calls, reference
             )
         exact = references[training]
         data = (train, val)
-        row = _row(name, optimizer, state, data, key, calls, exact, repeats)
+        row = _row(name, algorithm, state, data, key, calls, exact, repeats)
         rows.append(row)
     return Comparison(tuple(rows), steps, exact)
 
 
-def _with_names(optimizers) -> dict[str, AbstractBilevelOptimizer]:
-    if not isinstance(optimizers, Mapping):
-        kinds = [type(x).__name__ for x in optimizers]
+def _with_names(algorithms) -> dict[str, AbstractAlgorithm]:
+    if not isinstance(algorithms, Mapping):
+        kinds = [type(x).__name__ for x in algorithms]
         number = lambda i: f" ({kinds[: i + 1].count(kinds[i])})"
         names = [
             kind + (number(i) if kinds.count(kind) > 1 else "")
             for i, kind in enumerate(kinds)
         ]
-        optimizers = dict(zip(names, optimizers))
-    if len(optimizers) == 0:
-        raise ValueError("`optimizers` is empty.")
-    return dict(optimizers)
+        algorithms = dict(zip(names, algorithms))
+    if len(algorithms) == 0:
+        raise ValueError("`algorithms` is empty.")
+    return dict(algorithms)
 
 
-def _check(name: str, optimizer: AbstractBilevelOptimizer, steps: int) -> None:
-    if optimizer.tasks is not None:
-        raise ValueError(f"`{name}` is for many tasks: compare what it wraps.")
-    if steps % optimizer.inner_steps != 0:
+def _check(name: str, algorithm: AbstractAlgorithm, steps: int) -> None:
+    what = "an algorithm for one model; of a `MetaLearner`, compare what it wraps"
+    check_type(name, algorithm, AbstractAlgorithm, what)
+    if steps % algorithm.inner_steps != 0:
         raise ValueError(
-            f"`{name}` takes {optimizer.inner_steps} inner steps in a call, of which "
-            f"{steps}, the largest number among the optimizers, is no multiple."
+            f"`{name}` takes {algorithm.inner_steps} inner steps in a call, of which "
+            f"{steps}, the largest number among the algorithms, is no multiple."
         )
 
 
-def _row(name, optimizer, state, data, key, calls, exact, repeats) -> ComparisonRow:
-    probe = eqx.tree_at(lambda o: o.outer, optimizer, _RECORD)
+def _row(name, algorithm, state, data, key, calls, exact, repeats) -> ComparisonRow:
+    probe = eqx.tree_at(lambda a: a.outer, algorithm, _RECORD)
     raw_state = _RECORD.init(exact)
     state = eqx.tree_at(lambda s: s.outer_opt_state, state, raw_state)
     step = _Step(probe, state, data, key)
@@ -219,7 +218,7 @@ def _row(name, optimizer, state, data, key, calls, exact, repeats) -> Comparison
         name=name,
         cosine=cosine,
         relative_error=error,
-        seconds=statistics.median(seconds[-repeats:]) / optimizer.inner_steps,
+        seconds=statistics.median(seconds[-repeats:]) / algorithm.inner_steps,
         flops=_flops(probe, state, data, key),
         temporaries=0 if memory is None else memory.temp_size_in_bytes,
     )
@@ -241,9 +240,9 @@ _RECORD = optax.GradientTransformation(_init_record, _update_record)
 
 
 class _Step:
-    """A step of an optimizer, compiled, as a function of the state and its number."""
+    """A step of an algorithm, compiled, as a function of the state and its number."""
 
-    def __init__(self, optimizer, state, data, key):
+    def __init__(self, algorithm, state, data, key):
         arrays, self.static = eqx.partition(state, eqx.is_array)
         self.data, static_data = eqx.partition(data, is_array_or_numpy)
 
@@ -251,7 +250,7 @@ class _Step:
             state = eqx.combine(arrays, self.static)
             train, val = eqx.combine(data, static_data)
             step_key = None if key is None else jr.fold_in(key, call)
-            new = optimizer.step(state, train, val, key=step_key)
+            new = algorithm.step(state, train, val, key=step_key)
             return eqx.filter(new, eqx.is_array)
 
         lowered = jax.jit(step).lower(arrays, self.data, jnp.array(0))
@@ -263,14 +262,23 @@ class _Step:
         return eqx.combine(new, self.static)
 
 
-def _flops(optimizer, state, data, key) -> float:
-    steps = optimizer.inner_steps
+def _flops(algorithm, state, data, key) -> float:
+    """Counts the operations of an estimate, with all loops over inner steps unrolled:
+    XLA counts the body of a loop once."""
+    steps = algorithm.inner_steps
     if steps > _LARGEST_UNROLL:
         return float("nan")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what there is to say was said before
-        unrolled = dataclasses.replace(optimizer, unroll=steps)
-        analysis = _Step(unrolled, state, data, key).compiled.cost_analysis()
+    arrays, static = eqx.partition((state, data, key), is_array_or_numpy)
+
+    def estimate(arrays):
+        state, (train, val), key = eqx.combine(arrays, static)
+        hyperparams = state.hyperparams
+        out = raw_estimate(
+            algorithm, state, hyperparams, train, val, key, unroll=steps
+        )
+        return eqx.filter(out, eqx.is_array)
+
+    analysis = jax.jit(estimate).lower(arrays).compile().cost_analysis()
     return float((analysis or {}).get("flops", float("nan"))) / steps
 
 

@@ -1,9 +1,9 @@
 """Discrete hyperparameters, relaxed: placeholders that are tuned by gradient as
 continuous values, and become discrete at the end by `discretise`.
 
-What is drawn at random (`noise`) and what is scheduled (`temperature`) are constants of
-the placeholder. `refresh` renews them once before a step, so that all that the step
-evaluates sees the same.
+The `noise` that is drawn at random and the `temperature` that follows a schedule are
+constants of the placeholder. `refresh` renews them once before a step, and everything
+that the step evaluates sees the same values.
 """
 
 import abc
@@ -24,7 +24,7 @@ from ._hyperparameter import (
     AbstractHyperparameter,
     as_float,
     Interval,
-    is_hyperparameter,
+    is_placeholder,
     unwrap,
 )
 
@@ -233,17 +233,17 @@ def discretise(hyperparams: Hyperparams) -> Hyperparams:
     shapes and dtypes of the unwrapped ones, so that both fit a loss.
     """
     choose = lambda x: x.discretise() if isinstance(x, AbstractDiscrete) else x
-    return unwrap(jtu.tree_map(choose, hyperparams, is_leaf=is_hyperparameter))
+    return unwrap(jtu.tree_map(choose, hyperparams, is_leaf=is_placeholder))
 
 
 def has_discrete(hyperparams: Hyperparams) -> bool:
-    nodes = jtu.tree_leaves(hyperparams, is_leaf=is_hyperparameter)
+    nodes = jtu.tree_leaves(hyperparams, is_leaf=is_placeholder)
     return any(isinstance(x, AbstractDiscrete) for x in nodes)
 
 
 def refresh(hyperparams: Hyperparams, key: Key, step: IntScalar) -> Hyperparams:
     """Renews noise and temperature, as a function of the key and the step alone."""
-    nodes, treedef = jtu.tree_flatten(hyperparams, is_leaf=is_hyperparameter)
+    nodes, treedef = jtu.tree_flatten(hyperparams, is_leaf=is_placeholder)
     relaxed = [i for i, x in enumerate(nodes) if isinstance(x, AbstractRelaxed)]
     for number, i in enumerate(relaxed):
         node = nodes[i]
@@ -272,7 +272,7 @@ def without_noise(hyperparams: Hyperparams) -> Hyperparams:
             return x
         return eqx.tree_at(lambda x: x.noise, x, jnp.zeros_like(x.noise))
 
-    return jtu.tree_map(silence, hyperparams, is_leaf=is_hyperparameter)
+    return jtu.tree_map(silence, hyperparams, is_leaf=is_placeholder)
 
 
 def _temperature(temperature: Temperature, raw: Array, name: str):

@@ -12,21 +12,21 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ._custom_types import Batch, Hyperparams, Key
-from ._data import AbstractBatches
+from ._data import AbstractBatches, as_batches
 from ._discrete import refresh
-from ._hyperparameter import partition_raw, unwrap
-from ._optimizer import AbstractBilevelOptimizer, make_levels
-from ._optimizer.checks import default_unroll
+from ._hyperparameter import partition_raw, unwrap_values
+from ._levels import make_levels
+from ._optimizer import AbstractAlgorithm
+from ._optimizer.tracing import default_unroll
 from ._second_order import ReverseOverReverse
-from ._state import BilevelState, InnerState
-from ._windows import at_step
+from ._state import BilevelState, inner_state
 
 
 Reference = Literal["unrolled", "differences"]
 
 
 def exact_hypergradient(
-    optimizer: AbstractBilevelOptimizer,
+    algorithm: AbstractAlgorithm,
     state: BilevelState,
     train: Batch | AbstractBatches,
     val: Batch | AbstractBatches,
@@ -40,7 +40,7 @@ def exact_hypergradient(
     raw, _ = partition_raw(state.hyperparams)
     differentiate = _central_differences if reference == "differences" else _by_autodiff
     # The data are arguments: as constants XLA would hold them, and fold them.
-    return differentiate(raw, optimizer, state, train, val, key, calls)
+    return differentiate(raw, algorithm, state, train, val, key, calls)
 
 
 @eqx.filter_jit
@@ -61,19 +61,30 @@ def _central_differences(raw: Hyperparams, *args: Any) -> Hyperparams:
     return unflatten(lax.map(difference, jnp.arange(x.size)))
 
 
-def _final_loss(raw, optimizer, state, train, val, key, calls) -> Float[Array, ""]:
-    inner_steps = optimizer.inner_steps
+def _final_loss(raw, algorithm, state, train, val, key, calls) -> Float[Array, ""]:
+    inner_steps = algorithm.inner_steps
     steps = calls * inner_steps
 
     def at(step):
-        """The levels, the hyperparameters and the number within the call of a step."""
+        """Makes the levels, the hyperparameters and the number within the call of a
+        step."""
         call = step // inner_steps
         call_key = None if key is None else jr.fold_in(key, call)
         noisy = refresh(state.hyperparams, call_key, call)
-        plain = unwrap(eqx.combine(raw, partition_raw(noisy)[1]))
-        levels = make_levels(optimizer, state.model, train, val, call, call_key)
-        levels = dataclasses.replace(levels, second_order=ReverseOverReverse())
-        return levels, at_step(plain, optimizer.sharing, step), step % inner_steps
+        plain = unwrap_values(eqx.combine(raw, partition_raw(noisy)[1]))
+        levels = make_levels(
+            algorithm.problem,
+            algorithm.inner,
+            ReverseOverReverse(),
+            dataclasses.replace(state, episode_step=call * inner_steps),
+            plain,
+            as_batches(train, "train", inner_steps),
+            as_batches(val, "val", inner_steps),
+            call * inner_steps,
+            call_key,
+            mean=lambda tree: tree,
+        )
+        return levels, plain, step % inner_steps
 
     @jax.checkpoint
     def advance(arrays, step):
@@ -82,11 +93,9 @@ def _final_loss(raw, optimizer, state, train, val, key, calls) -> Float[Array, "
         inner, _ = levels.update(inner, hyperparams, index)
         return eqx.filter(inner, eqx.is_array), None
 
-    params = eqx.filter(state.model, eqx.is_inexact_array)
-    start = InnerState(params, state.inner_opt_state, state.model_state)
-    arrays, fixed = eqx.partition(start, eqx.is_array)
-    levels, hyperparams, _ = at(jnp.array(0))
-    unroll = default_unroll(levels, start, hyperparams, steps)
+    arrays, fixed = eqx.partition(inner_state(state), eqx.is_array)
+    levels, _, _ = at(jnp.array(0))
+    unroll = default_unroll(levels, steps)
     arrays, _ = lax.scan(advance, arrays, jnp.arange(steps), unroll=unroll)
     levels, hyperparams, index = at(jnp.asarray(steps - 1))
     return levels.validate(eqx.combine(arrays, fixed), hyperparams, index)[0]

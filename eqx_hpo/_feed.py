@@ -4,6 +4,8 @@ iterators a batch at a time."""
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
@@ -15,10 +17,11 @@ from ._misc import as_device_arrays
 class Feed:
     """The data of one level, for one call of `step` after another.
 
-    `is_static` tells whether every call gets the same object.
+    `is_static` tells whether every call gets the same object. From an iterator a call
+    takes `count` batches as one `Stacked`, or a single plain batch if that is `None`.
     """
 
-    def __init__(self, data: Any, name: str, count: int):
+    def __init__(self, data: Any, name: str, count: int | None):
         self._name = name
         self._count = count
         self._loader: Iterable[Any] | None = None
@@ -32,7 +35,7 @@ class Feed:
             self._loader = data
 
     def peek(self) -> Batch | AbstractBatches:
-        """What `next` will give, or `None` at the end of the data."""
+        """Returns what `next` will give, or `None` at the end of the data."""
         if len(self._peeked) == 0:
             try:
                 self._peeked.append(self.next())
@@ -41,7 +44,7 @@ class Feed:
         return self._peeked[0]
 
     def next(self) -> Batch | AbstractBatches:
-        """The data for one call of `step`.
+        """Returns the data for one call of `step`.
 
         **Raises:** `StopIteration` when an iterator that cannot be started again ends.
         """
@@ -50,11 +53,11 @@ class Feed:
         if len(self._peeked) > 0:
             return self._peeked.pop()
         first = self._pull()
-        if isinstance(first, AbstractBatches) or self._count == 1:
+        if isinstance(first, AbstractBatches) or self._count is None:
             return first
         batches = [first] + [self._pull() for _ in range(self._count - 1)]
         try:
-            return Stacked(jtu.tree_map(lambda *x: np.stack(x), *batches))
+            return Stacked(jtu.tree_map(_stack, *batches))
         except ValueError as e:
             raise ValueError(
                 f"`{self._name}` gave batches of different shapes or structures within "
@@ -80,7 +83,13 @@ class Feed:
 
 
 def is_loader(data: Any) -> bool:
-    """Whether `data` is a Python iterator or iterable, and no pytree of arrays."""
+    """Tells whether `data` is a Python iterator or iterable, and no pytree of arrays."""
     leaf = jtu.all_leaves([data])
     is_array = hasattr(data, "shape") and hasattr(data, "dtype")
     return leaf and not is_array and isinstance(data, Iterable)
+
+
+def _stack(*arrays: Any) -> Any:
+    # Arrays that are on a device already stay there.
+    on_device = all(isinstance(x, jax.Array) for x in arrays)
+    return jnp.stack(arrays) if on_device else np.stack(arrays)

@@ -2,7 +2,8 @@
 
 A placeholder holds an unconstrained array `raw`, which the outer optimiser moves, and
 unwraps to the constrained value that the losses see. Everything else in it (bounds) is
-constant.
+constant. A `Schedule` holds a placeholder, or an array, with an entry for each window of
+inner steps.
 """
 
 import abc
@@ -14,10 +15,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import paramax
+from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
-from ._custom_types import Hyperparams, Model
+from ._checks import check_positive_int
+from ._custom_types import Hyperparams, IntScalar, Model
 from ._misc import as_device_arrays, is_array_or_numpy
 
 
@@ -37,8 +40,8 @@ class AbstractHyperparameter(paramax.AbstractUnwrappable[Array]):
 class Real(AbstractHyperparameter):
     """A hyperparameter without a constraint: unwraps to `raw` itself.
 
-    Its use is to mark an array inside a model as a hyperparameter, so that
-    [`eqx_hpo.partition`][] finds it.
+    It marks an array inside a model as a hyperparameter, which
+    [`eqx_hpo.partition`][] then finds.
     """
 
     raw: Float[Array, "..."]
@@ -57,8 +60,8 @@ class Real(AbstractHyperparameter):
 class Positive(AbstractHyperparameter):
     """A hyperparameter above zero: unwraps to `exp(raw)`.
 
-    The right choice for everything that is tuned by its order of magnitude: weight
-    decay, noise levels, learning rates, length scales.
+    It suits everything that is tuned by its order of magnitude: weight decay, noise
+    levels, learning rates, length scales.
     """
 
     raw: Float[Array, "..."]
@@ -136,16 +139,75 @@ class Simplex(AbstractHyperparameter):
         return jax.nn.softmax(self.raw, axis=-1)
 
 
+class Schedule(paramax.AbstractUnwrappable[Array]):
+    r"""A hyperparameter that changes in the course of an episode: inner step $t$ uses
+    entry `t // every` of `value`, and all steps after the last window use the last
+    entry. The losses and `inner` see that entry alone, without the leading axis, and the
+    validation loss sees the one of the last inner step.
+
+    ```python
+    rate = hpo.Schedule(hpo.Positive(jnp.full(10, 0.1)), every=50)
+    ```
+
+    An episode begins with `init` and with each `restart`. An algorithm moves the entries
+    of the windows that its hypergradient reaches: [`eqx_hpo.ForwardMode`][] all windows
+    of the episode so far, [`eqx_hpo.Unrolled`][] those of its inner steps, and
+    [`eqx_hpo.T1T2`][] the present one.
+
+    ??? cite "Reference"
+
+        Micaelli and Storkey, *Gradient-based Hyperparameter Optimization Over Long
+        Horizons*, NeurIPS 2021 (hyperparameters shared by windows of steps).
+    """
+
+    value: AbstractHyperparameter | Float[Array, "windows ..."]
+    every: int = eqx.field(static=True)
+
+    def __init__(self, value: AbstractHyperparameter | ArrayLike, every: int):
+        """**Arguments:**
+
+        - `value`: a placeholder or a plain array, floating point, whose leading axis
+            runs over the windows.
+        - `every`: how many inner steps in a row share an entry.
+
+        **Raises:** a `ValueError` if `value` has no leading axis, or if `every` is not a
+        positive integer.
+        """
+        check_positive_int("every", every)
+        if not isinstance(value, AbstractHyperparameter):
+            value = as_float(value, "Schedule")
+        shape = value.raw.shape if isinstance(value, AbstractHyperparameter) else value.shape
+        axes = 2 if isinstance(value, Simplex) else 1
+        if len(shape) < axes or shape[0] == 0:
+            raise ValueError(
+                "`Schedule(value, every)` needs a `value` with a leading axis over the "
+                f"windows; got shape {shape}."
+            )
+        self.value = value
+        self.every = every
+
+    def unwrap(self) -> Float[Array, "windows ..."]:
+        # By now `value` is a plain array: `paramax.unwrap` starts from within.
+        return self.value  # pyright: ignore[reportReturnType]
+
+
 def is_hyperparameter(x: Any) -> bool:
-    """Whether `x` is a placeholder: [`eqx_hpo.Real`][], [`eqx_hpo.Positive`][],
-    [`eqx_hpo.Interval`][], [`eqx_hpo.Simplex`][] or a user's own.
+    """Tells whether `x` is a placeholder: [`eqx_hpo.Real`][], [`eqx_hpo.Positive`][],
+    [`eqx_hpo.Interval`][], [`eqx_hpo.Simplex`][], a discrete one, a
+    [`eqx_hpo.Schedule`][] or a user's own.
 
     **Arguments:**
 
-    - `x`: any object. Use it as `is_leaf=` too, so that a tree map stops there.
+    - `x`: any object. Pass the function as `is_leaf=` too, to stop a tree map there.
 
     **Returns:** a `bool`.
     """
+    return isinstance(x, (AbstractHyperparameter, Schedule))
+
+
+def is_placeholder(x: Any) -> bool:
+    """Tells whether `x` holds a `raw`. A tree map that stops here goes through a
+    `Schedule` to the placeholder within."""
     return isinstance(x, AbstractHyperparameter)
 
 
@@ -170,7 +232,7 @@ def partition(
     **Returns:** `(hyperparams, rest)`, both of the structure of `model`, with `None`
     in place of what the other one holds.
     """
-    # An Equinox model is callable too: a tree of booleans in its form is no function.
+    # A tree of booleans in the form of an Equinox model is callable, but no function.
     if callable(filter_spec) and jtu.all_leaves([filter_spec]):
         selects = filter_spec
         filter_spec = lambda x: is_hyperparameter(x) or selects(x)
@@ -187,6 +249,29 @@ def unwrap(hyperparams: Hyperparams) -> Hyperparams:
     **Returns:** the same pytree with plain arrays in place of placeholders.
     """
     return paramax.unwrap(hyperparams)
+
+
+def unwrap_values(hyperparams: Hyperparams) -> Hyperparams:
+    """Unwraps all but the schedules, which stay as nodes with plain arrays in them."""
+    is_leaf = lambda x: (
+        isinstance(x, paramax.AbstractUnwrappable) and not isinstance(x, Schedule)
+    )
+    return jtu.tree_map(
+        lambda x: paramax.unwrap(x) if is_leaf(x) else x, hyperparams, is_leaf=is_leaf
+    )
+
+
+def at_inner_step(hyperparams: Hyperparams, step: IntScalar) -> Hyperparams:
+    """Replaces each schedule by the entry that inner step `step` of an episode uses."""
+
+    def resolve(x):
+        if not isinstance(x, Schedule):
+            return x
+        # An index behind the last entry stands for the last entry.
+        return lax.dynamic_index_in_dim(x.value, step // x.every, keepdims=False)
+
+    is_leaf = lambda x: isinstance(x, Schedule)
+    return jtu.tree_map(resolve, hyperparams, is_leaf=is_leaf)
 
 
 def partition_raw(hyperparams: Hyperparams) -> tuple[PyTree, PyTree]:
@@ -216,16 +301,28 @@ def canonical(hyperparams: Hyperparams) -> Hyperparams:
     return as_device_arrays(jtu.tree_map_with_path(convert, hyperparams))
 
 
+def check_no_placeholders(model: Model) -> None:
+    nodes = jtu.tree_leaves_with_path(model, is_leaf=is_hyperparameter)
+    for path, node in nodes:
+        if is_hyperparameter(node):
+            raise ValueError(
+                f"`model{jtu.keystr(path)}` is a {type(node).__name__} placeholder. "
+                "Split the hyperparameters off first: `hyperparams, model = "
+                "eqx_hpo.partition(model)`. (Or are `model` and `hyperparams` in the "
+                "wrong order?)"
+            )
+
+
 def _raw_spec(hyperparams: Hyperparams) -> PyTree[bool]:
     constant = lambda x: isinstance(x, paramax.NonTrainable)
 
     def spec(x):
-        if is_hyperparameter(x):
+        if is_placeholder(x):
             nothing = jtu.tree_map(lambda _: False, x)
             return eqx.tree_at(lambda p: p.raw, nothing, True)
         return not constant(x) and eqx.is_inexact_array(x)
 
-    is_leaf = lambda x: is_hyperparameter(x) or constant(x)
+    is_leaf = lambda x: is_placeholder(x) or constant(x)
     return jtu.tree_map(spec, hyperparams, is_leaf=is_leaf)
 
 

@@ -1,42 +1,37 @@
 """The inner optimiser: where it starts, and one update by it."""
 
+import functools as ft
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
 import optax
-from jaxtyping import PyTree
+from jax import lax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jaxtyping import Array, PyTree
 
 from ._custom_types import Hyperparams, InnerOptimiser, Model
 from ._misc import as_device_arrays
 from ._state import InnerState
-from ._tasks import over_tasks
 
 
 def start_inner(
-    inner: InnerOptimiser,
-    tasks: int | None,
-    hyperparams: Hyperparams,
-    model: Model,
-    model_state: PyTree,
+    inner: InnerOptimiser, hyperparams: Hyperparams, model: Model, model_state: PyTree
 ) -> InnerState:
-    """The inner state in which training starts; `tasks` as in `_tasks`."""
+    """Makes the inner state in which training starts."""
     params = eqx.filter(model, eqx.is_inexact_array)
-    opt_state = inner_init(inner, tasks, hyperparams)(params)
+    opt_state = inner_transformation(inner, hyperparams).init(params)
     return InnerState(params, as_device_arrays(opt_state), model_state)
-
-
-def inner_init(
-    inner: InnerOptimiser, tasks: int | None, hyperparams: Hyperparams
-) -> Callable[[PyTree], PyTree]:
-    """The function that makes the state of the inner optimiser, of each task its
-    own."""
-    return over_tasks(inner_transformation(inner, hyperparams).init, tasks)
 
 
 def inner_transformation(
     inner: InnerOptimiser, hyperparams: Hyperparams
 ) -> optax.GradientTransformation:
-    """The Optax transformation that `inner` is, or makes of the hyperparameters."""
+    """Returns the Optax transformation that `inner` is, or makes of the
+    hyperparameters."""
     if isinstance(inner, optax.GradientTransformation):
         return inner
     transformation = inner(hyperparams)
@@ -52,10 +47,13 @@ def inner_transformation(
 def apply_inner(
     inner: InnerOptimiser, grad: PyTree, state: InnerState, hyperparams: Hyperparams
 ) -> tuple[PyTree, PyTree]:
-    """The parameters and the optimiser's state after an update along `grad`."""
+    """Computes the parameters and the optimiser's state after an update along
+    `grad`."""
     transformation = inner_transformation(inner, hyperparams)
     try:
-        updates, opt_state = transformation.update(grad, state.opt_state, state.params)
+        updates, opt_state = flat_at_zero(transformation.update)(
+            grad, state.opt_state, state.params
+        )
     except TypeError as e:
         if "value" not in str(e):
             raise
@@ -65,3 +63,72 @@ def apply_inner(
             "search and no reduction on a plateau."
         ) from e
     return optax.apply_updates(state.params, updates), opt_state
+
+
+def flat_at_zero(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    """The same function of arrays, but the derivative of its square roots is zero where
+    their argument is.
+
+    Adam and its kin take the root of an average of squared gradients. Where a weight
+    never had a gradient, the slope of that root is infinite while its argument does not
+    move, and the chain rule makes 0 * inf = NaN of it, in reverse and in forward mode.
+    Clipping by a global norm spreads the NaN over all weights, so a mend after the
+    whole update would come too late: it belongs at each root. Functions with a
+    derivative rule of their own, and loops, are left as they are.
+    """
+
+    @ft.wraps(fn)
+    def flattened(*args):
+        dynamic, static = eqx.partition(args, eqx.is_array)
+        closed, shape = jax.make_jaxpr(
+            lambda x: fn(*eqx.combine(x, static)), return_shape=True
+        )(dynamic)
+        out = _evaluate(closed.jaxpr, closed.consts, jtu.tree_leaves(dynamic))
+        return jtu.tree_unflatten(jtu.tree_structure(shape), out)
+
+    return flattened
+
+
+def _evaluate(jaxpr: Jaxpr, consts: Any, args: Any) -> list[Any]:
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    read = lambda v: v.val if isinstance(v, Literal) else values[v]
+    for eqn in jaxpr.eqns:
+        inputs = [read(v) for v in eqn.invars]
+        out = _evaluate_equation(eqn, inputs)
+        values.update(zip(eqn.outvars, out, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _evaluate_equation(eqn: Any, inputs: list[Any]) -> list[Any]:
+    name, params = eqn.primitive.name, eqn.params
+    if name in _ROOTS:
+        return [_ROOTS[name](*inputs)]
+    if name in ("jit", "pjit"):
+        return _evaluate(params["jaxpr"].jaxpr, params["jaxpr"].consts, inputs)
+    if name == "cond":
+        branches = [ft.partial(_evaluate_closed, b) for b in params["branches"]]
+        return lax.switch(inputs[0], branches, *inputs[1:])
+    if name.startswith("custom_"):
+        # How such an equation is bound differs between versions of JAX, which knows.
+        operands = [v for v in eqn.invars if not isinstance(v, Literal)]
+        alone = Jaxpr((), operands, eqn.outvars, [eqn], debug_info=None)
+        given = [x for v, x in zip(eqn.invars, inputs) if not isinstance(v, Literal)]
+        return jax.core.eval_jaxpr(alone, (), *given)
+    out = eqn.primitive.bind(*inputs, **params)
+    return out if eqn.primitive.multiple_results else [out]
+
+
+def _evaluate_closed(closed: ClosedJaxpr, *args: Any) -> list[Any]:
+    return _evaluate(closed.jaxpr, closed.consts, args)
+
+
+# By selection and not by a custom rule, which would be traced anew for each weight.
+def _sqrt(x: Array) -> Array:
+    return jnp.where(x == 0, 0, lax.sqrt(jnp.where(x == 0, 1, x)))
+
+
+def _rsqrt(x: Array) -> Array:
+    return jnp.where(x == 0, jnp.inf, lax.rsqrt(jnp.where(x == 0, 1, x)))
+
+
+_ROOTS = {"sqrt": _sqrt, "rsqrt": _rsqrt}

@@ -1,29 +1,28 @@
-"""`eqx.filter_jit` with a shorter way to a compiled function.
+"""Compiled calls that do not wait for the device, for the driver.
 
-Arrays are traced, everything else is static, by equality. `eqx.filter_jit` does more
-(ahead-of-time lowering, runtime errors, devices) and costs, for a small problem, more
-than the step itself.
+`eqx.filter_jit` waits for the end of each call, to raise the errors of `eqx.error_if`
+with their own text. The driver prepares the next batch while the device works, so it
+must not wait; it raises those errors where it waits anyhow.
 """
 
+import contextlib
 import functools as ft
-from collections.abc import Callable
-from typing import Any, cast, ParamSpec, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
 from ._misc import is_array_or_numpy
 
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 _ARRAY = object()  # stands for an array among the static leaves
 
 
 @jtu.register_static
 class _Static:
-    """What of a pytree is not an array, to be compared and hashed."""
+    """The part of a pytree that is no array, to be compared and hashed."""
 
     __slots__ = ("treedef", "leaves")
 
@@ -42,46 +41,38 @@ class _Static:
         return hash((self.treedef, self.leaves))
 
 
-class _Jitted:
-    def __init__(self, fn: Callable[..., Any]):
-        def traced(static, arrays):
-            args, kwargs = _merge(static, arrays)
-            return _split(fn(*args, **kwargs))
-
-        traced.__name__ = fn.__name__  # what profiles and compilation logs show
-        self._compiled = jax.jit(traced, static_argnums=0)
-        ft.update_wrapper(self, fn)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _merge(*self._compiled(*_split((args, kwargs))))
-
-    def __get__(self, instance: object, owner: type | None = None) -> Any:
-        # A pytree, as the bound methods of an `eqx.Module`, but ten times as fast.
-        return self if instance is None else jtu.Partial(self, instance)  # pyright: ignore
-
-
-def filter_jit(fn: Callable[P, T]) -> Callable[P, T]:
-    """Compiles a function, or a method, of any pytrees."""
-    return cast(Callable[P, T], _Jitted(fn))
-
-
-def filter_jit_donating_first(fn: Callable[..., T]) -> Callable[..., T]:
-    """Compiles a function that may write its result over its first argument."""
+def jit_without_waiting(fn: Callable[..., Any], donate_first: bool) -> Callable:
+    """Compiles a function of pytrees. With `donate_first` it may write its result over
+    its first argument."""
 
     def traced(static_first, static, first, arrays):
-        args, kwargs = _merge(static, arrays)
-        return _split(fn(_merge(static_first, first), *args, **kwargs))
+        return _split(fn(_merge(static_first, first), *_merge(static, arrays)))
 
-    traced.__name__ = fn.__name__
-    compiled = jax.jit(traced, static_argnums=(0, 1), donate_argnums=2)
+    traced.__name__ = fn.__name__  # for profiles and compilation logs
+    donated = 2 if donate_first else ()
+    compiled = jax.jit(traced, static_argnums=(0, 1), donate_argnums=donated)
 
     @ft.wraps(fn)
-    def call(*args: Any, **kwargs: Any) -> T:
-        static_first, first = _split(args[0])
-        static, arrays = _split((args[1:], kwargs))
+    def call(first: Any, *args: Any) -> Any:
+        static_first, first = _split(first)
+        static, arrays = _split(args)
         return _merge(*compiled(static_first, static, first, arrays))
 
     return call
+
+
+@contextlib.contextmanager
+def own_error_text() -> Iterator[None]:
+    """Raises the error of an `eqx.error_if` with its own text, where JAX would raise one
+    about a failed callback."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as e:
+        _, found, text = str(e).partition("_EquinoxRuntimeError: ")
+        if not found:
+            raise
+        message = text.partition("\n\n\n---")[0].strip()
+        raise eqx.EquinoxRuntimeError(message) from None
 
 
 def _split(tree: Any) -> tuple[_Static, list[Any]]:
@@ -93,8 +84,6 @@ def _split(tree: Any) -> tuple[_Static, list[Any]]:
 
 
 def _merge(static: _Static, arrays: list[Any]) -> Any:
-    if len(arrays) == len(static.leaves):
-        return jtu.tree_unflatten(static.treedef, arrays)
     rest = iter(arrays)
     leaves = [next(rest) if x is _ARRAY else x for x in static.leaves]
     return jtu.tree_unflatten(static.treedef, leaves)

@@ -1,13 +1,14 @@
 """The two levels of a problem within one step, as pure functions of arrays.
 
-An algorithm sees nothing else: it moves the inner level by `update` (or `run`, many
-updates) and asks for the validation loss by `validate`. Both are differentiable in the
-inner state and in the hyperparameters; `update` by the second-order rule.
+An algorithm sees nothing else. It moves the inner level by `update`, by `advance` (one
+update and its pull-back) or by `run` (many updates), and asks for the validation loss by
+`validate`. All are differentiable in the inner state and in the hyperparameters; the
+training gradient is differentiated by the second-order rule.
 """
 
 import dataclasses
 import functools as ft
-import math
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -20,25 +21,27 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from ._custom_types import (
     Batch,
-    Checkpoint,
     FloatScalar,
     Hyperparams,
     InnerOptimiser,
     IntScalar,
     Key,
-    Model,
 )
 from ._data import AbstractBatches
+from ._hyperparameter import at_inner_step
 from ._inner import apply_inner
-from ._misc import depends_on, match_dtypes
+from ._misc import match_dtypes, tree_zeros
 from ._problem import evaluate_train, evaluate_val, Problem
-from ._second_order import AbstractSecondOrder, drop_dead_cotangents
-from ._state import InnerState
-from ._tasks import first_batches, first_task
+from ._second_order import AbstractSecondOrder
+from ._state import BilevelState, InnerState
 
 
-# What a key is folded with, so that all draw independently.
+# What a key is folded with, for draws that are independent of each other.
 _TRAIN, _VAL, _ALGORITHM = 0, 1, 2
+
+# The pull-back of an inner step: from a cotangent of its `(params, model_state)` to one
+# of the hyperparameters.
+Pullback = Callable[[tuple[PyTree, PyTree]], Hyperparams]
 
 
 class Levels(eqx.Module):
@@ -46,30 +49,35 @@ class Levels(eqx.Module):
 
     **Attributes:**
 
-    - `problem`, `inner`, `second_order`: those of the optimizer.
-    - `frozen`: the model without its inexact arrays.
+    - `train_loss`, `val_loss`: the two losses as functions of arrays, traced already.
+    - `inner`, `second_order`: those of the algorithm.
     - `train`, `val`: a batch for each inner step.
-    - `position`: the number of inner steps before this call.
+    - `position`: the number of inner steps of the run before this call, including those
+        of skipped calls.
+    - `episode_position`: the number of inner steps of the episode before this call.
     - `key`: a PRNG key, or `None`.
+    - `mean`: takes the mean of a pytree over all models that share the hyperparameters;
+        the identity where there is one model. All that an algorithm puts in
+        `Memory.lasting` must have passed through it.
     - `unroll`: how many updates a scan of `run` holds in its body.
-    - `axis`: the name of the mapped axis of tasks, or `None`.
     """
 
-    problem: Problem
+    train_loss: Callable[..., Any]
+    val_loss: Callable[..., Any]
     inner: InnerOptimiser
     second_order: AbstractSecondOrder
-    frozen: Model
     train: AbstractBatches
     val: AbstractBatches
     position: IntScalar
+    episode_position: IntScalar
     key: Key
-    unroll: int = eqx.field(static=True)
-    axis: str | None = eqx.field(static=True, default=None)
+    mean: Callable[[PyTree], PyTree] = eqx.field(static=True)
+    unroll: int = eqx.field(static=True, default=1)
 
     def update(
         self, state: InnerState, hyperparams: Hyperparams, index: IntScalar
     ) -> tuple[InnerState, tuple[FloatScalar, Any]]:
-        r"""One inner step, $\theta_t = \Phi(\theta_{t-1}, \lambda; D_t)$.
+        r"""Takes one inner step, $\theta_t = \Phi(\theta_{t-1}, \lambda; D_t)$.
 
         **Arguments:**
 
@@ -81,21 +89,38 @@ class Levels(eqx.Module):
         which is not differentiated.
         """
         gradient, model_state, report = self.gradient(state, hyperparams, index)
-        if not self.moves_linearly(state, hyperparams):
-            gradient = drop_dead_cotangents(gradient)
-        return self.apply(gradient, state, hyperparams, model_state), report
+        return self.apply(gradient, state, hyperparams, model_state, index), report
+
+    def advance(
+        self, state: InnerState, hyperparams: Hyperparams, index: IntScalar
+    ) -> tuple[InnerState, Pullback, tuple[FloatScalar, Any]]:
+        r"""Takes one inner step and keeps the way back to the hyperparameters.
+
+        **Arguments:** those of `update`.
+
+        **Returns:** the new inner state; the pull-back, which maps $\alpha_t = \partial
+        C_2 / \partial (\theta_t, \text{model state})$ to $\alpha_t B_t$ with
+        $\theta_{t-1}$ held fixed; and `(train_loss, aux)` at $\theta_{t-1}$.
+        """
+        return with_pullback(
+            lambda hyperparams: self.update(state, hyperparams, index), hyperparams
+        )
 
     def gradient(
         self, state: InnerState, hyperparams: Hyperparams, index: IntScalar
     ) -> tuple[PyTree, PyTree, tuple[FloatScalar, Any]]:
-        r"""The training gradient $\nabla_\theta C_1(\theta_{t-1}, \lambda; D_t)$ of one
-        inner step, differentiable by the second-order rule.
+        r"""Computes the training gradient $\nabla_\theta C_1(\theta_{t-1}, \lambda;
+        D_t)$ of one inner step, differentiable by the second-order rule.
 
         **Arguments:** those of `update`.
 
         **Returns:** the gradient, the model's state after the step, and `(train_loss,
         aux)`, which is not differentiated.
         """
+        hyperparams = self._at(hyperparams, index)
+        # A rule sees three groups: what it differentiates in (`params` and `rest`), all
+        # other arrays (`args`), which a custom VJP must get as arguments, and what is
+        # no array (`static`), which may stay in the closure.
         rest, fixed = eqx.partition(
             (hyperparams, state.model_state), eqx.is_inexact_array
         )
@@ -104,10 +129,10 @@ class Levels(eqx.Module):
         def loss(params, rest, args):
             levels, fixed, index = eqx.combine(args, static)
             hyperparams, model_state = eqx.combine(rest, fixed)
+            # Drawn in here, a batch is drawn again on the way back and never stored.
             batch, key = levels._draw(levels.train, index, _TRAIN)
-            model = eqx.combine(params, levels.frozen)
-            loss, model_state, aux = evaluate_train(
-                levels.problem, model, model_state, hyperparams, batch, key
+            loss, model_state, aux = levels.train_loss(
+                params, model_state, hyperparams, batch, key
             )
             carried, fixed = eqx.partition(model_state, eqx.is_inexact_array)
             return loss, (carried, (fixed, aux))
@@ -116,40 +141,23 @@ class Levels(eqx.Module):
         grad, carried, (value, (fixed, aux)) = differentiated(state.params, rest, args)
         return grad, eqx.combine(carried, fixed), (value, aux)
 
-    def moves_linearly(self, state: InnerState, hyperparams: Hyperparams) -> bool:
-        """Whether what the inner optimiser does, to the parameters and to its state, is
-        linear in the training gradient, as that of SGD is, momentum or not. Found by
-        tracing."""
-
-        def slope(gradient):
-            def move(gradient):
-                new = apply_inner(self.inner, gradient, state, hyperparams)
-                return eqx.filter(new, eqx.is_inexact_array)
-
-            ones = jtu.tree_map(jnp.ones_like, gradient)
-            return jax.jvp(move, (gradient,), (ones,))[1]
-
-        try:
-            return not depends_on(slope, state.params)
-        except Exception:
-            # An optimiser that JAX cannot differentiate: linear it is not.
-            return False
-
     def apply(
         self,
         gradient: PyTree,
         state: InnerState,
         hyperparams: Hyperparams,
         model_state: PyTree,
+        index: IntScalar,
     ) -> InnerState:
-        """The inner state after the optimiser has moved it along a training gradient.
+        """Moves the inner state by the optimiser along a training gradient.
 
         **Arguments:**
 
         - `gradient`: the training gradient.
-        - `state`, `hyperparams`: as those of `update`.
+        - `state`, `hyperparams`, `index`: as those of `update`.
         - `model_state`: the model's state after the step.
         """
+        hyperparams = self._at(hyperparams, index)
         params, opt_state = apply_inner(self.inner, gradient, state, hyperparams)
         return match_dtypes(InnerState(params, opt_state, model_state), state)
 
@@ -159,73 +167,68 @@ class Levels(eqx.Module):
         hyperparams: Hyperparams,
         start: int,
         stop: int,
-        checkpoint: Checkpoint = None,
+        recompute: int = 0,
     ) -> tuple[InnerState, tuple[FloatScalar, Any]]:
-        """The inner steps `start` to `stop` of this call, at least one.
+        """Takes the inner steps `start` to `stop` of this call, at least one.
 
         **Arguments:**
 
         - `state`, `hyperparams`: as those of `update`.
         - `start`, `stop`: which inner steps.
-        - `checkpoint`: what reverse mode keeps of them, as in [`eqx_hpo.Unrolled`][].
+        - `recompute`: how often reverse mode may compute an inner step again, as in
+            [`eqx_hpo.Unrolled`][].
 
         **Returns:** the inner state after them, and the report of the last one.
         """
-        if stop - start == 1:
+        if stop - start == 1 and recompute == 0:
             return self.update(state, hyperparams, jnp.asarray(start))
-        # A loop keeps XLA from merging what is computed again with the first time.
-        loops = self.unroll < stop - start
-        recompute = ft.partial(jax.checkpoint, prevent_cse=not loops)
 
-        def step(carry, index):
-            return self.update(carry[0], hyperparams, index), None
+        def step(carry):
+            state, _, index = carry
+            state, report = self.update(state, hyperparams, index)
+            return state, report, index + 1
 
-        def segment(carry, steps):
-            body = step if checkpoint is None else recompute(step)
-            return lax.scan(body, carry, steps, unroll=self.unroll)
-
-        carry = (state, self.empty_report(state, hyperparams))
-        steps = jnp.arange(start, stop)
-        if checkpoint == "nested":
-            length = math.isqrt(len(steps))
-            whole = len(steps) // length * length
-            segments = steps[:whole].reshape(-1, length)
-            whole_unroll = 1 if loops else len(segments)
-            carry, _ = lax.scan(
-                recompute(segment), carry, segments, unroll=whole_unroll
-            )
-            steps = steps[whole:]
-        if len(steps) > 0:
-            carry, _ = segment(carry, steps)
-        return carry
-
-    def empty_report(
-        self, state: InnerState, hyperparams: Hyperparams
-    ) -> tuple[FloatScalar, Any]:
-        """Zeros in the structure of what `update` reports."""
-        report = jax.eval_shape(
-            lambda: self.update(state, hyperparams, jnp.array(0))[1]
+        empty = eqx.filter_eval_shape(
+            self.evaluate, state, hyperparams, jnp.asarray(start)
         )
-        return jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), report)
+        # The index is carried: an array of them would grow with the steps.
+        carry = (state, tree_zeros(empty), jnp.asarray(start))
+        state, report, _ = _repeat(step, carry, stop - start, recompute, self.unroll)
+        return state, report
+
+    def evaluate(
+        self, state: InnerState, hyperparams: Hyperparams, index: IntScalar
+    ) -> tuple[FloatScalar, Any]:
+        """Computes the train loss of an inner step as `(loss, aux)`, without taking the
+        step.
+
+        **Arguments:** those of `update`.
+        """
+        batch, key = self._draw(self.train, index, _TRAIN)
+        hyperparams = self._at(hyperparams, index)
+        loss, _, aux = self.train_loss(
+            state.params, state.model_state, hyperparams, batch, key
+        )
+        return loss, aux
 
     def validate(
         self, state: InnerState, hyperparams: Hyperparams, index: IntScalar
     ) -> tuple[FloatScalar, Any]:
-        r"""The validation loss $C_2(\theta_t, \lambda)$ as `(loss, aux)`.
+        r"""Computes the validation loss $C_2(\theta_t, \lambda)$ as `(loss, aux)`.
 
         **Arguments:** as those of `update`, with `state` the one after inner step
         `index`.
         """
         batch, key = self._draw(self.val, index, _VAL)
-        model = eqx.combine(state.params, self.frozen)
-        return evaluate_val(
-            self.problem, model, state.model_state, hyperparams, batch, key
-        )
+        hyperparams = self._at(hyperparams, index)
+        return self.val_loss(state.params, state.model_state, hyperparams, batch, key)
 
     def validation_gradient(
         self, state: InnerState, hyperparams: Hyperparams, index: IntScalar
     ) -> tuple[tuple[FloatScalar, Any], tuple[PyTree, PyTree], Hyperparams]:
-        r"""The validation loss with its two partial derivatives.
+        r"""Computes the validation loss with its two partial derivatives.
+
+        **Arguments:** those of `validate`.
 
         **Returns:** `(loss, aux)`; $\alpha_t = \partial C_2 / \partial (\theta_t,
         \text{model state})$; and $\partial C_2 / \partial \lambda$ at fixed
@@ -242,20 +245,18 @@ class Levels(eqx.Module):
         return value, alpha, direct
 
     def train_batch(self, index: IntScalar) -> Batch:
-        """The batch $D_t$ of the train data that inner step `index` uses."""
+        """Draws the batch $D_t$ of the train data that inner step `index` uses."""
         return self._draw(self.train, index, _TRAIN)[0]
 
     def algorithm_key(self, index: IntScalar) -> PRNGKeyArray:
-        """A PRNG key for the random choices of an algorithm itself at inner step
+        """Makes a PRNG key for the random choices of an algorithm itself at inner step
         `index`. There is one even where `step` was given none."""
         if self.key is None:
             return jr.fold_in(jr.key(_ALGORITHM), self.position + index)
         return jr.fold_in(jr.fold_in(self.key, index), _ALGORITHM)
 
-    def mean_over_tasks(self, tree: PyTree) -> PyTree:
-        """The mean over the tasks of a [`eqx_hpo.MetaLearner`][]; without one, the tree
-        as it is. What is `lasting` in the memory must have passed through this."""
-        return tree if self.axis is None else lax.pmean(tree, self.axis)
+    def _at(self, hyperparams: Hyperparams, index: IntScalar) -> Hyperparams:
+        return at_inner_step(hyperparams, self.episode_position + index)
 
     def _draw(self, batches: AbstractBatches, index: IntScalar, level: int):
         if self.key is None:
@@ -265,14 +266,102 @@ class Levels(eqx.Module):
         return batches.draw(index, self.position + index, draw_key), loss_key
 
 
-def first_task_level(
-    levels: Levels, inner: InnerState, tasks: int | None
-) -> tuple[Levels, InnerState]:
-    """The part of the first task; all of it where there is no axis of tasks."""
-    levels = dataclasses.replace(
-        levels,
-        frozen=first_task(levels.frozen, tasks),
-        train=first_batches(levels.train, tasks),
-        val=first_batches(levels.val, tasks),
+def make_levels(
+    problem: Problem,
+    inner: InnerOptimiser,
+    second_order: AbstractSecondOrder,
+    state: BilevelState,
+    hyperparams: Hyperparams,
+    train: AbstractBatches,
+    val: AbstractBatches,
+    position: IntScalar,
+    key: Key,
+    mean: Callable[[PyTree], PyTree],
+) -> Levels:
+    """Traces the two losses, each once, and makes the levels of them.
+
+    `hyperparams` are unwrapped; `inner` and `second_order` are those of the algorithm.
+    """
+    params, static = eqx.partition(state.model, eqx.is_inexact_array)
+    levels = Levels(
+        problem.train_loss,  # until they are traced, below
+        problem.val_loss,
+        inner,
+        second_order,
+        train,
+        val,
+        position,
+        state.episode_step,
+        key,
+        mean,
     )
-    return levels, first_task(inner, tasks)
+    index = jnp.array(0)
+    hyperparams = levels._at(hyperparams, index)
+
+    def close(evaluate, batches, level):
+        fn = lambda params, *args: evaluate(problem, eqx.combine(params, static), *args)
+        batch, loss_key = eqx.filter_eval_shape(levels._draw, batches, index, level)
+        args = (params, state.model_state, hyperparams, batch, loss_key)
+        return eqx.filter_closure_convert(fn, *args)
+
+    return dataclasses.replace(
+        levels,
+        train_loss=close(evaluate_train, train, _TRAIN),
+        val_loss=close(evaluate_val, val, _VAL),
+    )
+
+
+def with_pullback(
+    reach: Callable[[Hyperparams], tuple[InnerState, Any]], hyperparams: Hyperparams
+) -> tuple[InnerState, Pullback, Any]:
+    """Differentiates where `reach` leads to in the hyperparameters.
+
+    **Returns:** the inner state that is reached, the pull-back from its `(params,
+    model_state)` to the hyperparameters, and the report of the last step.
+    """
+
+    def fn(hyperparams):
+        end, report = reach(hyperparams)
+        return (end.params, end.model_state), (end.opt_state, report)
+
+    reached, vjp, (opt_state, report) = eqx.filter_vjp(fn, hyperparams, has_aux=True)
+    params, model_state = reached
+    inner = InnerState(params, opt_state, model_state)
+    return inner, lambda alpha: vjp(alpha)[0], report
+
+
+def _repeat(
+    step: Callable[[Any], Any], carry: Any, count: int, depth: int, unroll: int
+) -> Any:
+    """Applies `step` `count` times, by `depth` nested scans over `jax.checkpoint`ed
+    bodies.
+
+    With `n` the smallest base in which `count` has `depth` digits, a body of level `i`
+    stands for `n**i` steps, and each digit of `count` is a scan of its level. Reverse
+    mode holds one level's carries at a time: about `depth * n` in all.
+    """
+    # A loop keeps XLA from merging the repeated computation with the first one.
+    in_loop = unroll < count
+    recompute = ft.partial(jax.checkpoint, prevent_cse=not in_loop)
+
+    def scan(body, carry, length):
+        unroll_ = min(unroll, length) if in_loop else length
+        out, _ = lax.scan(
+            lambda carry, _: (body(carry), None), carry, length=length, unroll=unroll_
+        )
+        return out
+
+    if depth == 0:
+        return scan(step, carry, count)
+    base = 1
+    while base**depth < count:
+        base += 1
+    bodies = [recompute(step)]
+    for _ in range(depth - 1):
+        below = bodies[-1]
+        bodies.append(recompute(lambda carry, body=below: scan(body, carry, base)))
+    for level in reversed(range(depth)):
+        times, count = divmod(count, base**level)
+        if times > 0:
+            carry = scan(bodies[level], carry, times)
+    return carry

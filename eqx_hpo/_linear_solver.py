@@ -1,7 +1,7 @@
 """Two approximate solvers for linear systems, for `lineax.linear_solve`.
 
-Both look at the operator only through its products with vectors, and both are made for
-what `Implicit` solves: a large symmetric system in which a rough answer is enough.
+Both see the operator only through its products with vectors. Both are made for the
+systems of `Implicit`: large, symmetric, and well served by a rough answer.
 """
 
 from typing import Any, NamedTuple
@@ -16,8 +16,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
+from ._checks import as_number, check_positive_int
 from ._misc import tree_add, tree_norm, tree_scale
-from ._optimizer.checks import as_number, check_positive_int
 
 
 class Neumann(lx.AbstractLinearSolver):

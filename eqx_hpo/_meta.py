@@ -1,33 +1,61 @@
-"""Learning across tasks: hyperparameters and an initialisation that tasks share."""
+"""Learning across tasks: hyperparameters, and an initialisation, that tasks share.
+
+`MetaLearner` gives each task a row of its own in the arrays of a state, and maps the
+estimate of the wrapped algorithm over the rows. The algorithm sees one task at a time.
+"""
 
 import dataclasses
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.random as jr
 import jax.tree_util as jtu
 import optax
 from jax import lax
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
-from ._custom_types import Batch, Hyperparams, InnerOptimiser, Model, Through
-from ._inner import inner_init
-from ._levels import Levels
-from ._misc import match_dtypes
-from ._optimizer import AbstractBilevelOptimizer
-from ._optimizer.checks import as_share, check_positive_int
-from ._problem import Problem
-from ._second_order import AbstractSecondOrder
-from ._state import BilevelState, Estimate, InnerState, Memory
-from ._tasks import (
-    AXIS,
-    check_task_axis,
-    first_batches,
-    first_task,
-    replicate,
-    task_axis,
-    task_keys,
+from ._checks import as_share, check_positive_int, check_type
+from ._custom_types import Batch, Hyperparams, Key, Model
+from ._data import AbstractBatches, as_batches, Stacked
+from ._discrete import refresh
+from ._misc import as_device_arrays, match_dtypes
+from ._optimizer import (
+    AbstractAlgorithm,
+    AbstractBilevelOptimizer,
+    next_state,
+    raw_estimate,
 )
-from ._windows import at_start
+from ._problem import Problem
+from ._state import (
+    BilevelState,
+    Estimate,
+    inner_state,
+    InnerState,
+    Memory,
+    Metrics,
+)
+
+
+T = TypeVar("T")
+
+_AXIS = "tasks"
+
+# Which parts of a state have a row for each task: axes as `eqx.filter_vmap` takes them.
+_ROW: Any = eqx.if_array(0)
+_SHARED: Any = None
+_ROWS: Any = BilevelState(
+    model=_ROW,
+    hyperparams=_SHARED,
+    inner_opt_state=_ROW,
+    outer_opt_state=_SHARED,
+    memory=Memory(episode=_ROW, lasting=_SHARED),
+    model_state=_ROW,
+    step=_SHARED,
+    episode_step=_SHARED,
+    skipped=_SHARED,
+    metrics=Metrics(_SHARED, _SHARED, _SHARED, aux=_ROW, diagnostics=_ROW),
+)
 
 
 class _Start(eqx.Module):
@@ -39,30 +67,30 @@ class _Start(eqx.Module):
 
 
 class MetaLearner(AbstractBilevelOptimizer):
-    r"""Runs an algorithm on many tasks at once, which share the hyperparameters and
-    where they start from.
+    r"""Runs an algorithm on many tasks at once, which share the hyperparameters and, if
+    there are episodes, where they start from.
 
     Each task has its own weights, inner optimiser state and batches, with a leading
     axis for the tasks in `state.model`, in `train` and in `val`. The hypergradient is
-    the mean over the tasks. The loss is that of a single task, and so is the model
-    that `init` and `restart` take: the initialisation. A task has its own
-    [`eqx_hpo.Minibatch`][] by `eqx.filter_vmap(lambda x: hpo.Minibatch(x, 8))(data)`;
-    in [`eqx_hpo.Stacked`][] the axis of the tasks comes after that of the inner steps.
+    the mean over the tasks. The losses are those of a single task, and so is the model
+    that `init` and `restart` take. Make a [`eqx_hpo.Minibatch`][] for each task by
+    `eqx.filter_vmap(lambda x: hpo.Minibatch(x, 8))(data)`; in [`eqx_hpo.Stacked`][] the
+    axis of the tasks comes after that of the inner steps.
 
     ```python
-    optimizer = hpo.MetaLearner(
+    algorithm = hpo.MetaLearner(
         hpo.HyperDistill(problem, inner, outer, horizon=30), tasks=10, horizon=30
     )
-    state = optimizer.init(model, hyperparams, train=train, val=val)
+    state = algorithm.init(model, hyperparams, train=train, val=val)
     ```
 
-    An episode takes `horizon` inner steps from the shared initialisation $\phi$, with
-    an update of the hyperparameters after each `inner_steps` of them. When the next
-    step begins, Reptile moves the initialisation towards the mean of the trained
-    weights, $\phi \leftarrow \phi - \eta (\phi - \bar\theta_T)$, and all tasks start
-    there anew, the inner optimiser and the memory of the episode included. New tasks
-    are for the caller to give, once an episode: `state.step` counts the calls. The
-    outer optimiser goes on.
+    Without a `horizon` the tasks train on from step to step. With one, an episode takes
+    `horizon` inner steps from the shared initialisation $\phi$, with an update of the
+    hyperparameters after each `inner_steps` of them. When the next step begins, Reptile
+    moves the initialisation towards the mean of the trained weights, $\phi \leftarrow
+    \phi - \eta (\phi - \bar\theta_T)$, and all tasks start there anew, with a fresh
+    inner optimiser and a fresh memory of the episode. The caller gives new tasks once an
+    episode: `state.step` counts the calls. The outer optimiser goes on.
 
     The axis of the tasks may be sharded over devices.
 
@@ -73,171 +101,270 @@ class MetaLearner(AbstractBilevelOptimizer):
         Meta-Learning Algorithms*, 2018 (Reptile).
     """
 
-    optimizer: AbstractBilevelOptimizer
-    tasks: int = eqx.field(static=True)
-    horizon: int = eqx.field(static=True)
+    algorithm: AbstractAlgorithm
     reptile: Float[Array, ""]
     problem: Problem
-    inner: InnerOptimiser
     outer: optax.GradientTransformation
-    second_order: AbstractSecondOrder
+    tasks: int = eqx.field(static=True)
+    horizon: int | None = eqx.field(static=True)
     inner_steps: int = eqx.field(static=True)
-    unroll: int | None = eqx.field(static=True)
-    sharing: int | None = eqx.field(static=True)
-    through: Through = eqx.field(static=True)
     val_at_each_step: bool = eqx.field(static=True)
 
     def __init__(
         self,
-        optimizer: AbstractBilevelOptimizer,
+        algorithm: AbstractAlgorithm,
         tasks: int,
         *,
-        horizon: int,
-        reptile: float | Float[Array, ""] | None = 1.0,
+        horizon: int | None = None,
+        reptile: float | Float[Array, ""] | None = None,
     ):
         r"""**Arguments:**
 
-        - `optimizer`: the algorithm that each task runs, with its losses and its
+        - `algorithm`: the algorithm that each task runs, with its losses and its
             optimisers.
         - `tasks`: the number of tasks.
         - `horizon`: the number of inner steps in an episode, a multiple of the
-            `inner_steps` of `optimizer`. With the same number of `inner_steps` the
-            hyperparameters move once an episode.
-        - `reptile`: the rate $\eta$ of the initialisation, from 0 to 1. With 0 or
-            `None` all episodes start from the model given to `init`: better where
-            tasks have little in common but the hyperparameters, as classes in random
-            order.
+            `inner_steps` of `algorithm`; `None` for no episodes. With the same number
+            as `inner_steps` the hyperparameters move once an episode.
+        - `reptile`: the rate $\eta$ of the initialisation, from 0 to 1, where there are
+            episodes. With 0 or `None` all episodes start from the model given to
+            `init`: better where tasks have little in common but the hyperparameters, as
+            classes in random order.
         """
         check_positive_int("tasks", tasks)
-        check_positive_int("horizon", horizon)
-        if optimizer.tasks is not None:
-            raise ValueError("`optimizer` is a `MetaLearner` already.")
-        if horizon % optimizer.inner_steps != 0:
-            raise ValueError(
-                "`horizon` must be a multiple of the inner steps in a call of `step`, "
-                f"{optimizer.inner_steps}; got {horizon}."
-            )
-        self.optimizer = optimizer
+        what = "an algorithm for one model, such as `T1T2`"
+        check_type("algorithm", algorithm, AbstractAlgorithm, what)
+        if horizon is not None:
+            check_positive_int("horizon", horizon)
+            if horizon % algorithm.inner_steps != 0:
+                raise ValueError(
+                    "`horizon` must be a multiple of the inner steps in a call of "
+                    f"`step`, {algorithm.inner_steps}; got {horizon}."
+                )
+        self.algorithm = algorithm
         self.tasks = tasks
         self.horizon = horizon
         self.reptile = as_share("reptile", 0.0 if reptile is None else reptile)
-        self.problem = optimizer.problem
-        self.inner = optimizer.inner
-        self.outer = optimizer.outer
-        self.second_order = optimizer.second_order
-        self.inner_steps = optimizer.inner_steps
-        self.unroll = optimizer.unroll
-        self.sharing = optimizer.sharing
-        self.through = optimizer.through
-        self.val_at_each_step = optimizer.val_at_each_step
+        self.problem = algorithm.problem
+        self.outer = algorithm.outer
+        self.inner_steps = algorithm.inner_steps
+        self.val_at_each_step = algorithm.val_at_each_step
 
     def initialisation(self, state: BilevelState) -> Model:
-        r"""The shared initialisation $\phi$ of a state: a single model, the one from
-        which the next step starts if it starts an episode, and else the one from which
-        this episode started.
+        r"""Returns the shared initialisation $\phi$, a single model: the one from which
+        the next step starts if it starts an episode, and else the one from which this
+        episode started.
 
         **Arguments:**
 
         - `state`: from `init` or `step`.
+
+        **Raises:** a `ValueError` if there are no episodes.
         """
-        trained = InnerState(
-            eqx.filter(state.model, eqx.is_inexact_array), None, state.model_state
-        )
-        due = state.step * self.inner_steps % self.horizon == 0
-        start, _ = self._start(state.memory.episode[0], trained, due)
-        frozen = eqx.filter(state.model, eqx.is_inexact_array, inverse=True)
-        return eqx.combine(start.inner.params, first_task(frozen, self.tasks))
-
-    def init_memory(
-        self, inner: InnerState, hyperparams: Hyperparams, batch: Batch
-    ) -> Memory:
-        memory = self.optimizer.init_memory(inner, hyperparams, batch)
-        start = dataclasses.replace(inner, opt_state=None)
-        start = jtu.tree_map(jnp.zeros_like, _Start(start, jnp.array(False)))
-        episode = (start, replicate(memory.episode, self.tasks))
-        return Memory(episode=episode, lasting=memory.lasting)
-
-    def init_diagnostics(self) -> PyTree:
-        return self.optimizer.init_diagnostics()
-
-    def estimate(
-        self,
-        levels: Levels,
-        inner: InnerState,
-        hyperparams: Hyperparams,
-        memory: Memory,
-    ) -> Estimate:
-        check_task_axis("train", levels.train, self.tasks)
-        check_task_axis("val", levels.val, self.tasks)
-        start, past = memory.episode
-        due = levels.position % self.horizon == 0
-        start, restarts = self._start(start, inner, due)
-
-        def restart():
-            params, model_state = replicate(
-                (start.inner.params, start.inner.model_state), self.tasks
+        if self.horizon is None:
+            raise ValueError(
+                "There is no shared initialisation without episodes: give `MetaLearner` "
+                "a `horizon`."
             )
-            first = at_start(hyperparams, self.sharing)
-            opt_state = inner_init(self.inner, self.tasks, first)(params)
-            fresh = match_dtypes(InnerState(params, opt_state, model_state), inner)
-            return fresh, jtu.tree_map(jnp.zeros_like, past)
+        start, _ = self._next_start(state)
+        untrained = eqx.filter(state.model, eqx.is_inexact_array, inverse=True)
+        return eqx.combine(start.inner.params, _first_row(untrained))
 
-        inner, past = lax.cond(restarts, restart, lambda: (inner, past))
-        memory = Memory(past, memory.lasting)
-        estimate = self._mean_estimate(levels, inner, hyperparams, memory)
-        memory = Memory((start, estimate.memory.episode), estimate.memory.lasting)
-        return dataclasses.replace(estimate, memory=memory)
+    def init(
+        self,
+        model: Model,
+        hyperparams: Hyperparams,
+        *,
+        train: Batch | AbstractBatches = None,
+        val: Batch | AbstractBatches = None,
+        model_state: PyTree = None,
+        key: Key = None,
+    ) -> BilevelState:
+        first = [self._first_task(*x) for x in (("train", train), ("val", val))]
+        single = self.algorithm.init(
+            model,
+            hyperparams,
+            train=first[0],
+            val=first[1],
+            model_state=model_state,
+            key=key,
+        )
+        start = None
+        if self.horizon is not None:
+            inner = dataclasses.replace(inner_state(single), opt_state=None)
+            start = _Start(jtu.tree_map(jnp.zeros_like, inner), jnp.array(False))
+        rows = eqx.filter_vmap(
+            lambda: single, in_axes=(), out_axes=_ROWS, axis_size=self.tasks
+        )()
+        return _with_start(rows, start)
 
-    def _start(self, start, inner, due):
-        """Where this episode starts from, and whether it does so right now."""
-        trained = dataclasses.replace(inner, opt_state=None)
-        known = start.known
+    @eqx.filter_jit
+    def step(
+        self,
+        state: BilevelState,
+        train: Batch | AbstractBatches,
+        val: Batch | AbstractBatches,
+        *,
+        key: Key = None,
+    ) -> BilevelState:
+        started = self._start_episode_if_due(state)
+        hyperparams = refresh(state.hyperparams, key, state.step)
+        return next_state(
+            self.outer,
+            state,
+            hyperparams,
+            self._mean_estimate(started, hyperparams, train, val, key),
+            started.episode_step + self.inner_steps,
+            self.problem.has_aux,
+        )
+
+    @eqx.filter_jit
+    def compute_hypergradient(
+        self,
+        state: BilevelState,
+        train: Batch | AbstractBatches,
+        val: Batch | AbstractBatches,
+        *,
+        key: Key = None,
+    ) -> Hyperparams:
+        state = self._start_episode_if_due(state)
+        hyperparams = refresh(state.hyperparams, key, state.step)
+        estimate = self._mean_estimate(state, hyperparams, train, val, key)
+        return estimate.hypergradient
+
+    def restart(
+        self, state: BilevelState, model: Model, *, model_state: PyTree = None
+    ) -> BilevelState:
+        start, rows = _without_start(state)
+        if start is not None:
+            start = jtu.tree_map(jnp.zeros_like, start)
+        return _with_start(self._restart_rows(rows, model, model_state), start)
+
+    def _first_task(self, name: str, data: Batch | AbstractBatches):
+        """Takes the first task's share of `train` or `val`."""
+        if data is None:
+            return None
+        batches = as_batches(data, name, self.inner_steps)
+        self._check_task_axis(name, batches)
+        axis = _task_axis(batches)
+        take = lambda x: jnp.take(x, 0, axis=axis) if eqx.is_array(x) else x
+        return jtu.tree_map(take, as_device_arrays(data))
+
+    def _check_task_axis(self, name: str, batches: AbstractBatches) -> None:
+        axis = _task_axis(batches)
+        arrays = eqx.filter(batches, eqx.is_array_like)
+        for path, x in jtu.tree_leaves_with_path(arrays):
+            shape = jnp.shape(x)
+            if len(shape) <= axis or shape[axis] != self.tasks:
+                raise ValueError(
+                    f"`{name}` must have an axis for the {self.tasks} tasks, number "
+                    f"{axis}, in each of its arrays; got the shape {shape} at "
+                    f"`{name}{jtu.keystr(path)}`."
+                )
+
+    def _next_start(self, state: BilevelState) -> tuple[_Start, Bool[Array, ""]]:
+        """Finds where the present episode starts from, after Reptile if one has just
+        ended, and whether a new one begins right now."""
+        assert self.horizon is not None
+        start, _ = state.memory.episode
+        trained = dataclasses.replace(inner_state(state), opt_state=None)
+        due = state.step * self.inner_steps % self.horizon == 0
 
         def move(old, new):
+            # In the first episode of all, the start is the model given to `init`, whose
+            # rows are still equal then.
+            first = new[0]
             if not eqx.is_inexact_array(new):
-                return jnp.where(known, old, new[0])
+                return jnp.where(start.known, old, first)
             moved = old - self.reptile.astype(old.dtype) * (old - jnp.mean(new, axis=0))
-            return jnp.where(known, jnp.where(due, moved, old), new[0])
+            return jnp.where(start.known, jnp.where(due, moved, old), first)
 
         now = jtu.tree_map(move, start.inner, trained)
-        return _Start(now, jnp.array(True)), known & due
+        return _Start(now, jnp.array(True)), start.known & due
 
-    def _mean_estimate(self, levels, inner, hyperparams, memory):
-        def estimate(task, train, val, axis: str | None = AXIS):
-            frozen, key, inner, episode = task
-            of_task = dataclasses.replace(
-                levels, frozen=frozen, train=train, val=val, key=key, axis=axis
-            )
-            x = self.optimizer.estimate(
-                of_task, inner, hyperparams, Memory(episode, memory.lasting)
-            )
-            (train_loss, train_aux), (val_loss, val_aux) = x.train, x.val
-            means = of_task.mean_over_tasks((x.hypergradient, train_loss, val_loss))
-            own = (x.inner, x.memory.episode, train_aux, val_aux, x.diagnostics)
-            return own, (x.memory.lasting, means)
+    def _start_episode_if_due(self, state: BilevelState) -> BilevelState:
+        if self.horizon is None:
+            return state
+        start, restarts = self._next_start(state)
+        _, rows = _without_start(state)
+        arrays, static = eqx.partition(rows, eqx.is_array)
 
-        keys = task_keys(levels.key, self.tasks)
-        task = (levels.frozen, keys, inner, memory.episode)
-        if self.tasks == 1:
-            # Nothing is mapped: it would change the rounding.
-            batches = (first_batches(x, 1) for x in (levels.train, levels.val))
-            own, shared = estimate(first_task(task, 1), *batches, axis=None)
-            own = replicate(own, 1)
-        else:
-            axes = [eqx.if_array(task_axis(x)) for x in (levels.train, levels.val)]
-            own, shared = eqx.filter_vmap(
-                estimate,
-                in_axes=(eqx.if_array(0), *axes),
-                out_axes=(eqx.if_array(0), None),
-                axis_name=AXIS,
-            )(task, levels.train, levels.val)
-        inner, episode, train_aux, val_aux, diagnostics = own
-        lasting, (hypergradient, train_loss, val_loss) = shared
-        return Estimate(
-            inner=inner,
-            memory=Memory(episode, lasting),
-            hypergradient=hypergradient,
-            train=(train_loss, train_aux),
-            val=(val_loss, val_aux),
-            diagnostics=diagnostics,
+        def restart():
+            untrained = eqx.filter(state.model, eqx.is_inexact_array, inverse=True)
+            model = eqx.combine(start.inner.params, _first_row(untrained))
+            fresh = self._restart_rows(rows, model, start.inner.model_state)
+            return match_dtypes(eqx.filter(fresh, eqx.is_array), arrays)
+
+        arrays = lax.cond(restarts, restart, lambda: arrays)
+        return _with_start(eqx.combine(arrays, static), start)
+
+    def _restart_rows(
+        self, rows: BilevelState, model: Model, model_state: PyTree
+    ) -> BilevelState:
+        restart = lambda row: self.algorithm.restart(
+            row, model, model_state=model_state
         )
+        return eqx.filter_vmap(restart, in_axes=(_ROWS,), out_axes=_ROWS)(rows)
+
+    def _mean_estimate(
+        self,
+        state: BilevelState,
+        hyperparams: Hyperparams,
+        train: Batch | AbstractBatches,
+        val: Batch | AbstractBatches,
+        key: Key,
+    ) -> Estimate:
+        batches = as_batches(train, "train", None), as_batches(val, "val", None)
+        for name, x in zip(("train", "val"), batches):
+            self._check_task_axis(name, x)
+        start, rows = _without_start(state)
+        mean_over_tasks = lambda tree: lax.pmean(tree, _AXIS)
+
+        def estimate(row, train, val, key):
+            return raw_estimate(
+                self.algorithm, row, hyperparams, train, val, key, mean_over_tasks
+            )
+
+        axes = [eqx.if_array(_task_axis(x)) for x in batches]
+        estimates = eqx.filter_vmap(
+            estimate,
+            in_axes=(_ROWS, *axes, _ROW),
+            out_axes=Estimate(_ROW, Memory(_ROW, _SHARED), _ROW, _ROW, _ROW, _ROW),
+            axis_name=_AXIS,
+        )(rows, *batches, self._task_keys(key))
+        mean = lambda tree: jtu.tree_map(lambda x: jnp.mean(x, axis=0), tree)
+        (train_loss, train_aux), (val_loss, val_aux) = estimates.train, estimates.val
+        memory = estimates.memory
+        return dataclasses.replace(
+            estimates,
+            memory=Memory((start, memory.episode), memory.lasting),
+            hypergradient=mean(estimates.hypergradient),
+            train=(mean(train_loss), train_aux),
+            val=(mean(val_loss), val_aux),
+        )
+
+    def _task_keys(self, key: Key) -> Shaped[Array, "tasks ..."] | None:
+        """Makes a key for each task; a single task has the key itself."""
+        if key is None:
+            return None
+        return key[None] if self.tasks == 1 else jr.split(key, self.tasks)
+
+
+def _with_start(rows: BilevelState, start: _Start | None) -> BilevelState:
+    memory = dataclasses.replace(rows.memory, episode=(start, rows.memory.episode))
+    return dataclasses.replace(rows, memory=memory)
+
+
+def _without_start(state: BilevelState) -> tuple[_Start | None, BilevelState]:
+    start, episode = state.memory.episode
+    memory = dataclasses.replace(state.memory, episode=episode)
+    return start, dataclasses.replace(state, memory=memory)
+
+
+def _first_row(tree: T) -> T:
+    return jtu.tree_map(lambda x: x[0] if eqx.is_array(x) else x, tree)
+
+
+def _task_axis(batches: AbstractBatches) -> int:
+    """Finds the axis of the tasks in the arrays of `train` or `val`."""
+    return 1 if isinstance(batches, Stacked) else 0

@@ -1,7 +1,6 @@
 """Tree arithmetic and dtype bookkeeping; nothing here knows about hyperparameters."""
 
 import functools as ft
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -31,54 +30,71 @@ def tree_scale(scale: Float[Array, ""], tree: PyTree) -> PyTree:
 
 
 def tree_dot(left: PyTree, right: PyTree) -> Float[Array, ""]:
-    """The inner product over all leaves."""
-    leaves = zip(jtu.tree_leaves(left), jtu.tree_leaves(right), strict=True)
-    return ft.reduce(jnp.add, [jnp.vdot(x, y) for x, y in leaves], jnp.zeros(()))
+    """Computes the inner product over all leaves."""
+    products = [
+        jnp.vdot(x, y)
+        for x, y in zip(jtu.tree_leaves(left), jtu.tree_leaves(right), strict=True)
+    ]
+    dtype = _common_dtype(products)
+    return sum((x.astype(dtype) for x in products), jnp.zeros((), dtype))
 
 
 def tree_mix(left: PyTree, right: PyTree, weight: Float[Array, ""]) -> PyTree:
-    """`weight * left + (1 - weight) * right`, each leaf in its own dtype."""
+    """Computes `weight * left + (1 - weight) * right`, each leaf in its own dtype."""
     return tree_add(tree_scale(weight, left), tree_scale(1 - weight, right))
-
-
-def tree_fix(tree: PyTree) -> PyTree:
-    """The same tree, not differentiated."""
-    return jtu.tree_map(
-        lambda x: lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, tree
-    )
 
 
 def tree_where(pred: Bool[Array, ""], true: PyTree, false: PyTree) -> PyTree:
     return jtu.tree_map(lambda t, f: jnp.where(pred, t, f), true, false)
 
 
-def tree_all_finite(tree: PyTree) -> Bool[Array, ""]:
-    finite = [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(tree)]
-    return ft.reduce(jnp.logical_and, finite, jnp.array(True))
+def tree_zeros(tree: PyTree) -> PyTree:
+    """Makes zeros of the shapes of `tree`, whose leaves may be
+    `jax.ShapeDtypeStruct`s."""
+    return jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
 
 
 def tree_norm(tree: PyTree) -> Float[Array, ""]:
-    """The Euclidean norm over all leaves. Scaled by the largest entry first, so that
-    it neither overflows nor vanishes when the squares would."""
+    """Computes the Euclidean norm over all leaves, in single precision at least.
+
+    It is finite if all entries are, and zero only if all are, even where their squares
+    overflow or vanish: then all entries are scaled by the largest one first.
+    """
     leaves = [jnp.abs(x) for x in jtu.tree_leaves(tree) if x.size > 0]
     if len(leaves) == 0:
         return jnp.zeros(())
-    dtype = ft.reduce(jnp.promote_types, [x.dtype for x in leaves], jnp.float32)
-    leaves = [x.astype(dtype) for x in leaves]
-    largest = ft.reduce(jnp.maximum, [jnp.max(x) for x in leaves])
-    scale = jnp.where(largest > 0, largest, jnp.ones((), dtype))
-    squares = [jnp.sum(jnp.square(x / scale)) for x in leaves]
-    return scale * jnp.sqrt(ft.reduce(jnp.add, squares))
+    dtype = jnp.promote_types(_common_dtype(leaves), jnp.float32)
+    # Scalars go through as one array: an operation for each would take long to compile.
+    scalars = [x.astype(dtype) for x in leaves if x.ndim == 0]
+    leaves = [x.astype(dtype) for x in leaves if x.ndim > 0]
+    leaves += [jnp.stack(scalars)] if scalars else []
+    add_up = lambda fn: ft.reduce(jnp.add, [jnp.sum(fn(x)) for x in leaves])
+
+    def scaled():
+        largest = ft.reduce(jnp.maximum, [jnp.max(x) for x in leaves])
+        scale = jnp.where(largest > 0, largest, jnp.ones((), dtype))
+        return scale * jnp.sqrt(add_up(lambda x: jnp.square(x / scale)))
+
+    squares = add_up(jnp.square)
+    info = jnp.finfo(dtype)
+    in_range = (squares > info.tiny / info.eps) & jnp.isfinite(squares)
+    return lax.cond(in_range, lambda: jnp.sqrt(squares), scaled)
+
+
+def _common_dtype(arrays: list[Array]) -> Any:
+    return ft.reduce(jnp.promote_types, [x.dtype for x in arrays], jnp.float32)
 
 
 def as_device_arrays(tree: PyTree) -> PyTree:
-    """NumPy leaves become JAX arrays; array dtypes stop being weak, since a weak dtype
-    that hardens in the first step would compile it a second time."""
+    """Turns NumPy leaves into JAX arrays, and weak dtypes into strong ones: a weak
+    dtype that hardens in the first step would compile it a second time."""
 
     def convert(x):
         if is_typed_key(x) or not is_array_or_numpy(x):
             return x
         dtype = jax.dtypes.canonicalize_dtype(x.dtype)
+        if eqx.is_array(x) and x.dtype == dtype and not x.weak_type:
+            return x
         return jnp.asarray(x, dtype=dtype)
 
     return jtu.tree_map(convert, tree)
@@ -96,8 +112,11 @@ def match_dtypes(tree: PyTree, like: PyTree) -> PyTree:
 
 @jax.custom_batching.custom_vmap
 def any_mapped(pred: Bool[Array, ""]) -> Bool[Array, ""]:
-    """Under `vmap`, whether `pred` holds anywhere on the mapped axis: a single value,
-    with which a `lax.cond` stays a branch and does not become a selection."""
+    """Under `vmap`, tells whether `pred` holds anywhere on the mapped axis.
+
+    The answer is a single value, so a `lax.cond` on it stays a branch and does not
+    become a selection, which would compute both sides.
+    """
     return pred
 
 
@@ -105,61 +124,3 @@ def any_mapped(pred: Bool[Array, ""]) -> Bool[Array, ""]:
 def _(axis_size, in_batched, pred):
     del axis_size, in_batched
     return any_mapped(jnp.any(pred)), False
-
-
-def depends_on(fn: Callable[[PyTree], PyTree], x: PyTree) -> bool:
-    """Whether any output of `fn` has a derivative with respect to `x` that is not
-    zero by construction. Traces `fn`; computes nothing."""
-    perturbed = []
-
-    @jax.custom_vjp
-    def probe(y):
-        return y
-
-    def forward(y):
-        leaves, treedef = jtu.tree_flatten(y)
-        perturbed.extend(leaf.perturbed for leaf in leaves)
-        return jtu.tree_unflatten(treedef, [leaf.value for leaf in leaves]), None
-
-    probe.defvjp(forward, lambda _, cotangent: (cotangent,), symbolic_zeros=True)
-    jax.eval_shape(lambda x: jax.vjp(lambda x: probe(fn(x)), x)[0], x)
-    return any(perturbed)
-
-
-def holds_convolution(fn: Callable[..., PyTree], *args: PyTree) -> bool:
-    """Whether a function of pytrees of arrays computes a convolution somewhere."""
-    return "conv_general_dilated" in str(jax.make_jaxpr(fn)(*args))
-
-
-def check_same_structure(name: str, got: PyTree, expected: PyTree, what: str) -> None:
-    """Raises a `ValueError` that names the first array of `got` that differs."""
-    got_leaves, got_def = jtu.tree_flatten_with_path(got)
-    expected_leaves, expected_def = jtu.tree_flatten_with_path(expected)
-    if got_def != expected_def:
-        places = [
-            {jtu.keystr(path): _spec(x) for path, x in leaves}
-            for leaves in (got_leaves, expected_leaves)
-        ]
-        differing = [
-            x for x in [*places[1], *places[0]] if (x in places[0]) != (x in places[1])
-        ]
-        if len(differing) > 0:
-            there = [place.get(differing[0], "nothing") for place in places]
-            reason = (
-                f": at `{name}{differing[0]}` it has {there[0]} instead of {there[1]}."
-            )
-        else:
-            reason = f".\nGot: {got_def}\nExpected: {expected_def}"
-        raise ValueError(f"`{name}` does not have the structure of {what}{reason}")
-    for (path, x), (_, y) in zip(got_leaves, expected_leaves):
-        if _spec(x) != _spec(y):
-            raise ValueError(
-                f"`{name}{jtu.keystr(path)}` is {_spec(x)}, but {what} has {_spec(y)} "
-                "there."
-            )
-
-
-def _spec(x: Any) -> str:
-    if hasattr(x, "shape") and hasattr(x, "dtype"):
-        return f"{x.dtype}{list(x.shape)}"
-    return type(x).__name__

@@ -1,8 +1,8 @@
-"""A run of a bilevel optimizer, cut into calls of one compiled function.
+"""A run of an algorithm, cut into calls of one compiled function.
 
-With data on the device a call is a loop of many steps; with batches from the host, or
-with convolutions on a CPU, it is one step. Records of the history are written on the
-device and drained by the host when their block is full.
+With data on the device a call is a loop of many steps. With batches from the host, or
+with convolutions on a CPU, it is one step. The rows of the history are written on the
+device, and the host drains them when their block is full.
 """
 
 import dataclasses
@@ -18,19 +18,22 @@ import numpy as np
 from jax import lax
 from jaxtyping import PyTree
 
+from ._checks import check_same_structure
 from ._custom_types import Hyperparams, Key, Model
-from ._data import as_batches
+from ._data import AbstractBatches, as_batches
 from ._discrete import has_discrete, without_noise
 from ._feed import Feed
 from ._hyperparameter import unwrap
-from ._jit import filter_jit, filter_jit_donating_first
-from ._misc import check_same_structure, holds_convolution
+from ._jaxpr import holds_primitive
+from ._jit import jit_without_waiting
+from ._misc import is_array_or_numpy
 from ._optimizer import AbstractBilevelOptimizer, failed_solve
 from ._solution import (
     as_history,
     compare_discretised,
     describe,
     Discretised,
+    History,
     Record,
     record,
     RESULTS,
@@ -45,15 +48,15 @@ _HISTORY_ROWS = 256
 
 
 class Run:
-    """The state and the history of a run, as they are replaced call by call.
+    """The state and the history of a run, replaced call by call.
 
-    `step` and `skipped` are those of `state`, on the host; `skipped` lags a step behind
-    where a call is one step.
+    `step` and `skipped` are those of `state`, on the host. Where a call is one step,
+    `skipped` lags one step behind.
     """
 
     def __init__(
         self,
-        optimizer: AbstractBilevelOptimizer,
+        algorithm: AbstractBilevelOptimizer,
         train: Feed,
         val: Feed,
         key: Key,
@@ -61,27 +64,18 @@ class Run:
         interval: int,
         max_skipped: int,
     ):
-        self.state = copy_state(state)  # since it will be donated
-        self.step = int(state.step)
-        self.skipped = int(state.skipped)
-        if self.skipped >= max_skipped:
-            self.skipped = 0
-            self.state = eqx.tree_at(
-                lambda s: s.skipped, self.state, jnp.zeros((), int)
-            )
-        self._optimizer = optimizer
-        self._train = train
-        self._val = val
-        self._key = key
-        self._interval = interval
+        if int(state.skipped) >= max_skipped:
+            # The caller goes on from a run that ended so: it gets another chance.
+            state = dataclasses.replace(state, skipped=jnp.zeros((), int))
+        self.state = state
+        self.step, self.skipped = int(state.step), int(state.skipped)
+        self._algorithm, self._key = algorithm, key
+        self._train, self._val = train, val
+        self._last_val: AbstractBatches | None = None
         self._max_skipped = max_skipped
-        self._loops = _can_loop(optimizer, self.state, train, val, key)
-        self._chunk = 1
-        self._status: Any = None
-        self._last_val: list[Any] = []  # none before the first step
-        self._history: list[Record] = []
-        self._drained = self.step // interval
-        self._rows, self._capacity = _empty_rows(self.state)
+        self._recorder = _Recorder(state, interval)
+        self._pace = _Pace(_can_loop(algorithm, state, train, val, key))
+        self._status: Any = None  # of the last call, where it is not yet known
 
     def restart(
         self, model: Model, model_state: PyTree, hyperparams: Hyperparams | None = None
@@ -90,63 +84,56 @@ class Run:
         state = self.state
         if hyperparams is not None:
             state = dataclasses.replace(state, hyperparams=hyperparams)
-        state = self._optimizer.restart(state, model, model_state=model_state)
-        self.state = copy_state(state)  # of `model`, which is the user's
+        fresh = self._algorithm.restart(state, model, model_state=model_state)
+        self.state = own_copy(fresh, (model, model_state))
 
     def advance(self, limit: int, donate: bool) -> None:
         """Takes at most `limit` steps."""
-        room = (self._drained + self._capacity) * self._interval - self.step
-        limit = min(limit, room, self._chunk if self._loops else 1)
+        limit = min(limit, self._recorder.room(self.step), self._pace.steps)
         train, val = self._train.next(), self._val.next()
-        self._last_val = [val]
+        self._last_val = as_batches(val, "val", None)
         call = _advance_donating if donate else _advance_keeping
         start = time.monotonic()
-        self.state, self._rows, status = call(
-            (self.state, self._rows),
-            self._optimizer,
-            train,
-            val,
-            self._key,
-            np.int32(limit),
-            np.int32(self._interval),
-            np.int32(self._drained),
-            np.int32(self._max_skipped),
-            self._loops,
+        carry = (self.state, self._recorder.rows)
+        (self.state, self._recorder.rows), status = call(
+            carry,
+            _Inputs(
+                algorithm=self._algorithm,
+                train=train,
+                val=val,
+                key=self._key,
+                limit=np.int32(limit),
+                interval=np.int32(self._recorder.interval),
+                drained=np.int32(self._recorder.drained),
+                max_skipped=np.int32(self._max_skipped),
+                loops=self._pace.loops,
+            ),
         )
-        if self._loops:
+        if self._pace.loops:
             self.step, self.skipped = jax.device_get(status).tolist()
-            seconds = time.monotonic() - start
-            # Only where the chunk was what bounded the call: else it grows for ever.
-            if seconds < _CALL_SECONDS / 2 and limit == self._chunk:
-                self._chunk *= 2
-            elif seconds > _CALL_SECONDS * 2 and self._chunk > 1:
-                self._chunk //= 2
+            self._pace.adapt(time.monotonic() - start, limit)
         else:
             # Waits for the step before, so that one is always under way.
             if self._status is not None:
                 self.skipped = int(jax.device_get(self._status)[1])
             self._status = status
             self.step += 1
-        if self.step // self._interval - self._drained == self._capacity:
-            self._drain()
+        self._recorder.drain_if_full(self.step)
 
     def has_failed(self) -> bool:
-        """Whether too many steps in a row were skipped."""
+        """Tells whether too many steps in a row were skipped."""
         return self.skipped >= self._max_skipped
 
     def is_alive(self) -> bool:
-        """Whether the state was not lost to a call that failed after donating it."""
+        """Tells whether the state was not lost to a call that failed after donating
+        it."""
         arrays = jtu.tree_leaves(eqx.filter(self.state, eqx.is_array))
         return not any(x.is_deleted() for x in arrays)
 
     def finish(self, result: Any) -> Solution:
-        """Joins what there is, with an item of `RESULTS`."""
-        self._drain()
-        last = jtu.tree_map(lambda x: np.asarray(x)[None], record(self.state))
-        if len(self._history) == 0 or self._history[-1].step[-1] != last.step[0]:
-            self._history.append(last)
-        step, skipped = int(self.state.step), int(self.state.skipped)
-        self.skipped = skipped
+        """Builds the `Solution` of the run so far."""
+        history = self._recorder.finish(self.state, self.step)
+        self.skipped = int(self.state.skipped)
         if result == RESULTS.successful and self.has_failed():
             result = RESULTS.nonfinite
         solve = failed_solve(self.state.metrics.diagnostics)
@@ -154,36 +141,86 @@ class Run:
             result = solve
         # The next step draws its noise anew anyhow.
         hyperparams = without_noise(self.state.hyperparams)
-        self.state = eqx.tree_at(lambda s: s.hyperparams, self.state, hyperparams)
+        self.state = dataclasses.replace(self.state, hyperparams=hyperparams)
         discretised = self._discretise()
         return Solution(
             model=self.state.model,
             hyperparams=hyperparams,
             values=unwrap(hyperparams),
-            history=as_history(self._history),
+            history=history,
             result=cast(RESULTS, result),
             state=self.state,
-            message=describe(result, self.state, step, skipped, discretised),
+            message=describe(result, self.state, discretised),
             discretised=discretised,
         )
 
     def _discretise(self) -> Discretised | None:
-        if not has_discrete(self.state.hyperparams) or len(self._last_val) == 0:
+        if not has_discrete(self.state.hyperparams) or self._last_val is None:
             return None
-        key = self._key if self._key is None else jr.fold_in(self._key, self.step)
-        val = as_batches(self._last_val[0], "val", self._optimizer.inner_steps)
-        return compare_discretised(self._optimizer.problem, self.state, val, key)
+        key = None if self._key is None else jr.fold_in(self._key, self.step)
+        problem = self._algorithm.problem
+        return compare_discretised(problem, self.state, self._last_val, key)
 
-    def _drain(self) -> None:
-        count = self.step // self._interval - self._drained
+
+class _Pace:
+    """How many steps a call takes: one, or in loops as many as fill a tenth of a
+    second, short enough to look at Ctrl-C and to draw the progress bar."""
+
+    def __init__(self, loops: bool):
+        self.loops = loops
+        self.steps = 1
+
+    def adapt(self, seconds: float, taken: int) -> None:
+        # Only where the pace was what bounded the call: else it would grow for ever.
+        if seconds < _CALL_SECONDS / 2 and taken == self.steps:
+            self.steps *= 2
+        elif seconds > _CALL_SECONDS * 2 and self.steps > 1:
+            self.steps //= 2
+
+
+class _Recorder:
+    """The history: a block of rows on the device, and those drained to the host.
+
+    `drained` counts the multiples of `interval` up to the last drained row, so row
+    `step // interval - 1 - drained` of the block belongs to `step`.
+    """
+
+    def __init__(self, state: BilevelState, interval: int):
+        row = eqx.filter_eval_shape(record, eqx.filter(state, eqx.is_array))
+        numbers = sum(x.size for x in jtu.tree_leaves(row))
+        self.interval = interval
+        self.drained = int(state.step) // interval
+        self._capacity = max(1, min(_HISTORY_ROWS, _HISTORY_NUMBERS // numbers))
+        empty = lambda x: jnp.zeros((self._capacity, *x.shape), x.dtype)
+        self.rows = jtu.tree_map(empty, row)
+        self._blocks: list[Record] = []
+
+    def room(self, step: int) -> int:
+        """Counts the steps that may be taken until the block must be drained."""
+        return (self.drained + self._capacity) * self.interval - step
+
+    def drain_if_full(self, step: int) -> None:
+        if step // self.interval - self.drained == self._capacity:
+            self._drain(step)
+
+    def finish(self, state: BilevelState, step: int) -> History:
+        """Joins all rows, with that of the last step."""
+        self._drain(step)
+        last = jtu.tree_map(lambda x: np.asarray(x)[None], record(state))
+        if len(self._blocks) == 0 or self._blocks[-1].step[-1] != last.step[0]:
+            self._blocks.append(last)
+        return as_history(self._blocks)
+
+    def _drain(self, step: int) -> None:
+        count = step // self.interval - self.drained
         if count > 0:
-            rows = jax.device_get(self._rows)
-            self._history.append(jtu.tree_map(lambda x: x[:count].copy(), rows))
-            self._drained += count
+            rows = jax.device_get(self.rows)
+            self._blocks.append(jtu.tree_map(lambda x: x[:count].copy(), rows))
+            self.drained += count
 
 
 def start(
-    optimizer: AbstractBilevelOptimizer,
+    algorithm: AbstractBilevelOptimizer,
     model: Model,
     hyperparams: Hyperparams,
     train: Feed,
@@ -192,54 +229,90 @@ def start(
     state: BilevelState | None,
     model_state: PyTree,
 ) -> BilevelState:
-    """The state of a fresh start, or the one given if it has that structure."""
-    fresh = optimizer.init(
-        model,
-        hyperparams,
-        train=train.peek(),
-        val=val.peek(),
-        model_state=model_state,
-        key=key,
-    )
+    """Makes the state that a run may donate: a fresh start, or a copy of the one given
+    if it has that structure."""
+
+    def init(model, hyperparams, model_state, train, val):
+        return algorithm.init(
+            model, hyperparams, train=train, val=val, model_state=model_state, key=key
+        )
+
+    args = (model, hyperparams, model_state, train.peek(), val.peek())
     if state is None:
-        return fresh
+        return own_copy(init(*args), args)
     given = state
-    if given.metrics.aux is None:
-        is_none = lambda x: x is None
-        aux = fresh.metrics.aux
-        given = eqx.tree_at(lambda s: s.metrics.aux, given, aux, is_leaf=is_none)
+    # Only its structure is asked for: nothing is held beside the state given.
+    fresh = eqx.filter_eval_shape(init, *args)
+    if given.metrics.aux is None and fresh.metrics.aux is not None:
+        zeros = lambda x: jnp.zeros(x.shape, x.dtype)
+        aux = jtu.tree_map(zeros, fresh.metrics.aux)
+        given = dataclasses.replace(
+            given, metrics=dataclasses.replace(given.metrics, aux=aux)
+        )
     check_same_structure("state", given, fresh, "the state of a fresh start")
-    return given
+    return own_copy(given, state)
 
 
-def _empty_rows(state: BilevelState) -> tuple[Record, int]:
-    row = jax.eval_shape(record, eqx.filter(state, eqx.is_array))
-    numbers = sum(x.size for x in jtu.tree_leaves(row))
-    capacity = max(1, min(_HISTORY_ROWS, _HISTORY_NUMBERS // numbers))
-    empty = lambda x: jnp.zeros((capacity, *x.shape), x.dtype)
-    return jtu.tree_map(empty, row), capacity
+def own_copy(state: BilevelState, theirs: PyTree) -> BilevelState:
+    """Copies what a state shares with `theirs`, or holds twice, since the run will
+    donate it. All else is the run's own already."""
+    seen = {_buffer(x) for x in jtu.tree_leaves(theirs) if is_array_or_numpy(x)}
+
+    def copy(x):
+        if not eqx.is_array(x):
+            return x
+        if _buffer(x) in seen:
+            return jnp.copy(x)
+        seen.add(_buffer(x))
+        return x
+
+    return jtu.tree_map(copy, state)
 
 
-def _can_loop(optimizer, state, train, val, key) -> bool:
+def _buffer(x: Any) -> Any:
+    """Identifies the memory that an array lies in. A NumPy array and a JAX array made
+    of it may share theirs."""
+    if isinstance(x, np.ndarray):
+        return x.ctypes.data
+    try:
+        return x.addressable_data(0).unsafe_buffer_pointer()
+    except Exception:
+        return id(x)  # no memory of its own: a PRNG key, or an array of other processes
+
+
+def _can_loop(algorithm, state, train: Feed, val: Feed, key: Key) -> bool:
     if not (train.is_static and val.is_static):
         return False
     if jax.default_backend() != "cpu":
         return True
     # Workaround for https://github.com/jax-ml/jax/issues/12868: convolutions in a loop
     # run many times slower on CPUs.
-    args = (optimizer, state, train.next(), val.next())
-    arrays, static = eqx.partition(args, eqx.is_array)
+    args = (algorithm, state, train.next(), val.next(), key)
+    arrays, static = eqx.partition(args, is_array_or_numpy)
 
-    def step(arrays, key):
-        optimizer, state, train, val = eqx.combine(arrays, static)
-        return eqx.filter(optimizer.step(state, train, val, key=key), eqx.is_array)
+    def step(arrays):
+        algorithm, state, train, val, key = eqx.combine(arrays, static)
+        return eqx.filter(algorithm.step(state, train, val, key=key), eqx.is_array)
 
-    return not holds_convolution(step, arrays, key)
+    jaxpr = jax.make_jaxpr(step)(arrays).jaxpr
+    return not holds_primitive(jaxpr, {"conv_general_dilated"})
 
 
-def _advance(
-    carry, optimizer, train, val, key, limit, interval, drained, max_skipped, loop
-):
+class _Inputs(eqx.Module):
+    """What `_advance` reads and does not change."""
+
+    algorithm: AbstractBilevelOptimizer
+    train: Any
+    val: Any
+    key: Key
+    limit: Any
+    interval: Any
+    drained: Any
+    max_skipped: Any
+    loops: bool = eqx.field(static=True)
+
+
+def _advance(carry: tuple[BilevelState, Record], inputs: _Inputs):
     """Takes `limit` steps, or one; writes a row of the history where one is due."""
     state, rows = carry
     arrays, static = eqx.partition(state, eqx.is_array)
@@ -247,31 +320,28 @@ def _advance(
     def body(carry):
         count, arrays, rows = carry
         state = eqx.combine(arrays, static)
-        step_key = None if key is None else jr.fold_in(key, state.step)
-        state = optimizer.step(state, train, val, key=step_key)
-        number = state.step // interval - 1 - drained
+        key = None if inputs.key is None else jr.fold_in(inputs.key, state.step)
+        state = inputs.algorithm.step(state, inputs.train, inputs.val, key=key)
+        number = state.step // inputs.interval - 1 - inputs.drained
 
         def write(rows):
             put = lambda block, x: block.at[number].set(x)
             return jtu.tree_map(put, rows, record(state))
 
-        rows = lax.cond(state.step % interval == 0, write, lambda rows: rows, rows)
+        is_due = state.step % inputs.interval == 0
+        rows = lax.cond(is_due, write, lambda rows: rows, rows)
         return count + 1, eqx.filter(state, eqx.is_array), rows
 
     def proceed(carry):
         count, arrays, _ = carry
-        return (count < limit) & (arrays.skipped < max_skipped)
+        return (count < inputs.limit) & (arrays.skipped < inputs.max_skipped)
 
     carry = (jnp.array(0), arrays, rows)
-    _, arrays, rows = lax.while_loop(proceed, body, carry) if loop else body(carry)
+    loops = inputs.loops
+    _, arrays, rows = lax.while_loop(proceed, body, carry) if loops else body(carry)
     status = jnp.stack([arrays.step, arrays.skipped])
-    return eqx.combine(arrays, static), rows, status
+    return (eqx.combine(arrays, static), rows), status
 
 
-_advance_keeping = filter_jit(_advance)
-_advance_donating = filter_jit_donating_first(_advance)
-
-
-def copy_state(state: BilevelState) -> BilevelState:
-    """The same state in other buffers, which outlives the donation of these."""
-    return jtu.tree_map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, state)
+_advance_keeping = jit_without_waiting(_advance, donate_first=False)
+_advance_donating = jit_without_waiting(_advance, donate_first=True)

@@ -1,8 +1,8 @@
 """Black-box baselines: `search` trains afresh with what an Optuna sampler proposes, and
 gives the `Solution` that `tune` gives.
 
-All trials are episodes of one run, so that what is compiled, the data and the history
-are those of `tune`; between two of them new hyperparameters are put in place.
+All trials are episodes of one run: they share its compiled code, its data and its
+history. Between two of them new hyperparameters are put in place.
 """
 
 import dataclasses
@@ -17,16 +17,16 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
+from ._checks import check_positive_int, check_same_structure, check_type
 from ._custom_types import Batch, Hyperparams, Key, Model
 from ._data import AbstractBatches, Minibatch
 from ._discrete import has_discrete
 from ._feed import Feed
 from ._hyperparameter import canonical, partition_raw, unwrap
-from ._misc import as_device_arrays, check_same_structure
-from ._optimizer import AbstractBilevelOptimizer, PlainTraining
-from ._optimizer.checks import check_positive_int
+from ._misc import as_device_arrays
+from ._optimizer import AbstractAlgorithm, PlainTraining
 from ._progress import ProgressBar
-from ._run import copy_state, Run, start
+from ._run import own_copy, Run, start
 from ._solution import RESULTS, Solution
 from ._state import BilevelState
 from ._tune import check_start, drive
@@ -37,7 +37,7 @@ _NEVER = _LARGEST  # a failed trial does not end the run, however long it goes o
 
 
 def search(
-    optimizer: AbstractBilevelOptimizer,
+    algorithm: AbstractAlgorithm,
     model: Model,
     low: Hyperparams,
     high: Hyperparams,
@@ -59,15 +59,14 @@ def search(
     ```python
     low, high = hpo.Positive(1e-4), hpo.Positive(10.0)
     solution = hpo.search(
-        optimizer, model, low, high, train, val, trials=50, steps=1000, key=key
+        algorithm, model, low, high, train, val, trials=50, steps=1000, key=key
     )
     ```
 
     **Arguments:**
 
-    - `optimizer`: any [`eqx_hpo.AbstractBilevelOptimizer`][] for one task, of which
-        the problem, `inner` and `inner_steps` are used: `steps` means as many inner
-        steps here as in `tune`.
+    - `algorithm`: any [`eqx_hpo.AbstractAlgorithm`][]. Its problem, `inner` and
+        `inner_steps` are used: `steps` means as many inner steps here as in `tune`.
     - `model`: the model that each trial starts from.
     - `low`, `high`: the ends of the range of each hyperparameter, two pytrees of the
         structure of `hyperparams` in `tune`. Each coordinate of each `raw` array is one
@@ -77,7 +76,7 @@ def search(
     - `train`, `val`: the data, as for `tune`. The validation loss is taken once, at the
         end of a trial; on all data where `val` is an [`eqx_hpo.Minibatch`][].
     - `trials`: the number of trainings.
-    - `steps`: of each, in calls of `optimizer.step`.
+    - `steps`: of each, in calls of `algorithm.step`.
     - `key`: a PRNG key, or `None` if nothing is random. It seeds the sampler too.
     - `sampler`: `"random"`, `"tpe"` (tree-structured Parzen estimator), or a sampler of
         `optuna.samplers` for continuous parameters.
@@ -97,17 +96,19 @@ def search(
     match, are empty or not finite, if hyperparameters are discrete, or if an option is
     out of range.
     """
-    check_start(optimizer, key, None)
+    check_start(algorithm, key, None)
+    what = "an algorithm for one model, such as `T1T2`"
+    check_type("algorithm", algorithm, AbstractAlgorithm, what)
     check_positive_int("trials", trials)
     check_positive_int("steps", steps)
     space = _Space(canonical(low), canonical(high))
     study = _Study(sampler, key)
-    trainer = _make_trainer(optimizer, steps, trials)
+    trainer = _make_trainer(algorithm, steps, trials)
     whole = val.data if isinstance(val, Minibatch) else val
-    feeds = Feed(train, "train", trainer.inner_steps), Feed(whole, "val", 1)
+    feeds = Feed(train, "train", trainer.inner_steps), Feed(whole, "val", None)
     like, state = (
         start(x, model, space.low, *feeds, key, None, model_state)
-        for x in (optimizer, trainer)
+        for x in (algorithm, trainer)
     )
     run = Run(trainer, *feeds, key, state, steps, _NEVER)
     best, result = None, RESULTS.successful
@@ -120,34 +121,29 @@ def search(
                 if result != RESULTS.successful:
                     break
                 if study.tell(trial, run.state):
-                    best = copy_state(run.state)
-                if callback is not None and callback(copy_state(run.state)) is True:
+                    best = own_copy(run.state, run.state)
+                if callback is not None and callback(own_copy(run.state, run.state)) is True:
                     result = RESULTS.stopped
                     break
     except KeyboardInterrupt:
         result = RESULTS.interrupted
-    return _join(optimizer, run.finish(result), best, like, study)
+    return _join(algorithm, run.finish(result), best, like, study)
 
 
 def _make_trainer(
-    optimizer: AbstractBilevelOptimizer, steps: int, trials: int
+    algorithm: AbstractAlgorithm, steps: int, trials: int
 ) -> PlainTraining:
-    if optimizer.tasks is not None or optimizer.sharing is not None:
-        raise ValueError(
-            "`search` trains one model with hyperparameters that are the same at each "
-            "step; give it an optimizer without tasks and without `sharing`."
-        )
-    inner_steps = trials * steps * optimizer.inner_steps
+    inner_steps = trials * steps * algorithm.inner_steps
     if inner_steps > _LARGEST:
         raise ValueError(
             f"`trials` and `steps` make {inner_steps} inner steps in all, but only "
             f"{_LARGEST} can be counted. Lower one of them."
         )
     return PlainTraining(
-        optimizer.problem,
-        optimizer.inner,
-        inner_steps=optimizer.inner_steps,
-        unroll=optimizer.unroll,
+        algorithm.problem,
+        algorithm.inner,
+        inner_steps=algorithm.inner_steps,
+        unroll=algorithm.unroll,
         validate_every=steps,
     )
 
@@ -249,7 +245,7 @@ def _import_optuna() -> Any:
 
 
 def _join(
-    optimizer: AbstractBilevelOptimizer,
+    algorithm: AbstractAlgorithm,
     last: Solution,
     best: BilevelState | None,
     like: BilevelState,
@@ -271,7 +267,7 @@ def _join(
         best, message = last.state, f"No trial was completed: {failed} failed."
     if result != RESULTS.successful:
         message = f"{RESULTS[result]} {message}"
-    outer_opt_state = optimizer.outer.init(partition_raw(best.hyperparams)[0])
+    outer_opt_state = algorithm.outer.init(partition_raw(best.hyperparams)[0])
     # No `aux`: that of `val` as a whole may have another shape.
     diagnostics = like.metrics.diagnostics
     metrics = dataclasses.replace(best.metrics, aux=None, diagnostics=diagnostics)

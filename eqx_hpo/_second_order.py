@@ -5,9 +5,9 @@ Every hypergradient needs, for some vector $v$ and the train loss $C_1(\theta, \
 
 $$v^\top \frac{\partial}{\partial (\theta, \rho)} \nabla_\theta C_1(\theta, \rho).$$
 
-It is the pull-back of $v$ through the gradient function, so a rule here is nothing but
-a derivative rule on that function. Whatever is built on top (an Optax update, a scan
-over many of them) is differentiated by JAX as usual and meets the rule inside.
+It is the pull-back of $v$ through the gradient function. So each rule here is a
+derivative rule on that function and nothing else. JAX differentiates whatever is built
+on top (an Optax update, a scan over many of them) as usual, and meets the rule inside.
 """
 
 import abc
@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
+from ._checks import as_number
 from ._custom_types import FloatScalar
 from ._misc import tree_add, tree_norm
 
@@ -50,6 +51,7 @@ class AbstractSecondOrder(eqx.Module):
 
         - `loss`: called as `loss(params, rest, args)`, returns `(scalar, (carried,
             report))`. All leaves of `params`, `rest` and `carried` are inexact arrays.
+            It closes over no traced arrays: `args` holds all that it needs.
 
         **Returns:** a function of the same arguments that returns `(gradient, carried,
         (scalar, report))`. Its derivative in `args`, and that of the last part, is
@@ -58,11 +60,11 @@ class AbstractSecondOrder(eqx.Module):
 
 
 class ReverseOverReverse(AbstractSecondOrder):
-    """Reverse mode through the training gradient: exact.
+    """Reverse mode through the training gradient. Exact.
 
-    Keeps the tape of the whole gradient evaluation. Works with every loss that JAX can
-    differentiate twice in reverse mode, those with a custom VJP inside included. It is
-    the gradient as it is, without a rule of its own, so it can be pushed forward too.
+    It keeps the tape of the whole gradient evaluation. It works with every loss that
+    JAX can differentiate twice in reverse mode. The gradient has no rule of its own
+    here, so JAX can push it forward too.
     """
 
     def differentiate(self, loss: LossFn) -> GradientFn:
@@ -73,7 +75,7 @@ class ReverseOverReverse(AbstractSecondOrder):
 
 
 class ForwardOverReverse(AbstractSecondOrder):
-    r"""Mixed mode: exact, and keeps no second-order tape.
+    r"""Mixed mode. Exact, and without a second-order tape.
 
     By the symmetry of second derivatives the product is a derivative *along* $v$,
 
@@ -81,8 +83,12 @@ class ForwardOverReverse(AbstractSecondOrder):
     \frac{d}{d\epsilon} \nabla_{(\theta, \rho)} C_1(\theta + \epsilon v, \rho)
     \Big|_{\epsilon=0},$$
 
-    so one `jax.jvp` of the gradient gives it (Pearlmutter, 1994). The loss must
-    support forward mode: no custom VJP inside.
+    so one `jax.jvp` of the gradient gives it (Pearlmutter, 1994).
+
+    A `jax.custom_vjp` inside the loss works as long as JAX can differentiate its own
+    forward and backward functions. Where it cannot (straight-through estimators, some
+    adjoints of Diffrax), use [`eqx_hpo.ReverseOverReverse`][] or
+    [`eqx_hpo.FiniteDifference`][].
     """
 
     def differentiate(self, loss: LossFn) -> GradientFn:
@@ -104,11 +110,9 @@ class FiniteDifference(AbstractSecondOrder):
     *DARTS: Differentiable Architecture Search*, ICLR 2019, eq. 8.
     """
 
-    epsilon: float = 0.01
-
-    def __check_init__(self):
-        if isinstance(self.epsilon, (int, float)) and not self.epsilon > 0:
-            raise ValueError(f"`epsilon` must be above zero; got {self.epsilon}.")
+    epsilon: Float[Array, ""] = eqx.field(
+        default=0.01, converter=lambda x: as_number("epsilon", x, zero=False)
+    )
 
     def differentiate(self, loss: LossFn) -> GradientFn:
         def product(gradients, params, v):
@@ -124,8 +128,9 @@ class FiniteDifference(AbstractSecondOrder):
                 move = lambda p, x: p + times(x, step).astype(p.dtype)
                 return gradients(jtu.tree_map(move, params, v))
 
-            up, down = at(self.epsilon), at(-self.epsilon)
-            scale = norm / (2 * self.epsilon)
+            epsilon = self.epsilon.astype(norm.dtype)
+            up, down = at(epsilon), at(-epsilon)
+            scale = norm / (2 * epsilon)
             return jtu.tree_map(lambda u, d: times(u - d, scale), up, down)
 
         return _with_product(loss, product)
@@ -146,21 +151,6 @@ def _gradient(loss: LossFn, params: PyTree, rest: PyTree, args: PyTree):
 
 
 def _with_product(loss: LossFn, product: _Product) -> GradientFn:
-    def gradient(params, rest, args):
-        # A custom VJP must not close over tracers, as a loss may: make them arguments.
-        closed = eqx.filter_closure_convert(loss, params, rest, args)
-        consts, static = eqx.partition(closed, eqx.is_array)
-
-        def explicit(params, rest, args):
-            args, consts = args
-            return eqx.combine(consts, static)(params, rest, args)
-
-        return _custom_gradient(explicit, product)(params, rest, (args, consts))
-
-    return gradient
-
-
-def _custom_gradient(loss: LossFn, product: _Product) -> GradientFn:
     @jax.custom_vjp
     def gradient(params, rest, args):
         return _gradient(loss, params, rest, args)
@@ -184,29 +174,3 @@ def _custom_gradient(loss: LossFn, product: _Product) -> GradientFn:
 
     gradient.defvjp(forward, backward)
     return gradient
-
-
-@jax.custom_vjp
-def drop_dead_cotangents(gradient: PyTree) -> PyTree:
-    """The same gradient. Where it is zero, Adam's square root has an infinite slope and
-    the chain rule gives 0 * inf = NaN, though the parameter does not move. Such
-    cotangents are zero; all others pass unchanged, non-finite ones too."""
-    return gradient
-
-
-def _remember_dead(gradient):
-    return gradient, jtu.tree_map(square_underflows, gradient)
-
-
-def _drop_dead(dead, cotangents):
-    drop = lambda d, c: jnp.where(d & ~jnp.isfinite(c), 0, c)
-    return (jtu.tree_map(drop, dead, cotangents),)
-
-
-drop_dead_cotangents.defvjp(_remember_dead, _drop_dead)
-
-
-def square_underflows(x: Array) -> Array:
-    """Where a training gradient is so small that Adam's second moment stays zero."""
-    # Adam keeps (1 - b2) * g**2: leave room for that factor.
-    return jnp.square(jnp.abs(x)) * jnp.finfo(x.dtype).eps == 0

@@ -1,4 +1,4 @@
-"""What `tune` returns."""
+"""The results of a run: its history, its outcome in words, and the `Solution`."""
 
 from typing import Any
 
@@ -14,15 +14,14 @@ from ._custom_types import Hyperparams, Key, Model
 from ._data import AbstractBatches
 from ._discrete import discretise, without_noise
 from ._hyperparameter import unwrap
-from ._jit import filter_jit
 from ._problem import evaluate_val, Problem
 from ._state import BilevelState, float_scalar
 
 
 class RESULTS(lx.RESULTS):  # pyright: ignore
     nonfinite = (
-        "A loss, the hypergradient or an update was not finite (NaN or inf) for too "
-        "many steps in a row. None of those steps changed the model or the "
+        "A loss, the hypergradient or a part of the new state was not finite (NaN or "
+        "inf) for too many steps in a row. None of those steps changed the model or the "
         "hyperparameters. Likely causes: a learning rate of the inner or of the outer "
         "optimiser that is too large; a hyperparameter that has run away (look at "
         "`history.hyperparams`); a logarithm, root or division at zero in a loss; or "
@@ -52,8 +51,12 @@ _STOPPED = [
 ]
 
 
+# Numbers in a row of the history up to which hyperparameters are recorded in full.
+_FULL_ROW = 10**5
+
+
 class Record(eqx.Module):
-    """What one line of the history holds."""
+    """One row of the history."""
 
     step: Int[Any, ""]
     train_loss: Float[Any, ""]
@@ -70,7 +73,8 @@ class History(eqx.Module):
     - `step`: the number of the step, from 1.
     - `train_loss`, `val_loss`, `hypergradient_norm`: those of `state.metrics` after it.
     - `hyperparams`: the unwrapped hyperparameters after it, each array with a leading
-        axis over the records.
+        axis over the records. If there are more than 100,000 numbers in all, arrays of
+        more than three are recorded as `(mean, minimum, maximum)`.
     """
 
     step: Int[np.ndarray, " records"]
@@ -81,8 +85,8 @@ class History(eqx.Module):
 
 
 class Discretised(eqx.Module):
-    """What becomes of discrete hyperparameters when they stop being relaxed. The gap of
-    the two losses is what the relaxation hid.
+    """Discrete hyperparameters at the end of their relaxation. The gap between the two
+    losses is what the relaxation hid.
 
     **Attributes:**
 
@@ -103,7 +107,7 @@ class Discretised(eqx.Module):
 
 
 class Solution(eqx.Module):
-    """What a run came to.
+    """The result of a run.
 
     **Attributes:**
 
@@ -130,8 +134,10 @@ class Solution(eqx.Module):
 
 
 def record(state: BilevelState) -> Record:
-    """The line of the history that a state makes."""
+    """Makes the row of the history that belongs to a state."""
     arrays = eqx.filter(unwrap(without_noise(state.hyperparams)), eqx.is_array)
+    if sum(x.size for x in jtu.tree_leaves(arrays)) > _FULL_ROW:
+        arrays = jtu.tree_map(_summarise, arrays)
     metrics = state.metrics
     return Record(
         step=state.step,
@@ -140,6 +146,12 @@ def record(state: BilevelState) -> Record:
         hypergradient_norm=metrics.hypergradient_norm,
         hyperparams=arrays,
     )
+
+
+def _summarise(x: Array) -> Array:
+    if x.size <= 3:
+        return x
+    return jnp.stack([jnp.mean(x), jnp.min(x), jnp.max(x)])
 
 
 def as_history(blocks: list[Record]) -> History:
@@ -154,7 +166,7 @@ def as_history(blocks: list[Record]) -> History:
     )
 
 
-@filter_jit
+@eqx.filter_jit
 def compare_discretised(
     problem: Problem, state: BilevelState, val: AbstractBatches, key: Key
 ) -> Discretised:
@@ -176,13 +188,10 @@ def compare_discretised(
 
 
 def describe(
-    result: Any,
-    state: BilevelState,
-    step: int,
-    skipped: int,
-    discretised: Discretised | None,
+    result: Any, state: BilevelState, discretised: Discretised | None
 ) -> str:
-    """The result of a run in words."""
+    """Puts the result of a run in words."""
+    step, skipped = int(state.step), int(state.skipped)
     if result == RESULTS.successful:
         text = f"Finished after step {step}."
     elif any(result == item for item in _STOPPED):

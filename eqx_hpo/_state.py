@@ -19,10 +19,11 @@ class Metrics(eqx.Module):
     - `hypergradient_norm`: the Euclidean norm of the hypergradient over all `raw`
         arrays.
     - `aux`: `(train_aux, val_aux)` with `Problem(..., has_aux=True)`, else `None`.
-    - `diagnostics`: what the algorithm says of its estimate: an
-        [`eqx_hpo.ImplicitReport`][] of [`eqx_hpo.Implicit`][], else `None`.
+    - `diagnostics`: the algorithm's own report on its estimate. An
+        [`eqx_hpo.ImplicitReport`][] from [`eqx_hpo.Implicit`][], otherwise `None`.
 
-    NaN before the first step. A skipped step reports the values that caused it.
+    The numbers are NaN before the first step. A skipped step reports the values that
+    caused the skip.
     """
 
     train_loss: Float[Array, ""]
@@ -33,14 +34,14 @@ class Metrics(eqx.Module):
 
 
 class Memory(eqx.Module):
-    """What an algorithm carries from step to step.
+    """The memory that an algorithm carries from step to step.
 
     **Attributes:**
 
-    - `episode`: what belongs to the training at hand. All zeros at the start, and again
-        after each restart of the inner level.
-    - `lasting`: what lives on over restarts. Within [`eqx_hpo.MetaLearner`][] there is
-        one for all tasks, while each task has its own `episode`.
+    - `episode`: the part that belongs to the training at hand. `init_memory` makes it
+        at the start, and again at each restart of the inner level.
+    - `lasting`: the part that lives on over restarts. Within [`eqx_hpo.MetaLearner`][]
+        all tasks share one, while each task has its own `episode`.
     """
 
     episode: PyTree = None
@@ -48,8 +49,9 @@ class Memory(eqx.Module):
 
 
 class BilevelState(eqx.Module):
-    """All that changes during an optimisation: to be jitted, scanned, vmapped, sharded
-    and saved as one value. Made by `init`, and by `step` from another one.
+    """Everything that changes during an optimisation, as one pytree: jit, scan, vmap,
+    shard and save it as one value. `init` makes the first state, and `step` makes the
+    next one from it.
 
     **Attributes:**
 
@@ -61,8 +63,10 @@ class BilevelState(eqx.Module):
         [`eqx_hpo.Memory`][].
     - `model_state`: an `eqx.nn.State`, or `None`.
     - `step`: the number of `step` calls so far, the skipped ones included.
-    - `skipped`: how many of the last calls in a row were skipped because a loss or a
-        hypergradient was not finite.
+    - `episode_step`: the number of inner steps that the model has taken since it was
+        fresh. Skipped calls do not count.
+    - `skipped`: how many of the last calls in a row were skipped, because a loss, the
+        hypergradient or a part of the new state was not finite.
     - `metrics`: a report of the last step.
     """
 
@@ -73,6 +77,7 @@ class BilevelState(eqx.Module):
     memory: Memory
     model_state: PyTree
     step: Int[Array, ""]
+    episode_step: Int[Array, ""]
     skipped: Int[Array, ""]
     metrics: Metrics
 
@@ -93,16 +98,16 @@ class InnerState(eqx.Module):
 
 
 class Estimate(eqx.Module):
-    r"""What an algorithm makes of the inner steps of one call of `step`.
+    r"""The result of an algorithm's work in one call of `step`.
 
     **Attributes:**
 
     - `inner`: the inner state after the inner steps.
-    - `memory`: the algorithm's own, updated.
+    - `memory`: the algorithm's memory after them.
     - `hypergradient`: an estimate of $dC_2/d\lambda$, shaped like the unwrapped
         hyperparameters, `None` where a leaf is not an inexact array.
     - `train`, `val`: the last `(loss, aux)` of each level.
-    - `diagnostics`: what goes into `state.metrics.diagnostics`.
+    - `diagnostics`: goes into `state.metrics.diagnostics`.
     """
 
     inner: InnerState
@@ -114,6 +119,12 @@ class Estimate(eqx.Module):
 
 
 def float_scalar(x: Any) -> Float[Array, ""]:
-    """A scalar of the default float dtype, so that a report has the same dtype in
-    every step."""
+    """Makes a scalar of the default float dtype: reports have the same dtype in every
+    step."""
     return jnp.asarray(x, jnp.result_type(float))
+
+
+def inner_state(state: BilevelState) -> InnerState:
+    """Takes the part that the inner level moves out of a state."""
+    params = eqx.filter(state.model, eqx.is_inexact_array)
+    return InnerState(params, state.inner_opt_state, state.model_state)

@@ -9,11 +9,12 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ._checkpoint import save
+from ._checks import check_positive_int, check_type
 from ._custom_types import Batch, Hyperparams, Key, Model
 from ._data import AbstractBatches
 from ._feed import Feed
+from ._jit import own_error_text
 from ._optimizer import AbstractBilevelOptimizer
-from ._optimizer.checks import check_positive_int, check_type
 from ._progress import catch_interrupt, ProgressBar
 from ._run import Run, start
 from ._solution import RESULTS, Solution
@@ -25,7 +26,7 @@ _Event: TypeAlias = tuple[int, Callable[[], Any]]
 
 
 def tune(
-    optimizer: AbstractBilevelOptimizer,
+    algorithm: AbstractBilevelOptimizer,
     model: Model,
     hyperparams: Hyperparams,
     train: Batch | AbstractBatches | Any,
@@ -34,12 +35,12 @@ def tune(
     steps: int,
     key: Key,
     state: BilevelState | None = None,
-    restart: int | None = None,
-    progress: bool = True,
-    history: int | None = None,
+    restart_every: int | None = None,
+    record_every: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 1000,
     callback: Callable[[BilevelState], Any] | None = None,
+    progress: bool = True,
     model_state: PyTree = None,
     max_skipped: int = 20,
 ) -> Solution:
@@ -47,39 +48,41 @@ def tune(
 
     ```python
     solution = hpo.tune(
-        optimizer, model, hyperparams, train, val, steps=1000, key=key
+        algorithm, model, hyperparams, train, val, steps=1000, key=key
     )
     print(solution.values, solution.message)
     ```
 
     **Arguments:**
 
-    - `optimizer`: the algorithm, any [`eqx_hpo.AbstractBilevelOptimizer`][].
+    - `algorithm`: any [`eqx_hpo.AbstractBilevelOptimizer`][].
     - `model`: the starting model.
     - `hyperparams`: the starting hyperparameters.
     - `train`, `val`: the data of the two levels: a pytree of arrays (one batch, used at
         every inner step), [`eqx_hpo.Minibatch`][], [`eqx_hpo.Stacked`][], or a Python
-        iterator or iterable of batches. Of a train iterator each step takes
-        `inner_steps` batches; of a validation iterator one, or `inner_steps` if
-        `optimizer` validates after each inner step. An iterable that can be started
+        iterator or iterable of batches. Each step takes `inner_steps` batches of a
+        train iterator, and of a validation iterator one, or `inner_steps` if
+        `algorithm` validates after each inner step. An iterable that can be started
         again, such as a data loader, is. A list or a tuple is a pytree, so one batch:
         pass `iter(batches)`.
-    - `steps`: the number of calls of `optimizer.step` to make.
+    - `steps`: the number of calls of `algorithm.step` to make.
     - `key`: a PRNG key, or `None` if nothing is random. Step number `i` gets
         `jax.random.fold_in(key, i)`.
     - `state`: a state to go on from, instead of the start. Going on with the same
         `key` gives what an uninterrupted run gives, bit for bit, if the data are
-        arrays or `Minibatch`; a Python iterator must be put in its place by the user.
-    - `restart`: start the inner level afresh, from `model`, after every so many steps.
-    - `progress`: whether to show a progress bar. None is shown where the standard error
-        is not a terminal.
-    - `history`: record the metrics and the hyperparameters after every so many steps;
-        by default about a hundred times. The last step is always recorded.
+        arrays or `Minibatch`; a Python iterator must be advanced to the same position
+        by the caller.
+    - `restart_every`: start the inner level afresh, from `model`, after every so many
+        steps.
+    - `record_every`: record the metrics and the hyperparameters after every so many
+        steps; by default about a hundred times. The last step is always recorded.
     - `checkpoint`: a file to save the state to ([`eqx_hpo.save`][]), after every
         `checkpoint_every` steps and when the run ends for whatever reason.
     - `checkpoint_every`: see `checkpoint`.
-    - `callback`: called as `callback(state)` after every so many steps as `history`
-        says; the run stops if it returns `True`.
+    - `callback`: called as `callback(state)` after every `record_every` steps; the run
+        stops if it returns `True`.
+    - `progress`: whether to show a progress bar. None is shown where the standard error
+        is not a terminal.
     - `model_state`: an `eqx.nn.State`, for losses that take and return one.
     - `max_skipped`: end the run after so many non-finite steps in a row.
 
@@ -88,39 +91,47 @@ def tune(
     `RESULTS.nonfinite`.
 
     **Raises:** a `ValueError` if `state` does not match `model` and `hyperparams`, or
-    an option is out of range.
+    an option is out of range. The error of an `equinox.error_if` inside a loss comes
+    with its own text.
     """
-    check_start(optimizer, key, state)
-    options = {"steps": steps, "restart": restart, "history": history}
+    check_start(algorithm, key, state)
+    options = {
+        "steps": steps,
+        "restart_every": restart_every,
+        "record_every": record_every,
+    }
     options |= {"checkpoint_every": checkpoint_every, "max_skipped": max_skipped}
     for name, value in options.items():
         if value is not None:
             check_positive_int(name, value)
-    val_count = optimizer.inner_steps if optimizer.val_at_each_step else 1
-    feeds = Feed(train, "train", optimizer.inner_steps), Feed(val, "val", val_count)
-    interval = max(1, steps // 100) if history is None else history
-    state = start(optimizer, model, hyperparams, *feeds, key, state, model_state)
-    run = Run(optimizer, *feeds, key, state, interval, max_skipped)
+    val_count = algorithm.inner_steps if algorithm.val_at_each_step else None
+    feeds = Feed(train, "train", algorithm.inner_steps), Feed(val, "val", val_count)
+    interval = max(1, steps // 100) if record_every is None else record_every
+    state = start(algorithm, model, hyperparams, *feeds, key, state, model_state)
+    run = Run(algorithm, *feeds, key, state, interval, max_skipped)
+    del state  # the run donates it
     before, after = [], []
-    if restart is not None:
-        before.append((restart, lambda: run.restart(model, model_state)))
+    if restart_every is not None:
+        before.append((restart_every, lambda: run.restart(model, model_state)))
     if checkpoint is not None:
         after.append((checkpoint_every, lambda: save(checkpoint, run.state)))
     if callback is not None:
         after.append((interval, lambda: callback(run.state)))
     try:
         with ProgressBar(steps, progress) as bar:
-            donate = callback is None  # what it is given must outlive the next step
+            # A callback may keep the state that it gets: no later step may overwrite it.
+            donate = callback is None
             result = drive(run, run.step + steps, before, after, bar, donate)
     finally:
         if checkpoint is not None and run.is_alive():
             save(checkpoint, run.state)
-    return run.finish(result)
+    with own_error_text():
+        return run.finish(result)
 
 
-def check_start(optimizer: Any, key: Any, state: Any) -> None:
+def check_start(algorithm: Any, key: Any, state: Any) -> None:
     what = "an algorithm such as `T1T2`, before `model` and `hyperparams`"
-    check_type("optimizer", optimizer, AbstractBilevelOptimizer, what)
+    check_type("algorithm", algorithm, AbstractBilevelOptimizer, what)
     if state is not None:
         what = "a `BilevelState` (that of a `Solution` is `solution.state`)"
         check_type("state", state, BilevelState, what)
@@ -137,10 +148,11 @@ def drive(
     bar: ProgressBar,
     donate: bool,
 ) -> Any:
-    """Steps until `end`, or until there is a reason to stop, an item of `RESULTS`."""
+    """Steps until `end`, or until there is a reason to stop; returns an item of
+    `RESULTS`."""
     periods = [period for period, _ in (*before, *after)]
     try:
-        with catch_interrupt() as interrupted:
+        with own_error_text(), catch_interrupt() as interrupted:
             while run.step < end:
                 start = run.step
                 for action in _due(before, start):

@@ -115,7 +115,7 @@ def evaluate(model: Network, architecture: Network, data: Splits) -> Row:
     return Row(cross_entropy(network, data.val), *map(accuracy, data[1:]))
 
 
-def make_optimizer(
+def make_algorithm(
     algorithm: str, steps: int, outer: optax.GradientTransformation
 ) -> hpo.AbstractBilevelOptimizer:
     return ALGORITHMS[algorithm](
@@ -137,7 +137,7 @@ def draw_architectures(architecture: Network, count: int, key: PRNGKeyArray) -> 
 
 @eqx.filter_jit
 def train_all(
-    optimizer: hpo.AbstractBilevelOptimizer,
+    algorithm: hpo.AbstractBilevelOptimizer,
     model: Network,
     architectures: Network,
     data: Splits,
@@ -149,9 +149,9 @@ def train_all(
 
     def train_one(architecture: Network) -> Row:
         def step(state: hpo.BilevelState, key: PRNGKeyArray):
-            return optimizer.step(state, train, val, key=key), None
+            return algorithm.step(state, train, val, key=key), None
 
-        state, _ = lax.scan(step, optimizer.init(model, architecture), keys)
+        state, _ = lax.scan(step, algorithm.init(model, architecture), keys)
         return evaluate(state.model, architecture, data)
 
     return eqx.filter_vmap(train_one)(architectures)
@@ -268,9 +268,9 @@ def main(
     algorithm: str = "FirstOrder",
     figure: str = "architecture.png",
 ) -> list[Result]:
-    # Made once: a new optimizer or schedule would be compiled anew.
-    tuner = make_optimizer(algorithm, steps, optax.adam(0.03))
-    fixed = make_optimizer("FirstOrder", steps, optax.set_to_zero())
+    # Made once: a new algorithm or schedule would be compiled anew.
+    tuner = make_algorithm(algorithm, steps, optax.adam(0.03))
+    fixed = make_algorithm("FirstOrder", steps, optax.set_to_zero())
     cooling = optax.exponential_decay(1.0, steps, 0.2)
     relaxations: dict[str, dict[str, Any]] = {
         "softmax": {},

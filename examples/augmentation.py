@@ -169,9 +169,9 @@ def evaluate(model: Any, data: Splits) -> Row:
     return Row(cross_entropy(model, data.val.images, data.val.labels), *accuracies)
 
 
-# Made once: a new schedule or optimizer would be compiled anew.
+# Made once: a new schedule or algorithm would be compiled anew.
 @ft.cache
-def make_optimizer(
+def make_algorithm(
     method: str, steps: int, outer: optax.GradientTransformation
 ) -> hpo.AbstractBilevelOptimizer:
     # The rate falls to zero, so that the last model is not at the mercy of the last
@@ -220,7 +220,7 @@ def tune_all(
     val = hpo.Minibatch(data.val, min(4 * BATCH, size))
     args = (model, make_start(), train, val)
     return {
-        name: hpo.tune(make_optimizer(name, steps, OUTER), *args, steps=steps, key=key)
+        name: hpo.tune(make_algorithm(name, steps, OUTER), *args, steps=steps, key=key)
         for name in METHODS
     }
 
@@ -233,7 +233,7 @@ def compare(data: Splits, steps: int, random: int, seed: int) -> Result:
     drawn = [draw_random(key) for key in jr.split(random_key, random)]
     given = [make_plain(), hpo.unwrap(make_start()), make_plain(**HAND_PICKED)]
     augmentations = stack([*given, *tuned, *drawn])
-    fixed = make_optimizer("T1T2", steps, FIXED)
+    fixed = make_algorithm("T1T2", steps, FIXED)
     trained = train_all(fixed, model, augmentations, data, keys)
     searched = trained.at(slice(3 + len(tuned), None))
     rows = {name: trained.at(i) for i, name in enumerate((NONE, DEFAULT, BY_HAND))}

@@ -194,9 +194,9 @@ def load_data(dataset: str, folder: str | None, size: int, seed: int) -> Data:
     return Data(*(prepare(data) for data in splits))
 
 
-# Made once: a new optimizer would be compiled anew.
+# Made once: a new algorithm would be compiled anew.
 @ft.cache
-def make_optimizers() -> dict[str, Any]:
+def make_algorithms() -> dict[str, Any]:
     problem = hpo.Problem(train_loss, val_loss)
     args = (problem, optax.sgd(0.02, momentum=0.9), optax.adam(0.05))
     nothing = hpo.T1T2(*args[:2], optax.set_to_zero(), inner_steps=INNER_STEPS)
@@ -212,22 +212,22 @@ def train(name: str, task: Task, callback: Callable[..., bool]) -> None:
     """Trains by one method until `callback` says that the time is over. It is called
     after each trial of a search, and as often in a single training. Where nothing is
     searched for, the start is the middle of the range of the searches."""
-    (low, high), optimizers = make_range(), make_optimizers()
+    (low, high), algorithms = make_range(), make_algorithms()
     middle = jax.tree.map(lambda x, y: (x + y) / 2, low, high)
     train, val = (
         hpo.Minibatch(part, min(size, len(part.labels)))
         for part, size in zip(task.data, (BATCH, VAL_BATCH))
     )
     shared: Any = dict(key=task.key, callback=callback, progress=False)
-    if name in optimizers:
+    if name in algorithms:
         shared |= dict(steps=MANY * task.steps, history=task.steps)
-        hpo.tune(optimizers[name], task.net, middle, train, val, **shared)
+        hpo.tune(algorithms[name], task.net, middle, train, val, **shared)
     else:
         factor = FACTOR if name == LONG else 1
         shared |= dict(trials=MANY, steps=factor * task.steps)
         sampler: Any = "tpe" if name == TPE else "random"
-        # Of the optimizer it takes the losses and the way of training.
-        args = (optimizers[DEFAULT], task.net, low, high, train, val)
+        # Of the algorithm it takes the losses and the way of training.
+        args = (algorithms[DEFAULT], task.net, low, high, train, val)
         hpo.search(*args, sampler=sampler, **shared)
 
 

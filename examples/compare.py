@@ -39,7 +39,7 @@ class Setting(NamedTuple):
     inner: Any
     hyperparams: Any
     train: Any
-    optimizers: dict[str, hpo.AbstractBilevelOptimizer]
+    algorithms: dict[str, hpo.AbstractBilevelOptimizer]
 
 
 class Placed(NamedTuple):
@@ -104,7 +104,7 @@ def make_weights(data: Images, steps: int, seed: int) -> Setting:
     # `lineax.CG` takes a curvature below 100 eps P for zero: in single precision, and
     # with this many weights, all of them.
     solve = lx.GMRES(rtol=1e-3, atol=1e-6, restart=10, max_steps=10)
-    optimizers = {
+    algorithms = {
         **make_common(args, steps),
         "Implicit, GMRES 10": hpo.Implicit(*args, **many, linear_solver=solve),
         "Implicit, Neumann 10": hpo.Implicit(
@@ -113,7 +113,7 @@ def make_weights(data: Images, steps: int, seed: int) -> Setting:
     }
     hyperparams = hpo.Interval(jnp.full(size, 0.5), 0.0, 1.0)
     return Setting(
-        problem, inner, hyperparams, data._replace(labels=labels), optimizers
+        problem, inner, hyperparams, data._replace(labels=labels), algorithms
     )
 
 
@@ -122,15 +122,15 @@ def make_decay_and_rate(data: Images, steps: int, seed: int) -> Setting:
     problem = hpo.Problem(regularised_loss, val_loss)
     inner = lambda h: optax.adam(h["rate"])
     args = (problem, inner, OUTER)
-    optimizers = make_common(args, steps)
-    optimizers["ForwardMode"] = hpo.ForwardMode(*args, inner_steps=steps)
+    algorithms = make_common(args, steps)
+    algorithms["ForwardMode"] = hpo.ForwardMode(*args, inner_steps=steps)
     hyperparams = {
         "decay": hpo.Positive(jnp.full(3, 1e-4)),
         "noise": hpo.Positive(0.1),
         "rate": hpo.Positive(1e-3),
     }
     train = hpo.Minibatch(data, min(50, len(data.labels)))
-    return Setting(problem, inner, hyperparams, train, optimizers)
+    return Setting(problem, inner, hyperparams, train, algorithms)
 
 
 SETTINGS: dict[str, Callable[[Images, int, int], Setting]] = {
@@ -151,7 +151,7 @@ def compare(
     placed = []
     for place, state in (("at the start", start), (f"after {warm} steps", later)):
         comparison = hpo.compare_hypergradients(
-            setting.optimizers,
+            setting.algorithms,
             state.model,
             setting.hyperparams,
             setting.train,

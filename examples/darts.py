@@ -262,7 +262,7 @@ def train(
     return lax.scan(step, carry, keys)[0][0]
 
 
-def make_optimizers(
+def make_algorithms(
     inner: optax.GradientTransformation,
 ) -> dict[str, hpo.AbstractBilevelOptimizer]:
     args = hpo.Problem(loss, loss), inner, optax.adam(OUTER_RATE, b1=0.5)
@@ -275,7 +275,7 @@ def make_optimizers(
 def compare(
     data: Splits,
     inner: optax.GradientTransformation,
-    optimizers: dict[str, hpo.AbstractBilevelOptimizer],
+    algorithms: dict[str, hpo.AbstractBilevelOptimizer],
     steps: int,
     random: int,
     seed: int,
@@ -288,18 +288,18 @@ def compare(
     def retrain(cell: Any) -> Row:
         return evaluate(train(inner, model, cell, data.train, keys), cell, data)
 
-    def search(optimizer: hpo.AbstractBilevelOptimizer) -> Search:
+    def search(algorithm: hpo.AbstractBilevelOptimizer) -> Search:
         start = hpo.Choice(jnp.zeros((len(EDGES), len(OPERATIONS))))
         batches = hpo.Minibatch(data.train, BATCH), hpo.Minibatch(data.val, BATCH)
         solution = hpo.tune(
-            optimizer, model, start, *batches, steps=steps, key=tune_key
+            algorithm, model, start, *batches, steps=steps, key=tune_key
         )
         cell = discretise(solution.values)
         relaxed = evaluate(solution.model, solution.values, data)
         discretised = evaluate(solution.model, cell, data)
         return Search(solution, cell, relaxed, discretised, retrain(cell))
 
-    searches = {name: search(x) for name, x in optimizers.items()}
+    searches = {name: search(x) for name, x in algorithms.items()}
     rows = [retrain(draw_cell(key)) for key in jr.split(random_key, random)]
     return Result(searches, rows, retrain(make_largest()))
 
@@ -413,14 +413,14 @@ def main(
     first: int = 0,
     figure: str = "darts.png",
 ) -> list[Result]:
-    # Made once: a new optimizer or schedule would be compiled anew.
+    # Made once: a new algorithm or schedule would be compiled anew.
     rate = optax.cosine_decay_schedule(0.2, steps)
     inner = optax.chain(optax.add_decayed_weights(3e-4), optax.sgd(rate, momentum=0.9))
-    optimizers = make_optimizers(inner)
+    algorithms = make_algorithms(inner)
     results = []
     for seed in range(first, first + seeds):
         data = shrink(load(dataset, folder=folder, size=size, seed=seed))
-        results.append(compare(data, inner, optimizers, steps, random, seed))
+        results.append(compare(data, inner, algorithms, steps, random, seed))
     print_table(results)
     draw(results, figure)
     print(f"\nThe cells of the first seed are in {figure}.")

@@ -70,7 +70,7 @@ class Formulation(NamedTuple):
 
 class Method(NamedTuple):
     formulation: Formulation
-    optimizer: hpo.AbstractBilevelOptimizer
+    algorithm: hpo.AbstractBilevelOptimizer
 
 
 def make_task(seed: int, size: int) -> Task:
@@ -152,7 +152,7 @@ def fit_method(method: Method, task: Task, steps: int) -> Fit:
         errors.append(float(squared_error(weights, task.test)))
 
     solution = hpo.tune(
-        method.optimizer,
+        method.algorithm,
         jnp.zeros(FEATURES),
         formulation.start,
         task.train,
@@ -270,7 +270,7 @@ def main(
     algorithm: str = "T1T2",
     figure: str = "feature_selection.png",
 ) -> dict[str, list[Row]]:
-    # Made once: a new optimizer would be compiled anew.
+    # Made once: a new algorithm would be compiled anew.
     methods = make_methods(k, l1, algorithm)
     rows: dict[str, list[Row]] = {}
     for seed in range(first, first + seeds):

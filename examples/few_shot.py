@@ -318,7 +318,7 @@ def main(
     tasks = jnp.asarray(draw_tasks(train, chosen, shape))
     nets = eqx.filter_vmap(Net)(jnp.stack([jr.key(seed) for seed in chosen]))
     methods = make_methods(horizon, rate, momentum, gammas, reptile)
-    args = methods[ONE_STEP].optimizer
+    args = methods[ONE_STEP].algorithm
     trainer = hpo.FirstOrder(args.problem, args.inner, args.outer, inner_steps=horizon)
     rows = {}
     print_header()

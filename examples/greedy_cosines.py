@@ -107,10 +107,10 @@ def make_methods(
 @eqx.filter_jit
 @eqx.filter_vmap(in_axes=(None, 0))
 def hypergradient(
-    optimizer: hpo.AbstractBilevelOptimizer, task: Task
+    algorithm: hpo.AbstractBilevelOptimizer, task: Task
 ) -> Float[Array, " features"]:
-    state = optimizer.init(task.weights, jnp.full(FEATURES, PENALTY))
-    return optimizer.compute_hypergradient(state, task.train, task.val)
+    state = algorithm.init(task.weights, jnp.full(FEATURES, PENALTY))
+    return algorithm.compute_hypergradient(state, task.train, task.val)
 
 
 def compute_cosines(

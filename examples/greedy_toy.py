@@ -62,10 +62,10 @@ def run_all(inner_steps: tuple[int, ...], steps: int) -> dict[Run, hpo.History]:
     start, target = jnp.full(2, 2.0), jnp.ones(2)
     histories = {}
     for count in inner_steps:
-        for method, optimizer in make_methods(count).items():
+        for method, algorithm in make_methods(count).items():
             for reading, restart in READINGS.items():
                 solution = hpo.tune(
-                    optimizer,
+                    algorithm,
                     start,
                     target,
                     None,

@@ -161,7 +161,7 @@ def accuracy(model: Net, batch: Batch) -> Scalar:
     return jnp.mean(jnp.argmax(model(batch.patches), axis=1) == batch.labels)
 
 
-# Made once: a new optimizer would be compiled anew.
+# Made once: a new algorithm would be compiled anew.
 @ft.cache
 def make_methods() -> dict[str, hpo.AbstractBilevelOptimizer]:
     inner, outer = optax.sgd(0.1, momentum=0.9), optax.adam(0.1)
@@ -248,8 +248,8 @@ def compare(
     if method is exact:
         return 1.0
     x, y = (
-        optimizer.compute_hypergradient(state, problem.train, problem.val)
-        for optimizer in (method, exact)
+        algorithm.compute_hypergradient(state, problem.train, problem.val)
+        for algorithm in (method, exact)
     )
     return float(jnp.vdot(x, y) / jnp.linalg.norm(x) / jnp.linalg.norm(y))
 

@@ -43,8 +43,8 @@ class Data(NamedTuple):
 
 
 class Method(NamedTuple):
-    optimizer: hpo.Implicit
-    tolerance: float | None  # of L-BFGS; `None`: `optimizer` trains by Optax
+    algorithm: hpo.Implicit
+    tolerance: float | None  # of L-BFGS; `None`: `algorithm` trains by Optax
     from_zero: bool = False  # in each update
 
 
@@ -92,7 +92,7 @@ def minimise(
     return solution.value, jnp.asarray(solution.stats["num_steps"])
 
 
-def make_optimizer(
+def make_algorithm(
     inner: optax.GradientTransformation, steps: int, rtol: float = 1e-4
 ) -> hpo.Implicit:
     return hpo.Implicit(
@@ -106,12 +106,12 @@ def make_optimizer(
 
 def make_methods() -> dict[str, Method]:
     # `set_to_zero` leaves the weights where L-BFGS has put them.
-    fixed = make_optimizer(optax.set_to_zero(), 1)
+    fixed = make_algorithm(optax.set_to_zero(), 1)
     methods = {f"L-BFGS {x:g}": Method(fixed, x) for x in TOLERANCES}
     methods[COLD] = Method(fixed, 0.01, from_zero=True)
     for name, (inner, numbers) in OPTAX.items():
         for steps in numbers:
-            methods[f"{name} {steps}"] = Method(make_optimizer(inner, steps), None)
+            methods[f"{name} {steps}"] = Method(make_algorithm(inner, steps), None)
     return methods
 
 
@@ -119,15 +119,15 @@ def advance(
     method: Method, state: hpo.BilevelState, train: Data, val: Data
 ) -> tuple[hpo.BilevelState, int]:
     """One update of the hyperparameters; also the number of inner steps."""
-    optimizer, tolerance, from_zero = method
+    algorithm, tolerance, from_zero = method
     if tolerance is None:
-        return optimizer.step(state, train, val), optimizer.inner_steps
+        return algorithm.step(state, train, val), algorithm.inner_steps
     decay = hpo.unwrap(state.hyperparams)
     start = jnp.zeros_like(state.model) if from_zero else state.model
     fitted, steps = minimise(start, decay, train, jnp.array(tolerance))
     # Not `restart`, which would throw away the start of the linear solver.
     state = eqx.tree_at(lambda s: s.model, state, fitted)
-    return optimizer.step(state, train, val), int(steps)
+    return algorithm.step(state, train, val), int(steps)
 
 
 def measure(
@@ -155,7 +155,7 @@ def measure(
 def start_state(method: Method, data: list[Data]) -> hpo.BilevelState:
     weights = jnp.zeros((data[0].x.shape[1], 10))
     decay = hpo.Interval(jnp.full(weights.shape, START), LOWER, UPPER)
-    return method.optimizer.init(weights, decay)
+    return method.algorithm.init(weights, decay)
 
 
 def tune(method: Method, exact: hpo.Implicit, data: list[Data], updates: int) -> Row:
@@ -265,7 +265,7 @@ def main(
     results: dict[str, list[Row]] = {}
     with jax.enable_x64(True):  # a tight solution needs it
         methods = make_methods()
-        exact = make_optimizer(optax.set_to_zero(), 1, rtol=TIGHT)
+        exact = make_algorithm(optax.set_to_zero(), 1, rtol=TIGHT)
         for seed in range(first, first + seeds):
             data = load_data(size, seed)
             results.setdefault(SHARED, []).append(search_grid(data))

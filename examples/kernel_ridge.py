@@ -114,7 +114,7 @@ def val_loss(dual: Float[Array, " n"], values: Values, batch: Any, key: None) ->
     return squared_error(dual, values, train, val) + penalty * taken_in
 
 
-def make_optimizer() -> hpo.Implicit:
+def make_algorithm() -> hpo.Implicit:
     return hpo.Implicit(
         hpo.Problem(train_loss, val_loss),
         inner=optax.set_to_zero(),
@@ -138,12 +138,12 @@ def differentiate(hyperparams: Values, train: Data, val: Data) -> Values:
 
 
 def compare_gradients(
-    optimizer: hpo.Implicit, state: hpo.BilevelState, task: Task
+    algorithm: hpo.Implicit, state: hpo.BilevelState, task: Task
 ) -> float:
     """The difference of the two hypergradients, relative to their norm."""
     train, val, _ = task
     state = solve_inner(state, train)
-    implicit = optimizer.compute_hypergradient(state, train, (train, val, 0.0))
+    implicit = algorithm.compute_hypergradient(state, train, (train, val, 0.0))
     direct = differentiate(state.hyperparams, train, val)
     pairs = zip(jtu.tree_leaves(implicit), jtu.tree_leaves(direct), strict=True)
     gaps, norms = zip(*((jnp.sum((x - y) ** 2), jnp.sum(y**2)) for x, y in pairs))
@@ -151,15 +151,15 @@ def compare_gradients(
 
 
 def tune(
-    optimizer: hpo.Implicit, task: Task, penalty: float, steps: int
+    algorithm: hpo.Implicit, task: Task, penalty: float, steps: int
 ) -> hpo.BilevelState:
     features, batch = task.train.x.shape[1], (task.train, task.val, penalty)
     start = Values(jnp.full(features, START_SCALE), jnp.array(START_RIDGE))
     hyperparams = Values(*map(hpo.Positive, start))
-    state = optimizer.init(jnp.zeros(len(task.train.y)), hyperparams)
+    state = algorithm.init(jnp.zeros(len(task.train.y)), hyperparams)
     for _ in range(steps):
         state = solve_inner(state, task.train)
-        state = optimizer.step(state, task.train, batch)
+        state = algorithm.step(state, task.train, batch)
     return state
 
 
@@ -196,15 +196,15 @@ def compare_scikit(values: Values, task: Task) -> float:
 
 
 def run(
-    optimizer: hpo.Implicit, task: Task, penalty: float, steps: int
+    algorithm: hpo.Implicit, task: Task, penalty: float, steps: int
 ) -> dict[str, Row]:
     rows = {LINEAR: fit_linear(task), SHARED: assess(search_grid(task), task)}
     gaps = []
     for name, strength in {EACH: 0.0, PENALISED: penalty}.items():
-        state = tune(optimizer, task, strength, steps)
+        state = tune(algorithm, task, strength, steps)
         values = hpo.unwrap(state.hyperparams)
         rows[name] = assess(values, task)
-        gap = compare_gradients(optimizer, state, task)
+        gap = compare_gradients(algorithm, state, task)
         gaps.append((gap, compare_scikit(values, task)))
     gradient, prediction = np.max(gaps, axis=0)
     print(f"difference of the hypergradients {gradient:.0e}, relative; ", end="")
@@ -255,10 +255,10 @@ def main(
 ) -> dict[str, list[Row]]:
     results: dict[str, list[Row]] = {}
     with jax.enable_x64(not single):
-        optimizer = make_optimizer()  # once: a new one would be compiled anew
+        algorithm = make_algorithm()  # once: a new one would be compiled anew
         for seed in range(first, first + seeds):
             task = make_task(data, seed)
-            for name, row in run(optimizer, task, penalty, steps).items():
+            for name, row in run(algorithm, task, penalty, steps).items():
                 results.setdefault(name, []).append(row)
     print_table(results)
     draw(results, figure)

@@ -147,12 +147,12 @@ def choose_from_grid(
 
 
 def train_online(
-    optimizer: hpo.T1T2, model: Any, batches: hpo.Minibatch, val: Data, steps: int
+    algorithm: hpo.T1T2, model: Any, batches: hpo.Minibatch, val: Data, steps: int
 ) -> Course:
     """A rate for each layer, moved after each training step by a look one step back."""
     hyperparams = hpo.Positive(jnp.full(LAYERS, START))
     solution = hpo.tune(
-        optimizer, model, hyperparams, batches, val, steps=steps, key=None, history=1
+        algorithm, model, hyperparams, batches, val, steps=steps, key=None, history=1
     )
     history, every = solution.history, steps // POINTS
     losses = history.val_loss[every - 1 :: every]
@@ -160,17 +160,17 @@ def train_online(
 
 
 def learn_schedule(
-    optimizer: hpo.ForwardMode, model: Any, train: Any, val: Data, updates: int
+    algorithm: hpo.ForwardMode, model: Any, train: Any, val: Data, updates: int
 ) -> Float[Array, "steps layers"]:
     """A rate for each window and layer, moved after each complete training."""
     hyperparams = hpo.Positive(jnp.full((WINDOWS, LAYERS), START))
     solution = hpo.tune(
-        optimizer, model, hyperparams, train, val, steps=updates, key=None, restart=1
+        algorithm, model, hyperparams, train, val, steps=updates, key=None, restart=1
     )
-    return jnp.repeat(solution.values, optimizer.inner_steps // WINDOWS, axis=0)
+    return jnp.repeat(solution.values, algorithm.inner_steps // WINDOWS, axis=0)
 
 
-def make_optimizers(steps: int, updates: int) -> tuple[hpo.T1T2, hpo.ForwardMode]:
+def make_algorithms(steps: int, updates: int) -> tuple[hpo.T1T2, hpo.ForwardMode]:
     problem = hpo.Problem(loss, loss)
     # Each update of the schedule sees another order of the batches. The falling rate
     # averages over them.
@@ -182,11 +182,11 @@ def make_optimizers(steps: int, updates: int) -> tuple[hpo.T1T2, hpo.ForwardMode
 
 
 def compare(
-    data: list[Data], steps: int, updates: int, seed: int, optimizers: Any
+    data: list[Data], steps: int, updates: int, seed: int, algorithms: Any
 ) -> dict[str, Row]:
     """Finds rates on one order of the batches, or on many, and trains on a new one."""
     train, val, _ = data
-    pixels, (online, schedule) = train.x.shape[1], optimizers
+    pixels, (online, schedule) = train.x.shape[1], algorithms
     model, other = make_model(pixels, seed), make_model(pixels, seed + 1000)
     search, final = (make_batches(train, 2 * seed + i) for i in range(2))
     order = hpo.Stacked(jax.vmap(lambda i: search.draw(i, i, None))(jnp.arange(steps)))
@@ -281,11 +281,11 @@ def main(
 ) -> dict[str, list[Row]]:
     if steps % POINTS or steps % WINDOWS:
         raise SystemExit(f"`steps` must be a multiple of {POINTS} and of {WINDOWS}.")
-    optimizers = make_optimizers(steps, updates)
+    algorithms = make_algorithms(steps, updates)
     results: dict[str, list[Row]] = {}
     for seed in range(first, first + seeds):
         data = load_data(dataset, folder, size, seed)
-        for name, row in compare(data, steps, updates, seed, optimizers).items():
+        for name, row in compare(data, steps, updates, seed, algorithms).items():
             results.setdefault(name, []).append(row)
     print_table(results)
     draw(results, figure)

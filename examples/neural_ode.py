@@ -170,7 +170,7 @@ def make_task(seed: Int[Array, ""], size: int) -> Task:
     return Task(train, val, test, pick(exact, *ends[-1]))
 
 
-def make_optimizer() -> hpo.T1T2:
+def make_algorithm() -> hpo.T1T2:
     # The rate is part of the state, so that one compiled step can tune or not.
     outer = optax.inject_hyperparams(optax.adam)(learning_rate=0.0)
     return hpo.T1T2(hpo.Problem(train_loss, val_loss), optax.adam(1e-2), outer)
@@ -179,7 +179,7 @@ def make_optimizer() -> hpo.T1T2:
 @eqx.filter_jit
 @eqx.filter_vmap(in_axes=(None, 0, 0, 0, None))
 def train(
-    optimizer: hpo.T1T2,
+    algorithm: hpo.T1T2,
     seed: Int[Array, ""],
     task: Task,
     values: Regularisation,
@@ -187,14 +187,14 @@ def train(
 ) -> Course:
     net_key, step_key = jr.split(jr.fold_in(jr.key(seed), 1))
     net = eqx.nn.MLP(2, 2, WIDTH, LAYERS - 1, jnp.tanh, key=net_key)
-    state = optimizer.init(net, jtu.tree_map(hpo.Positive, values))
+    state = algorithm.init(net, jtu.tree_map(hpo.Positive, values))
     where = lambda state: state.outer_opt_state.hyperparams["learning_rate"]
     dynamic, static = eqx.partition(state, eqx.is_array)
 
     def step(dynamic, rate_and_key):
         rate, key = rate_and_key
         state = eqx.tree_at(where, eqx.combine(dynamic, static), rate)
-        state = optimizer.step(state, task.train, task.val, key=key)
+        state = algorithm.step(state, task.train, task.val, key=key)
         report = hpo.unwrap(state.hyperparams), state.metrics.val_loss
         return eqx.filter(state, eqx.is_array), report
 
@@ -275,13 +275,13 @@ def main(
     figure: str = "neural_ode.png",
 ) -> dict[str, Row]:
     keys = jnp.arange(first, first + seeds)
-    task, optimizer = make_task(keys, size), make_optimizer()
+    task, algorithm = make_task(keys, size), make_algorithm()
     curvature, noise, decay = (jnp.full(seeds, x) for x in STARTS[start])
     values = Regularisation(curvature, noise, jnp.tile(decay[:, None], LAYERS))
 
     def run(values: Regularisation, rate: float) -> Row:
         rates = jnp.where(jnp.arange(steps) < warmup, 0.0, rate)
-        course = train(optimizer, keys, task, values, rates)
+        course = train(algorithm, keys, task, values, rates)
         return assess(course, task)
 
     rows = {FIXED: run(values, 0.0), TUNED: run(values, rate)}

@@ -74,7 +74,7 @@ def flatten(images: Any) -> Float[Array, "n pixels"]:
     return jnp.reshape(images, (len(images), -1))
 
 
-def make_optimizer(steps: int, outer: optax.GradientTransformation) -> hpo.T1T2:
+def make_algorithm(steps: int, outer: optax.GradientTransformation) -> hpo.T1T2:
     # The rate falls to zero, so that the last model is not at the mercy of the last
     # few batches and a comparison of accuracies means something.
     schedule = optax.cosine_decay_schedule(0.05, steps * INNER_STEPS)
@@ -103,10 +103,10 @@ def compare(
     train = hpo.Minibatch(data.train, batch_size=min(64, len(data.train.labels)))
     val = hpo.Minibatch(data.val, batch_size=min(256, len(data.val.labels)))
 
-    def run(optimizer: hpo.T1T2, values: Regularisation) -> Row:
+    def run(algorithm: hpo.T1T2, values: Regularisation) -> Row:
         hyperparams = jax.tree.map(hpo.Positive, values)
         solution = hpo.tune(
-            optimizer,
+            algorithm,
             model,
             hyperparams,
             train,
@@ -180,8 +180,8 @@ def main(
     figure: str = "quickstart.png",
 ) -> dict[str, Row]:
     data = load(dataset, folder=folder, size=size, seed=seed)
-    tuner = make_optimizer(steps, outer=optax.adam(0.05))
-    fixed = make_optimizer(steps, outer=optax.set_to_zero())
+    tuner = make_algorithm(steps, outer=optax.adam(0.05))
+    fixed = make_algorithm(steps, outer=optax.set_to_zero())
     start = make_start(decay=1e-4, noise=0.1)
     rows = compare(data, start, tuner, fixed, steps=steps, seed=seed)
     print_table(rows)

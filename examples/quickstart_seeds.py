@@ -44,9 +44,9 @@ def main(
     seeds: int = 5,
     first: int = 0,
 ) -> dict[str, dict[str, list[float]]]:
-    # Made once: a new optimizer would be compiled anew.
-    tuner = make_optimizer(steps, outer=optax.adam(0.05))
-    fixed = make_optimizer(steps, outer=optax.set_to_zero())
+    # Made once: a new algorithm would be compiled anew.
+    tuner = make_algorithm(steps, outer=optax.adam(0.05))
+    fixed = make_algorithm(steps, outer=optax.set_to_zero())
     results = {}
     for name, (decay, noise) in STARTS.items():
         results[name] = {}

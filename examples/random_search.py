@@ -49,7 +49,7 @@ class Model(NamedTuple):
 
 
 class Method(NamedTuple):
-    optimizer: hpo.AbstractBilevelOptimizer
+    algorithm: hpo.AbstractBilevelOptimizer
     steps: int
     restart: int | None
     history: int  # steps between two complete trainings
@@ -163,7 +163,7 @@ def tune(
     recorder = Recorder(retrain)
     options: Any = dict(progress=False, callback=recorder, history=method.history)
     options |= dict(steps=steps or method.steps, restart=method.restart)
-    hpo.tune(method.optimizer, MODEL, start, *data[:2], key=None, **options)
+    hpo.tune(method.algorithm, MODEL, start, *data[:2], key=None, **options)
     return recorder.points
 
 

@@ -136,7 +136,7 @@ def load_flat(dataset: str, folder: str | None, size: int, seed: int) -> Splits:
     return Splits(*(Images(x.images[:TEST], x.labels[:TEST]) for x in flat))
 
 
-def make_optimizers(steps: int) -> dict[str, Any]:
+def make_algorithms(steps: int) -> dict[str, Any]:
     problem = hpo.Problem(train_loss, val_loss)
     schedule = optax.cosine_decay_schedule(0.05, steps * INNER_STEPS)
     inner, outer = optax.sgd(schedule, momentum=0.9), optax.adam(0.03)
@@ -149,7 +149,7 @@ def make_optimizers(steps: int) -> dict[str, Any]:
     }
 
 
-def run(optimizer: Any, values: Any, data: Splits, steps: int, seed: int) -> Run:
+def run(algorithm: Any, values: Any, data: Splits, steps: int, seed: int) -> Run:
     """All runs of a seed start from the same weights and see the same batches."""
     model_key, tune_key = jr.split(jr.key(seed))
     network = make_network(data.train.images.shape[1], values, model_key)
@@ -163,7 +163,7 @@ def run(optimizer: Any, values: Any, data: Splits, steps: int, seed: int) -> Run
         test_losses.append(float(assess(now, data.test).loss))
 
     options: Any = dict(history=max(1, steps // RECORDS), callback=record)
-    args, start = (optimizer, rest, hyperparams, train, val), time.process_time()
+    args, start = (algorithm, rest, hyperparams, train, val), time.process_time()
     solution = hpo.tune(*args, steps=steps, key=tune_key, **options)
     seconds = time.process_time() - start
     final = eqx.combine(solution.model, solution.values)
@@ -178,14 +178,14 @@ def run(optimizer: Any, values: Any, data: Splits, steps: int, seed: int) -> Run
 
 
 def compare(
-    optimizers: dict[str, Any], data: Splits, steps: int, seed: int
+    algorithms: dict[str, Any], data: Splits, steps: int, seed: int
 ) -> dict[str, Run]:
-    fixed = lambda values: run(optimizers[DEFAULT], values, data, steps, seed)
+    fixed = lambda values: run(algorithms[DEFAULT], values, data, steps, seed)
     runs = {NONE: fixed(NOTHING), DEFAULT: fixed(DEFAULTS)}
     tried = [fixed((*DEFAULTS[:2], rate)) for rate in RATES]
     runs[SEARCHED] = min([runs[DEFAULT], *tried], key=lambda x: x.val.loss)
     for name in LOOKS:
-        runs[name] = run(optimizers[name], DEFAULTS, data, steps, seed)
+        runs[name] = run(algorithms[name], DEFAULTS, data, steps, seed)
     return runs | {RETRAINED: fixed(runs[T1T2].course[..., -1])}
 
 
@@ -201,7 +201,7 @@ def print_tables(results: dict[str, list[Run]]) -> None:
         val = describe([100 * x.val.accuracy for x in runs], 2)
         test = describe([100 * x.test.accuracy for x in runs], 2)
         loss = describe([x.test.loss for x in runs], 3)
-        # The first run of an optimizer compiles.
+        # The first run of an algorithm compiles.
         seconds = np.median([x.seconds for x in runs])
         print(f"{name:20}{val:>15}{test:>15}{loss:>17}{seconds:8.1f}")
     for number, label in enumerate(KINDS.values()):
@@ -258,11 +258,11 @@ def main(
     first: int = 0,
     figure: str = "regularisation.png",
 ) -> dict[str, list[Run]]:
-    optimizers = make_optimizers(steps)
+    algorithms = make_algorithms(steps)
     results: dict[str, list[Run]] = {}
     for seed in range(first, first + seeds):
         data = load_flat(dataset, folder, size, seed)
-        for name, result in compare(optimizers, data, steps, seed).items():
+        for name, result in compare(algorithms, data, steps, seed).items():
             results.setdefault(name, []).append(result)
     print_tables(results)
     draw(results, figure)

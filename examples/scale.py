@@ -87,23 +87,23 @@ def train_plain(state: Plain, train: Data, val: Data) -> Plain:
 
 def make_methods() -> dict[str, Method]:
     args = (hpo.Problem(train_loss, val_loss), INNER, OUTER)
-    optimizers = {
+    algorithms = {
         T1T2: hpo.T1T2(*args, inner_steps=INNER_STEPS),
         GREEDY: hpo.Greedy(*args, inner_steps=INNER_STEPS),
         DISTILL: hpo.HyperDistill(*args, inner_steps=INNER_STEPS, **ONE_FIT),
     }
     return {PLAIN: Method(start_plain, train_plain)} | {
-        name: Method(wrap_init(optimizer), wrap_step(optimizer))
-        for name, optimizer in optimizers.items()
+        name: Method(wrap_init(algorithm), wrap_step(algorithm))
+        for name, algorithm in algorithms.items()
     }
 
 
-def wrap_init(optimizer: Any) -> Callable[..., Any]:
-    return lambda model, decay, train: optimizer.init(model, decay, train=train)
+def wrap_init(algorithm: Any) -> Callable[..., Any]:
+    return lambda model, decay, train: algorithm.init(model, decay, train=train)
 
 
-def wrap_step(optimizer: Any) -> Callable[..., Any]:
-    return lambda state, train, val: optimizer.step(state, train, val)
+def wrap_step(algorithm: Any) -> Callable[..., Any]:
+    return lambda state, train, val: algorithm.step(state, train, val)
 
 
 def make_data(width: int, batch: int, seed: int) -> tuple[Model, Data, Data]:

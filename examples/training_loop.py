@@ -127,7 +127,7 @@ def make_values() -> Regularisation:
 
 
 @functools.cache  # what is compiled belongs to the Optax functions in it
-def make_optimizer(every: int) -> hpo.T1T2:
+def make_algorithm(every: int) -> hpo.T1T2:
     problem = hpo.Problem(train_loss, val_loss)
     return hpo.T1T2(problem, INNER, outer=optax.adam(OUTER_RATE * every))
 
@@ -144,7 +144,7 @@ def plain_steps(
 
 
 def tuned_steps(
-    optimizer: hpo.T1T2, state: hpo.BilevelState, data: Splits, every: int, seed: int
+    algorithm: hpo.T1T2, state: hpo.BilevelState, data: Splits, every: int, seed: int
 ) -> Iterator[tuple[int, hpo.BilevelState]]:
     """The same, but by the library where `every` divides the step. There the state that
     comes with it is that of the step; in between it is an earlier one."""
@@ -157,7 +157,7 @@ def tuned_steps(
         if step % every == 0:
             where = lambda state: (state.model, state.inner_opt_state)
             state = eqx.tree_at(where, state, inner)
-            state = optimizer.step(state, batch, next(val), key=key)
+            state = algorithm.step(state, batch, next(val), key=key)
             inner, values = where(state), hpo.unwrap(state.hyperparams)
         else:
             *new, _ = train_step(*inner, values, batch, key)
@@ -194,13 +194,13 @@ def train_tuned(
     interrupt: int | None = None,
 ) -> Run:
     """The files in `folder` are all that it needs to go on."""
-    optimizer, log = make_optimizer(every), []
-    state = best = optimizer.init(model, jax.tree.map(hpo.Positive, make_values()))
+    algorithm, log = make_algorithm(every), []
+    state = best = algorithm.init(model, jax.tree.map(hpo.Positive, make_values()))
     if resume:
         state = hpo.load(folder / "last.eqx", like=state)
         best = hpo.load(folder / "best.eqx", like=state)
     lowest = validate(best.model, data.val)
-    for step, state in tuned_steps(optimizer, state, data, every, seed):
+    for step, state in tuned_steps(algorithm, state, data, every, seed):
         if step % LOG_EVERY == 0:
             val, metrics = validate(state.model, data.val), state.metrics
             report = float(metrics.train_loss), val, float(metrics.hypergradient_norm)
@@ -237,9 +237,9 @@ def measure_seconds(model: eqx.nn.MLP, data: Splits) -> dict[Any, np.ndarray]:
     """CPU seconds for a step, in alternating blocks of plain training and each n."""
     loops: dict[Any, Iterator[Any]] = {PLAIN: plain_steps(model, data, 0)}
     for every in EVERY:
-        optimizer = make_optimizer(every)
-        state = optimizer.init(model, jax.tree.map(hpo.Positive, make_values()))
-        loops[every] = tuned_steps(optimizer, state, data, every, 0)
+        algorithm = make_algorithm(every)
+        state = algorithm.init(model, jax.tree.map(hpo.Positive, make_values()))
+        loops[every] = tuned_steps(algorithm, state, data, every, 0)
     seconds = {name: [] for name in loops}
     for _ in range(TIMED_BLOCKS + 1):
         for name, loop in loops.items():

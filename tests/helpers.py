@@ -80,13 +80,13 @@ def hand_unrolled(problem, inner, model, hyperparams, train, val, steps):
     return jax.jit(jax.grad(loss))(raw)
 
 
-def step_temporaries(optimizer, state, case) -> int:
+def step_temporaries(algorithm, state, case) -> int:
     """The temporary memory of a step, in bytes."""
     carried, static = eqx.partition(state, eqx.is_array)
 
     def step(carried):
         state = eqx.combine(carried, static)
-        return arrays(optimizer.step(state, case.train, case.val))
+        return arrays(algorithm.step(state, case.train, case.val))
 
     memory = jax.jit(step).lower(carried).compile().memory_analysis()
     assert memory is not None

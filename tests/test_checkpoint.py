@@ -11,9 +11,9 @@ from .problems import ridge
 
 def _state(inner=optax.adam(0.1), features=6):
     case = ridge(features)
-    optimizer = hpo.T1T2(case.problem, inner, optax.adam(0.1))
-    state = optimizer.init(case.model, case.hyperparams)
-    return optimizer.step(state, case.train, case.val), state
+    algorithm = hpo.T1T2(case.problem, inner, optax.adam(0.1))
+    state = algorithm.init(case.model, case.hyperparams)
+    return algorithm.step(state, case.train, case.val), state
 
 
 def test_round_trip_bit_for_bit(tmp_path):

@@ -99,9 +99,9 @@ def test_within_a_run_the_values_of_placeholders_stay_in_their_sets():
             (model - noise[3]) ** 2
         )
 
-    optimizer = hpo.FirstOrder(hpo.Problem(loss, loss), optax.sgd(0.1), outer)
+    algorithm = hpo.FirstOrder(hpo.Problem(loss, loss), optax.sgd(0.1), outer)
     solution = hpo.tune(
-        optimizer,
+        algorithm,
         jnp.ones(()),
         hyperparams,
         None,

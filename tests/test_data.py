@@ -64,14 +64,14 @@ def test_each_inner_step_gets_a_fresh_batch(replacement, getkey):
     """A model that adds up what it sees."""
     data = hpo.Minibatch(jnp.arange(100.0), 10, replacement=replacement)
     loss = lambda w, h, batch, key: h * w * jnp.sum(batch)
-    optimizer = hpo.T1T2(
+    algorithm = hpo.T1T2(
         hpo.Problem(loss, loss), optax.sgd(1.0), optax.set_to_zero(), inner_steps=5
     )
-    state = optimizer.init(jnp.array(0.0), 1.0)
+    state = algorithm.init(jnp.array(0.0), 1.0)
     seen = []
     for i in range(2):
         before = state.model
-        state = optimizer.step(state, data, data, key=jr.fold_in(getkey(), i))
+        state = algorithm.step(state, data, data, key=jr.fold_in(getkey(), i))
         seen.append(float(before - state.model))
     if replacement:
         assert seen[0] != seen[1]
@@ -86,9 +86,9 @@ def test_stacked_gives_one_batch_to_each_inner_step():
     parts = [(x[i : i + 8], y[i : i + 8]) for i in (0, 8, 16)]
     stacked = hpo.Stacked(jax.tree_util.tree_map(lambda *p: np.stack(p), *parts))
     inner = optax.sgd(0.1, momentum=0.9)
-    optimizer = hpo.T1T2(case.problem, inner, optax.sgd(0.1), inner_steps=3)
-    got = optimizer.step(
-        optimizer.init(case.model, case.hyperparams), stacked, case.val
+    algorithm = hpo.T1T2(case.problem, inner, optax.sgd(0.1), inner_steps=3)
+    got = algorithm.step(
+        algorithm.init(case.model, case.hyperparams), stacked, case.val
     )
     single = hpo.T1T2(case.problem, inner, optax.set_to_zero())
     state = single.init(case.model, case.hyperparams)
@@ -119,18 +119,18 @@ def test_bad_data(make, match):
 
 def test_bad_data_in_a_step():
     case = ridge()
-    optimizer = hpo.T1T2(case.problem, optax.sgd(0.1), optax.sgd(0.1), inner_steps=3)
-    state = optimizer.init(case.model, case.hyperparams)
+    algorithm = hpo.T1T2(case.problem, optax.sgd(0.1), optax.sgd(0.1), inner_steps=3)
+    state = algorithm.init(case.model, case.hyperparams)
     empty = (jnp.zeros((0, 6)), jnp.zeros(0))
     with pytest.raises(ValueError, match=r"`train` is empty.*\(0, 6\)"):
-        optimizer.step(state, empty, case.val)
+        algorithm.step(state, empty, case.val)
     with pytest.raises(ValueError, match="`val` is empty"):
-        optimizer.step(state, case.train, empty)
+        algorithm.step(state, case.train, empty)
     two = hpo.Stacked((jnp.zeros((2, 4, 6)), jnp.zeros((2, 4))))
     with pytest.raises(ValueError, match="2 batches.*3 inner steps"):
-        optimizer.step(state, two, case.val)
+        algorithm.step(state, two, case.val)
     with pytest.raises(ValueError, match="`key` is missing"):
-        optimizer.step(state, hpo.Minibatch(case.train, 4), case.val)
+        algorithm.step(state, hpo.Minibatch(case.train, 4), case.val)
 
 
 def test_numpy_data_goes_to_the_device():

@@ -24,17 +24,17 @@ def count_flops_once(request, monkeypatch):
         monkeypatch.setattr(_diagnostics, "_LARGEST_UNROLL", 0)
 
 
-def _compare(optimizers, case=None, train=None, val=None, **kwargs):
+def _compare(algorithms, case=None, train=None, val=None, **kwargs):
     case = logistic() if case is None else case
     train = case.train if train is None else train
     val = case.val if val is None else val
     kwargs = {"key": None, "repeats": 1, **kwargs}
     return hpo.compare_hypergradients(
-        optimizers, case.model, case.hyperparams, train, val, **kwargs
+        algorithms, case.model, case.hyperparams, train, val, **kwargs
     )
 
 
-def _optimizers(inner, problem):
+def _algorithms(inner, problem):
     args = (problem, inner, OUTER)
     return {
         "one step": hpo.T1T2(*args),
@@ -47,7 +47,7 @@ def _optimizers(inner, problem):
 @pytest.mark.slow
 def test_exact_algorithms_are_exact_however_they_cut_it():
     case, inner = logistic(), optax.adam(0.1)
-    got = _compare(_optimizers(inner, case.problem))
+    got = _compare(_algorithms(inner, case.problem))
     rows = {row.name: row for row in got.rows}
     assert list(rows) == ["one step", "exact", "forward", "greedy"]
     for name in ("exact", "forward"):
@@ -66,9 +66,9 @@ def test_exact_algorithms_are_exact_however_they_cut_it():
 
 def test_the_one_step_row_is_the_last_hypergradient_of_the_training():
     case, inner = ridge(), optax.sgd(0.1, momentum=0.9)
-    optimizers = _optimizers(inner, case.problem)
+    algorithms = _algorithms(inner, case.problem)
     many = hpo.T1T2(case.problem, inner, OUTER, inner_steps=STEPS)
-    got = _compare([optimizers["one step"], many], case)
+    got = _compare([algorithms["one step"], many], case)
     assert [row.name for row in got.rows] == ["T1T2 (1)", "T1T2 (2)"]
     first, second = got.rows
     assert math.isclose(first.cosine, second.cosine, rel_tol=1e-12)
@@ -91,13 +91,13 @@ def test_random_losses_and_batches_have_a_reference_of_their_own():
 
     case, problem = ridge(), hpo.Problem(train_loss, val_loss)
     args = (problem, optax.sgd(0.05, momentum=0.5), OUTER)
-    optimizers = [
+    algorithms = [
         hpo.Unrolled(*args, inner_steps=STEPS),
         hpo.ForwardMode(*args),
         hpo.ForwardMode(*args, inner_steps=2),
     ]
     got = hpo.compare_hypergradients(
-        optimizers,
+        algorithms,
         case.model,
         {"noise": hpo.Positive(0.3)},
         hpo.Minibatch(case.train, 4),
@@ -120,11 +120,11 @@ def test_central_differences_as_the_reference():
 
 def test_in_the_middle_of_a_training():
     case, inner = ridge(), optax.sgd(0.1, momentum=0.9)
-    optimizer = hpo.Unrolled(case.problem, inner, optax.set_to_zero(), inner_steps=3)
-    state = optimizer.init(case.model, case.hyperparams)
-    state = optimizer.step(state, case.train, case.val)
+    algorithm = hpo.Unrolled(case.problem, inner, optax.set_to_zero(), inner_steps=3)
+    state = algorithm.init(case.model, case.hyperparams)
+    state = algorithm.step(state, case.train, case.val)
     got = hpo.compare_hypergradients(
-        [optimizer],
+        [algorithm],
         state.model,
         state.hyperparams,
         case.train,
@@ -133,7 +133,7 @@ def test_in_the_middle_of_a_training():
         inner_opt_state=state.inner_opt_state,
         repeats=1,
     )
-    expected = optimizer.compute_hypergradient(state, case.train, case.val)
+    expected = algorithm.compute_hypergradient(state, case.train, case.val)
     assert relative_error(got.exact, expected) < 1e-12
     assert got.rows[0].relative_error < 1e-12
 
@@ -141,12 +141,12 @@ def test_in_the_middle_of_a_training():
 def test_schedules_and_implicit():
     case = ridge()
     hyperparams = {"penalty": jnp.stack([case.hyperparams["penalty"]] * 2)}
-    optimizer = hpo.ForwardMode(case.problem, optax.sgd(0.1), OUTER, sharing=2)
+    algorithm = hpo.ForwardMode(case.problem, optax.sgd(0.1), OUTER, sharing=2)
     longer = hpo.ForwardMode(
         case.problem, optax.sgd(0.1), OUTER, inner_steps=3, sharing=2
     )
     got = hpo.compare_hypergradients(
-        [optimizer, longer],
+        [algorithm, longer],
         case.model,
         hyperparams,
         case.train,
@@ -179,7 +179,7 @@ def test_a_step_that_is_skipped_is_not_a_number():
     "change, match",
     [
         (dict(inner_steps=3), "no multiple"),
-        (dict(optimizers={}), "empty"),
+        (dict(algorithms={}), "empty"),
         (dict(reference="exact"), "reference"),
         (dict(repeats=0), "`repeats`"),
     ],
@@ -187,12 +187,12 @@ def test_a_step_that_is_skipped_is_not_a_number():
 def test_bad_arguments(change, match):
     case = ridge()
     args = (case.problem, optax.sgd(0.1), OUTER)
-    optimizers = [
+    algorithms = [
         hpo.T1T2(*args, inner_steps=4),
         hpo.T1T2(*args, inner_steps=change.pop("inner_steps", 2)),
     ]
     with pytest.raises((ValueError, TypeError), match=match):
-        _compare(change.pop("optimizers", optimizers), case, **change)
+        _compare(change.pop("algorithms", algorithms), case, **change)
 
 
 def test_a_meta_learner_is_refused():
@@ -212,9 +212,9 @@ def test_convolutions_are_unrolled_on_cpus():
 
     problem = hpo.Problem(loss, lambda w, h, batch, key: jnp.sum((w - 1) ** 2))
     model, batch = jnp.ones((1, 1, 3, 3)), jnp.ones((2, 1, 5, 5))
-    optimizer = hpo.Greedy(problem, optax.sgd(0.01), OUTER, inner_steps=3)
-    state = optimizer.init(model, 0.1)
+    algorithm = hpo.Greedy(problem, optax.sgd(0.01), OUTER, inner_steps=3)
+    state = algorithm.init(model, 0.1)
     rolled = hpo.Greedy(problem, optax.sgd(0.01), OUTER, inner_steps=3, unroll=1)
-    for optimizer, loops in ((optimizer, False), (rolled, True)):
-        step = lambda state: optimizer.step(state, batch, batch)
+    for algorithm, loops in ((algorithm, False), (rolled, True)):
+        step = lambda state: algorithm.step(state, batch, batch)
         assert ("stablehlo.while" in jax.jit(step).lower(state).as_text()) == loops

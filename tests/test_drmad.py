@@ -21,9 +21,9 @@ INNER = {
 
 def _hypergradient(algorithm, case, inner, inner_steps):
     hyperparams = {**case.hyperparams, "rate": hpo.Positive(0.05)}
-    optimizer = algorithm(case.problem, inner, OUTER, inner_steps=inner_steps)
-    state = optimizer.init(case.model, hyperparams)
-    return optimizer.compute_hypergradient(state, case.train, case.val)
+    algorithm = algorithm(case.problem, inner, OUTER, inner_steps=inner_steps)
+    state = algorithm.init(case.model, hyperparams)
+    return algorithm.compute_hypergradient(state, case.train, case.val)
 
 
 @pytest.mark.parametrize("inner", INNER)
@@ -111,9 +111,9 @@ def test_temporaries_do_not_grow_with_the_inner_steps():
 
     def temporaries(inner_steps):
         inner = optax.adam(0.1)
-        optimizer = hpo.DrMAD(case.problem, inner, OUTER, inner_steps=inner_steps)
-        state = optimizer.init(case.model, case.hyperparams)
-        return step_temporaries(optimizer, state, case)
+        algorithm = hpo.DrMAD(case.problem, inner, OUTER, inner_steps=inner_steps)
+        state = algorithm.init(case.model, case.hyperparams)
+        return step_temporaries(algorithm, state, case)
 
     assert temporaries(1000) <= 1.05 * temporaries(10)
 
@@ -123,9 +123,9 @@ def test_a_second_moment_that_is_zero_passes_nothing_on():
     problem = hpo.Problem(
         lambda w, h, batch, key: h * w[0] ** 2, lambda w, h, batch, key: jnp.sum(w**2)
     )
-    optimizer = hpo.DrMAD(problem, optax.adam(0.1), OUTER, inner_steps=3)
-    state = optimizer.init(jnp.ones(2), 0.5)
-    levels = make_levels(optimizer, state.model, None, None, state.step, None)
+    algorithm = hpo.DrMAD(problem, optax.adam(0.1), OUTER, inner_steps=3)
+    state = algorithm.init(jnp.ones(2), 0.5)
+    levels = make_levels(algorithm, state.model, None, None, state.step, None)
     inner = hpo.InnerState(state.model, state.inner_opt_state, None)
     cotangent = end_cotangent(inner, (jnp.ones(2), None))
     before, product = pull_back(

@@ -314,9 +314,9 @@ def test_kernel_ridge(example, tmp_path, capsys):
     assert scale[:3].max() < scale[5:].min()
     with jax.enable_x64(True):
         task = kernel_ridge.make_task("diabetes", 0)
-        optimizer = kernel_ridge.make_optimizer()
-        state = kernel_ridge.tune(optimizer, task, 0.0, 2)
-        assert kernel_ridge.compare_gradients(optimizer, state, task) < 1e-9
+        algorithm = kernel_ridge.make_algorithm()
+        state = kernel_ridge.tune(algorithm, task, 0.0, 2)
+        assert kernel_ridge.compare_gradients(algorithm, state, task) < 1e-9
         task = kernel_ridge.make_task("friedman", 0)
         assert kernel_ridge.compare_scikit(each.values, task) < 1e-8
     assert "refitted" in capsys.readouterr().out
@@ -394,11 +394,11 @@ def test_learning_rates(example, tmp_path, capsys, monkeypatch):
     rates = example("learning_rates")
     learn, start = rates.learn_schedule, np.full((200, 2), rates.START, np.float32)
 
-    def learn_or_start(optimizer, model, train, val, updates):
+    def learn_or_start(algorithm, model, train, val, updates):
         """The start, in place of a schedule for one order of the batches."""
         if isinstance(train, rates.hpo.Stacked):
             return rates.jnp.asarray(start)
-        return learn(optimizer, model, train, val, updates)
+        return learn(algorithm, model, train, val, updates)
 
     monkeypatch.setattr(rates, "learn_schedule", learn_or_start)
     monkeypatch.setattr(rates, "SCHEDULE_RATE", 0.3)  # few updates, so larger ones
@@ -592,7 +592,7 @@ def test_training_loop(example, tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_library_at_every_nth_step(example, monkeypatch):
-    """Is one optimizer with n inner steps, where the losses draw nothing."""
+    """Is one algorithm with n inner steps, where the losses draw nothing."""
     import equinox as eqx
     import eqx_hpo as hpo
 
@@ -603,14 +603,14 @@ def test_library_at_every_nth_step(example, monkeypatch):
     data = example("image_data").load("digits", size=100)
     model = loop.make_model(data.train, 16, 0)
     start = jax.tree.map(hpo.Positive, loop.make_values())
-    optimizer = loop.make_optimizer(5)
-    own = optimizer.init(model, start)
+    algorithm = loop.make_algorithm(5)
+    own = algorithm.init(model, start)
     params = eqx.filter(model, eqx.is_inexact_array)
     structure = jax.tree.structure(loop.INNER.init(params))
     assert jax.tree.structure(own.inner_opt_state) == structure
-    _, own = loop.take_last(loop.tuned_steps(optimizer, own, data, 5, 0), 20)
+    _, own = loop.take_last(loop.tuned_steps(algorithm, own, data, 5, 0), 20)
     problem = hpo.Problem(quiet, loop.val_loss)
-    whole = hpo.T1T2(problem, loop.INNER, optimizer.outer, inner_steps=5)
+    whole = hpo.T1T2(problem, loop.INNER, algorithm.outer, inner_steps=5)
     state = whole.init(model, start)
     train, val = loop.load_batches(data.train, 0), loop.load_batches(data.val, 0)
     for _ in range(4):

@@ -25,9 +25,9 @@ def _with_rate(case):
 def test_equals_a_hand_written_unroll(inner, steps):
     case = logistic()
     hyperparams = _with_rate(case)
-    optimizer = hpo.ForwardMode(case.problem, INNER[inner], HOLD, inner_steps=steps)
-    state = optimizer.init(case.model, hyperparams)
-    got = optimizer.compute_hypergradient(state, case.train, case.val)
+    algorithm = hpo.ForwardMode(case.problem, INNER[inner], HOLD, inner_steps=steps)
+    state = algorithm.init(case.model, hyperparams)
+    got = algorithm.compute_hypergradient(state, case.train, case.val)
     expected = hand_unrolled(
         case.problem, INNER[inner], case.model, hyperparams, case.train, case.val, steps
     )
@@ -37,18 +37,18 @@ def test_equals_a_hand_written_unroll(inner, steps):
 def test_the_horizon_is_all_steps_since_the_restart():
     case = logistic()
     hyperparams = _with_rate(case)
-    optimizer = hpo.ForwardMode(case.problem, INNER["adam"], HOLD)
-    start = state = optimizer.init(case.model, hyperparams)
+    algorithm = hpo.ForwardMode(case.problem, INNER["adam"], HOLD)
+    start = state = algorithm.init(case.model, hyperparams)
     for _ in range(6):
-        state = optimizer.step(state, case.train, case.val)
-    got = optimizer.compute_hypergradient(state, case.train, case.val)
+        state = algorithm.step(state, case.train, case.val)
+    got = algorithm.compute_hypergradient(state, case.train, case.val)
     expected = hand_unrolled(
         case.problem, INNER["adam"], case.model, hyperparams, case.train, case.val, 7
     )
     assert relative_error(got, expected) < 1e-10
-    again = optimizer.restart(state, case.model)
+    again = algorithm.restart(state, case.model)
     got, expected = (
-        optimizer.compute_hypergradient(x, case.train, case.val) for x in (again, start)
+        algorithm.compute_hypergradient(x, case.train, case.val) for x in (again, start)
     )
     assert relative_error(got, expected) < 1e-14
 
@@ -118,25 +118,25 @@ def test_schedules_share_hyperparameters_over_windows():
         "rate": jnp.array([0.1, 0.05, 0.02]),
         "momentum": jnp.array([0.5, 0.7, 0.9]),
     }
-    optimizer = hpo.ForwardMode(case.problem, inner, HOLD, inner_steps=4, sharing=3)
-    state = optimizer.init(case.model, hyperparams)
+    algorithm = hpo.ForwardMode(case.problem, inner, HOLD, inner_steps=4, sharing=3)
+    state = algorithm.init(case.model, hyperparams)
     # Windows end within a call, and the last window goes on.
     for steps in (4, 8, 12):
-        got = optimizer.compute_hypergradient(state, case.train, case.val)
+        got = algorithm.compute_hypergradient(state, case.train, case.val)
         expected = _scheduled(steps, 3, inner, hyperparams)
         assert relative_error(got, expected) < 1e-12
-        state = optimizer.step(state, case.train, case.val)
-    state = optimizer.restart(state, case.model)
-    got = optimizer.compute_hypergradient(state, case.train, case.val)
+        state = algorithm.step(state, case.train, case.val)
+    state = algorithm.restart(state, case.model)
+    got = algorithm.compute_hypergradient(state, case.train, case.val)
     assert relative_error(got, _scheduled(4, 3, inner, hyperparams)) < 1e-12
 
 
 def test_windows_of_different_lengths():
     case = ridge()
     hyperparams = {"penalty": jnp.zeros((2, 6)), "rate": jnp.ones(3)}
-    optimizer = hpo.ForwardMode(case.problem, INNER["momentum"], HOLD, sharing=3)
+    algorithm = hpo.ForwardMode(case.problem, INNER["momentum"], HOLD, sharing=3)
     with pytest.raises(ValueError, match="leading axis"):
-        optimizer.init(case.model, hyperparams)
+        algorithm.init(case.model, hyperparams)
 
 
 def test_bad_sharing():

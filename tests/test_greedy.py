@@ -80,14 +80,14 @@ def test_zero_decay_is_t1t2(inner, inner_steps):
 )
 def test_equals_the_sum_by_hand(inner, settings):
     case, hyperparams = _case()
-    optimizer = hpo.Greedy(
+    algorithm = hpo.Greedy(
         case.problem, INNER[inner], OUTER, inner_steps=4, decay=0.8, **settings
     )
     trains = [(jnp.roll(case.train[0], t, 0), case.train[1]) for t in range(4)]
     vals = [(jnp.roll(case.val[0], t, 0), case.val[1]) for t in range(4)]
     stack = lambda batches: hpo.Stacked(jax.tree.map(lambda *x: jnp.stack(x), *batches))
-    state = optimizer.init(case.model, hyperparams)
-    got = optimizer.compute_hypergradient(state, stack(trains), stack(vals))
+    state = algorithm.init(case.model, hyperparams)
+    got = algorithm.compute_hypergradient(state, stack(trains), stack(vals))
     expected = _by_hand(
         case,
         INNER[inner],
@@ -146,11 +146,11 @@ def test_toy_of_the_paper(name):
 
     algorithm = {"t1t2": hpo.T1T2, "greedy": hpo.Greedy, "exact": hpo.Unrolled}[name]
     problem = hpo.Problem(train_loss, val_loss)
-    optimizer = algorithm(problem, optax.sgd(0.1), OUTER, inner_steps=5)
+    algorithm = algorithm(problem, optax.sgd(0.1), OUTER, inner_steps=5)
 
     def final_loss(steps, restart):
         solution = hpo.tune(
-            optimizer,
+            algorithm,
             jnp.full(2, 2.0),
             jnp.ones(2),
             None,
@@ -180,9 +180,9 @@ def test_temporaries_and_traces_do_not_grow_with_the_inner_steps():
         problem = hpo.Problem(train_loss, case.problem.val_loss)
         inner = optax.sgd(0.1, momentum=0.9)
         # By default a small number of steps is looked at once more, for convolutions.
-        optimizer = hpo.Greedy(problem, inner, OUTER, inner_steps=inner_steps, unroll=1)
-        state = optimizer.init(case.model, case.hyperparams)
-        return step_temporaries(optimizer, state, case)
+        algorithm = hpo.Greedy(problem, inner, OUTER, inner_steps=inner_steps, unroll=1)
+        state = algorithm.init(case.model, case.hyperparams)
+        return step_temporaries(algorithm, state, case)
 
     few = compile_step(10)
     traces_few, traces = traces, 0
@@ -201,19 +201,19 @@ def test_an_iterator_gives_a_validation_batch_to_each_inner_step():
 
     loss = lambda model, hyperparams, batch, key: (model - batch * hyperparams) ** 2
     problem = hpo.Problem(loss, loss)
-    optimizer = hpo.Greedy(problem, optax.sgd(0.1), OUTER, inner_steps=3)
+    algorithm = hpo.Greedy(problem, optax.sgd(0.1), OUTER, inner_steps=3)
     one = jnp.ones(())
-    hpo.tune(optimizer, one, one, loader("train"), loader("val"), steps=2, key=None)
+    hpo.tune(algorithm, one, one, loader("train"), loader("val"), steps=2, key=None)
     assert drawn.count("train") == drawn.count("val") == 6
 
 
 def test_another_decay_compiles_nothing_anew():
     case = ridge()
-    optimizer = hpo.Greedy(case.problem, optax.sgd(0.1), OUTER, inner_steps=3)
-    state = optimizer.init(case.model, case.hyperparams)
+    algorithm = hpo.Greedy(case.problem, optax.sgd(0.1), OUTER, inner_steps=3)
+    state = algorithm.init(case.model, case.hyperparams)
 
     def hypergradient(decay):
-        new = eqx.tree_at(lambda x: x.decay, optimizer, decay)
+        new = eqx.tree_at(lambda x: x.decay, algorithm, decay)
         return new.compute_hypergradient(state, case.train, case.val)["penalty"]
 
     decays = jnp.array([0.3, 0.9])

@@ -27,12 +27,12 @@ def test_no_memory_and_no_scale_is_one_step(inner, inner_steps):
     hyperparams = {**case.hyperparams, "rate": hpo.Positive(0.05)}
     args = (case.problem, INNER[inner], OUTER)
     one_step = hpo.T1T2(*args, inner_steps=inner_steps)
-    optimizer = hpo.HyperDistill(*args, inner_steps=inner_steps, decay=0.0, scale=1.0)
+    algorithm = hpo.HyperDistill(*args, inner_steps=inner_steps, decay=0.0, scale=1.0)
     train = hpo.Minibatch(case.train, 5)
-    state = optimizer.init(case.model, hyperparams, train=train)
+    state = algorithm.init(case.model, hyperparams, train=train)
     expected = one_step.init(case.model, hyperparams)
     for i in range(4):
-        state = optimizer.step(state, train, case.val, key=jr.key(i))
+        state = algorithm.step(state, train, case.val, key=jr.key(i))
         expected = one_step.step(expected, train, case.val, key=jr.key(i))
     assert relative_error(state.hyperparams, expected.hyperparams) < 1e-10
     assert relative_error(state.model, expected.model) < 1e-10
@@ -68,13 +68,13 @@ def _distance_problem():
 
 
 @eqx.filter_jit
-def _run_many(optimizer, state, stamp, steps, runs):
+def _run_many(algorithm, state, stamp, steps, runs):
     """The distilled batch after so many steps, for many keys."""
 
     def run(key):
         def body(state, t):
             key_t = jr.fold_in(key, t)
-            return optimizer.step(state, stamp(t), None, key=key_t), None
+            return algorithm.step(state, stamp(t), None, key=key_t), None
 
         return jax.lax.scan(body, state, jnp.arange(steps))[0].memory.episode.batch
 
@@ -90,12 +90,12 @@ def test_composition_of_the_distilled_batch(decay):
         return jnp.sum((model - hyperparams) ** 2)
 
     problem = hpo.Problem(val_loss, val_loss)
-    optimizer = hpo.HyperDistill(problem, optax.sgd(0.1), OUTER, decay=decay, scale=1.0)
+    algorithm = hpo.HyperDistill(problem, optax.sgd(0.1), OUTER, decay=decay, scale=1.0)
     # Which step and which place an example comes from.
     stamp = lambda t: (jnp.full((size, 2), t), jnp.arange(size))
-    empty = optimizer.init(jnp.ones(2), jnp.zeros(2), train=stamp(0))
+    empty = algorithm.init(jnp.ones(2), jnp.zeros(2), train=stamp(0))
 
-    born, place = _run_many(optimizer, empty, stamp, steps, runs)
+    born, place = _run_many(algorithm, empty, stamp, steps, runs)
     assert born.shape == (runs, size, 2)
     assert jnp.all(born[..., 0] == born[..., 1])
     assert jnp.all(place == jnp.arange(size))
@@ -109,10 +109,10 @@ def test_composition_of_the_distilled_batch(decay):
 
 def test_a_batch_mixed_with_itself_is_itself():
     case = ridge()
-    optimizer = hpo.HyperDistill(case.problem, SGD, FROZEN, scale=1.0)
-    state = optimizer.init(case.model, case.hyperparams, train=case.train)
+    algorithm = hpo.HyperDistill(case.problem, SGD, FROZEN, scale=1.0)
+    state = algorithm.init(case.model, case.hyperparams, train=case.train)
     for _ in range(3):
-        state = optimizer.step(state, case.train, case.val)
+        state = algorithm.step(state, case.train, case.val)
     assert relative_error(state.memory.episode.batch, case.train) == 0.0
 
 
@@ -166,29 +166,29 @@ def test_the_scale_equals_an_independent_one():
     theta, hyperparams = np.array([2.0, -0.3, 0.8]), np.array([0.1, 0.4, -0.5])
     train = jnp.asarray(STRENGTH)
     for decay in (0.0, 0.9, 1.0):
-        optimizer = hpo.HyperDistill(
+        algorithm = hpo.HyperDistill(
             _tanh_problem(), SGD, OUTER, decay=decay, horizon=7
         )
-        state = optimizer.init(theta, hyperparams, train=train)
+        state = algorithm.init(theta, hyperparams, train=train)
         assert jnp.isnan(state.memory.lasting)
-        state = optimizer.step(state, train, None)
+        state = algorithm.step(state, train, None)
         expected = _fit_in_numpy(theta, hyperparams, decay, 7)
         assert float(state.memory.lasting) == pytest.approx(expected, rel=1e-10)
 
 
 def test_first_steps_by_hand():
     rate, scale = 0.1, 0.7
-    optimizer = hpo.HyperDistill(
+    algorithm = hpo.HyperDistill(
         _tanh_problem(), optax.sgd(rate), FROZEN, decay=0.5, scale=scale
     )
     hyperparams, train = np.array([0.1, 0.4, -0.5]), jnp.asarray(STRENGTH)
     theta = [np.array([2.0, -0.3, 0.8])]
-    state = optimizer.init(theta[0], hyperparams, train=train)
+    state = algorithm.init(theta[0], hyperparams, train=train)
     for _ in range(2):
         gradient = STRENGTH * np.tanh(theta[-1] - hyperparams)
         theta.append(theta[-1] - rate * gradient)
-        state = optimizer.step(state, train, None)
-    got = optimizer.compute_hypergradient(state, train, None)
+        state = algorithm.step(state, train, None)
+    got = algorithm.compute_hypergradient(state, train, None)
     gradient = STRENGTH * np.tanh(theta[-1] - hyperparams)
     alpha = theta[-1] - rate * gradient - TARGET
     weights = np.array([0.25, 0.5, 1.0])
@@ -200,16 +200,16 @@ def test_first_steps_by_hand():
 
 def test_the_scale_is_fitted_when_due_and_lives_on():
     case = ridge()
-    optimizer = hpo.HyperDistill(
+    algorithm = hpo.HyperDistill(
         case.problem, optax.sgd(0.05), OUTER, horizon=2, estimation_period=3
     )
-    state = optimizer.init(case.model, case.hyperparams, train=case.train)
+    state = algorithm.init(case.model, case.hyperparams, train=case.train)
     scales = []
     for i in range(13):
         if i == 8:
-            state = optimizer.restart(state, case.model)
+            state = algorithm.restart(state, case.model)
             assert not any(jnp.any(x) for x in arrays(state.memory.episode))
-        state = optimizer.step(state, case.train, case.val)
+        state = algorithm.step(state, case.train, case.val)
         scales.append(float(state.memory.lasting))
     changes = [i for i in range(1, 13) if scales[i] != scales[i - 1]]
     assert changes == [6, 12]
@@ -220,18 +220,18 @@ def test_the_scale_is_fitted_when_due_and_lives_on():
 )
 def test_one_product_a_step_and_a_fit_only_when_due(tasks, seeds):
     case, rule, horizon = logistic(), CountingRule(), 4
-    optimizer = hpo.HyperDistill(
+    algorithm = hpo.HyperDistill(
         case.problem, optax.sgd(0.1), OUTER, rule, horizon=horizon, estimation_period=2
     )
-    train, val, step = case.train, case.val, optimizer.step
+    train, val, step = case.train, case.val, algorithm.step
     if tasks is not None:
         train, val = (_replicate(x, tasks) for x in (train, val))
-        optimizer = hpo.MetaLearner(optimizer, tasks, horizon=horizon)
-        step = optimizer.step
-    state = optimizer.init(case.model, case.hyperparams, train=train)
+        algorithm = hpo.MetaLearner(algorithm, tasks, horizon=horizon)
+        step = algorithm.step
+    state = algorithm.init(case.model, case.hyperparams, train=train)
     if seeds is not None:
         state = _replicate(state, seeds)
-        step = jax.jit(jax.vmap(optimizer.step, in_axes=(0, None, None)))
+        step = jax.jit(jax.vmap(algorithm.step, in_axes=(0, None, None)))
     for i in range(9):
         before = rule.count()
         state = step(state, train, val)
@@ -249,37 +249,37 @@ def test_temporaries_do_not_grow_with_the_horizon():
     case = logistic()
 
     def temporaries(horizon):
-        optimizer = hpo.HyperDistill(
+        algorithm = hpo.HyperDistill(
             case.problem, optax.adam(0.1), OUTER, horizon=horizon
         )
-        state = optimizer.init(case.model, case.hyperparams, train=case.train)
-        return step_temporaries(optimizer, state, case)
+        state = algorithm.init(case.model, case.hyperparams, train=case.train)
+        return step_temporaries(algorithm, state, case)
 
     assert temporaries(1000) <= 1.05 * temporaries(10)
 
 
 @ft.cache
 def _logistic_times():
-    """An optimizer whose validation loss is multiplied by the validation batch."""
+    """An algorithm whose validation loss is multiplied by the validation batch."""
     case = logistic()
 
     def val_loss(model, hyperparams, batch, key):
         return batch * case.problem.val_loss(model, hyperparams, case.val, key)
 
     problem = hpo.Problem(case.problem.train_loss, val_loss)
-    optimizer = hpo.HyperDistill(problem, SGD, FROZEN, horizon=3)
-    return optimizer, optimizer.init(case.model, case.hyperparams, train=case.train)
+    algorithm = hpo.HyperDistill(problem, SGD, FROZEN, horizon=3)
+    return algorithm, algorithm.init(case.model, case.hyperparams, train=case.train)
 
 
 @pytest.mark.parametrize("decay", [0.9, 1.0])
 def test_extreme_gradients_give_the_same_scale(decay):
-    optimizer, _ = _logistic_times()
-    optimizer = eqx.tree_at(lambda x: x.decay, optimizer, jnp.array(decay))
+    algorithm, _ = _logistic_times()
+    algorithm = eqx.tree_at(lambda x: x.decay, algorithm, jnp.array(decay))
 
     def scale(size):
         state = _logistic_times()[1]
         for _ in range(3):
-            state = optimizer.step(state, logistic().train, jnp.array(size))
+            state = algorithm.step(state, logistic().train, jnp.array(size))
         assert state.skipped == 0
         return float(state.memory.lasting)
 
@@ -288,21 +288,21 @@ def test_extreme_gradients_give_the_same_scale(decay):
 
 
 def test_a_fit_that_is_not_finite_is_a_skipped_step():
-    optimizer, state = _logistic_times()
+    algorithm, state = _logistic_times()
     train, one = logistic().train, jnp.array(1.0)
     bad = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), train)
-    skipped = optimizer.step(state, bad, one)
+    skipped = algorithm.step(state, bad, one)
     assert skipped.skipped == 1
-    state = optimizer.step(skipped, train, one)
+    state = algorithm.step(skipped, train, one)
     assert state.skipped == 0 and jnp.isfinite(state.memory.lasting)
 
 
 def test_a_fit_that_sees_nothing_is_repeated_soon():
-    optimizer, state = _logistic_times()
+    algorithm, state = _logistic_times()
     scales = []
     for i in range(7):
         val = jnp.array(0.0 if i < 2 else 1.0)
-        state = optimizer.step(state, logistic().train, val)
+        state = algorithm.step(state, logistic().train, val)
         scales.append(float(state.memory.lasting))
     assert state.skipped == 0
     assert scales[:3] == [0.0, 0.0, 0.0]
@@ -311,11 +311,11 @@ def test_a_fit_that_sees_nothing_is_repeated_soon():
 
 def test_the_past_takes_its_batches_from_an_iterator():
     case = ridge()
-    optimizer = hpo.HyperDistill(case.problem, SGD, OUTER, scale=1.0)
+    algorithm = hpo.HyperDistill(case.problem, SGD, OUTER, scale=1.0)
     x, y = (np.asarray(x) for x in case.train)
     batches = iter([(x[i : i + 8], y[i : i + 8]) for i in (0, 8, 16)])
     solution = hpo.tune(
-        optimizer,
+        algorithm,
         case.model,
         case.hyperparams,
         batches,
@@ -344,11 +344,11 @@ def test_bad_options(options, message):
 
 def test_a_start_without_data_or_with_others_is_explained():
     case = ridge()
-    optimizer = hpo.HyperDistill(case.problem, optax.sgd(0.1), OUTER)
-    state = optimizer.init(case.model, case.hyperparams)
+    algorithm = hpo.HyperDistill(case.problem, optax.sgd(0.1), OUTER)
+    state = algorithm.init(case.model, case.hyperparams)
     with pytest.raises(ValueError, match=r"init\(..., train=\)"):
-        optimizer.step(state, case.train, case.val)
+        algorithm.step(state, case.train, case.val)
     few = jax.tree.map(lambda x: x[:7], case.train)
-    state = optimizer.init(case.model, case.hyperparams, train=few)
+    state = algorithm.init(case.model, case.hyperparams, train=few)
     with pytest.raises(ValueError, match=r"`train\[0\]` is float64\[24, 6\]"):
-        optimizer.step(state, case.train, case.val)
+        algorithm.step(state, case.train, case.val)

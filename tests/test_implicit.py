@@ -27,8 +27,8 @@ STAY = optax.set_to_zero()
 
 
 def _at_the_minimum(case, solver, *rest, **kwargs):
-    """The optimizer, and a state whose model solves the inner level."""
-    optimizer = hpo.Implicit(
+    """The algorithm, and a state whose model solves the inner level."""
+    algorithm = hpo.Implicit(
         case.problem,
         STAY,
         optax.sgd(0.1),
@@ -38,7 +38,7 @@ def _at_the_minimum(case, solver, *rest, **kwargs):
         **kwargs,
     )
     model = case.response(hpo.unwrap(case.hyperparams))
-    return optimizer, optimizer.init(model, case.hyperparams)
+    return algorithm, algorithm.init(model, case.hyperparams)
 
 
 QUICK = [
@@ -60,8 +60,8 @@ QUICK = [
 )
 def test_closed_forms(case_name, solver):
     case = CASES[case_name]()
-    optimizer, state = _at_the_minimum(case, SOLVERS[solver])
-    got = optimizer.compute_hypergradient(state, case.train, case.val)
+    algorithm, state = _at_the_minimum(case, SOLVERS[solver])
+    got = algorithm.compute_hypergradient(state, case.train, case.val)
     expected = case.hypergradient(case.hyperparams)
     assert relative_error(got, expected) < 1e-9
 
@@ -69,8 +69,8 @@ def test_closed_forms(case_name, solver):
 @pytest.mark.parametrize("rule_name", RULES)
 def test_every_second_order_rule(rule_name):
     case = ridge()
-    optimizer, state = _at_the_minimum(case, lx.CG(1e-12, 1e-12), RULES[rule_name])
-    got = optimizer.compute_hypergradient(state, case.train, case.val)
+    algorithm, state = _at_the_minimum(case, lx.CG(1e-12, 1e-12), RULES[rule_name])
+    got = algorithm.compute_hypergradient(state, case.train, case.val)
     tolerance = 1e-5 if rule_name == "finite_difference" else 1e-9
     assert relative_error(got, case.hypergradient(case.hyperparams)) < tolerance
 
@@ -79,23 +79,23 @@ def test_conjugate_gradients_are_exact_after_as_many_steps_as_weights():
     case = ridge()
     for steps, exact in ((5, False), (6, True)):
         solver = lx.CG(rtol=0.0, atol=0.0, max_steps=steps, stabilise_every=None)
-        optimizer, state = _at_the_minimum(case, solver)
-        got = optimizer.compute_hypergradient(state, case.train, case.val)
+        algorithm, state = _at_the_minimum(case, solver)
+        got = algorithm.compute_hypergradient(state, case.train, case.val)
         error = relative_error(got, case.hypergradient(case.hyperparams))
         assert (error < 1e-9) == exact
 
 
 def test_training_until_convergence():
     case = ridge()
-    optimizer = hpo.Implicit(
+    algorithm = hpo.Implicit(
         case.problem,
         optax.sgd(0.3),
         optax.sgd(0.1),
         inner_steps=3000,
         linear_solver=lx.CG(1e-12, 1e-12),
     )
-    state = optimizer.init(case.model, case.hyperparams)
-    got = optimizer.compute_hypergradient(state, case.train, case.val)
+    state = algorithm.init(case.model, case.hyperparams)
+    got = algorithm.compute_hypergradient(state, case.train, case.val)
     assert relative_error(got, case.hypergradient(case.hyperparams)) < 1e-9
 
 
@@ -143,28 +143,28 @@ def test_a_single_weight():
         lambda w, h, batch, key: (w - batch) ** 2 + h * w**2,
         lambda w, h, batch, key: (w - batch) ** 2,
     )
-    optimizer = hpo.Implicit(
+    algorithm = hpo.Implicit(
         problem, STAY, STAY, inner_steps=1, linear_solver=lx.CG(1e-12, 1e-12)
     )
     # w = 2 / (1 + h) for the target 2, so dw/dh = -2 / (1 + h)^2
-    state = optimizer.init(jnp.array(2 / 1.5), 0.5)
-    got = optimizer.compute_hypergradient(state, jnp.array(2.0), jnp.array(3.0))
+    state = algorithm.init(jnp.array(2 / 1.5), 0.5)
+    got = algorithm.compute_hypergradient(state, jnp.array(2.0), jnp.array(3.0))
     assert jnp.allclose(got, 2 * (2 / 1.5 - 3) * (-2 / 1.5**2), rtol=1e-12)
 
 
 def test_damping():
     case, damping = quadratic(), 0.7
-    optimizer, state = _at_the_minimum(case, lx.LU(), damping=damping)
-    got = optimizer.compute_hypergradient(state, case.train, case.val)
+    algorithm, state = _at_the_minimum(case, lx.LU(), damping=damping)
+    got = algorithm.compute_hypergradient(state, case.train, case.val)
     model, hyperparams = state.model, state.hyperparams
     x = jnp.linalg.solve(case.train + damping * jnp.eye(2), 2 * (model - case.val))
     # The mixed derivative of 0.5 (w - h)^T M (w - h) is -M.
     assert jnp.allclose(got, 0.2 * hyperparams + case.train @ x, rtol=1e-12)
 
 
-def _residual(optimizer, state, case):
+def _residual(algorithm, state, case):
     """That of the linear solve of a step, with the state after it."""
-    after = optimizer.step(state, case.train, case.val)
+    after = algorithm.step(state, case.train, case.val)
     return float(after.metrics.diagnostics.residual), after
 
 
@@ -173,12 +173,12 @@ def test_warm_start_goes_on_from_the_last_solution():
     make = lambda warm: _at_the_minimum(
         case, hpo.Neumann(3, 0.3), warm_start=warm, curvature_steps=0
     )
-    optimizer, state = make(True)
-    optimizer = eqx.tree_at(lambda o: o.outer, optimizer, STAY)
-    state = optimizer.init(state.model, state.hyperparams)
+    algorithm, state = make(True)
+    algorithm = eqx.tree_at(lambda o: o.outer, algorithm, STAY)
+    state = algorithm.init(state.model, state.hyperparams)
     residuals = []
     for _ in range(4):
-        residual, state = _residual(optimizer, state, case)
+        residual, state = _residual(algorithm, state, case)
         residuals.append(residual)
     assert residuals == sorted(residuals, reverse=True)
     cold, _ = make(False)
@@ -186,8 +186,8 @@ def test_warm_start_goes_on_from_the_last_solution():
     start = cold.init(state.model, state.hyperparams)
     residual, _ = _residual(cold, start, case)
     assert jnp.allclose(residual, residuals[-1], rtol=1e-10)
-    again = optimizer.restart(state, state.model)
-    residual, _ = _residual(optimizer, again, case)
+    again = algorithm.restart(state, state.model)
+    residual, _ = _residual(algorithm, again, case)
     assert jnp.allclose(residual, residuals[0], rtol=1e-10)
 
 
@@ -216,11 +216,11 @@ def _saddle(values):
 )
 def test_an_indefinite_hessian_is_reported(values, solver):
     target = jnp.array([1.0, -1.0, 0.1])  # the solution itself has positive curvature
-    optimizer = hpo.Implicit(
+    algorithm = hpo.Implicit(
         _saddle(values), STAY, STAY, inner_steps=1, linear_solver=SOLVERS[solver]
     )
-    state = optimizer.init(jnp.zeros(3), jnp.zeros(3))
-    after = optimizer.step(state, None, target)
+    state = algorithm.init(jnp.zeros(3), jnp.zeros(3))
+    after = algorithm.step(state, None, target)
     report = after.metrics.diagnostics
     assert report.result != hpo.RESULTS.successful
     assert report.curvature < 0
@@ -231,11 +231,11 @@ def test_an_indefinite_hessian_is_reported(values, solver):
 
 def test_a_hessian_that_is_only_semidefinite_is_no_saddle():
     values = [2.0, 1.0, 0.0]
-    optimizer = hpo.Implicit(
+    algorithm = hpo.Implicit(
         _saddle(values), STAY, STAY, inner_steps=1, linear_solver=SOLVERS["cg"]
     )
-    state = optimizer.init(jnp.zeros(3), jnp.zeros(3))
-    after = optimizer.step(state, None, jnp.array([1.0, -1.0, 0.0]))
+    state = algorithm.init(jnp.zeros(3), jnp.zeros(3))
+    after = algorithm.step(state, None, jnp.array([1.0, -1.0, 0.0]))
     report = after.metrics.diagnostics
     assert report.result == hpo.RESULTS.successful
     assert jnp.allclose(report.curvature, 1.0)
@@ -245,14 +245,14 @@ def test_a_hessian_that_is_only_semidefinite_is_no_saddle():
 def test_a_solve_that_fails_is_carried_to_the_user():
     case = ridge()
     solver = lx.CG(rtol=1e-10, atol=1e-10, max_steps=2)
-    optimizer, state = _at_the_minimum(case, solver)
-    after = optimizer.step(state, case.train, case.val)
+    algorithm, state = _at_the_minimum(case, solver)
+    after = algorithm.step(state, case.train, case.val)
     report = after.metrics.diagnostics
     assert report.result == hpo.RESULTS.max_steps_reached
     assert int(report.solver_steps) == 2
     assert int(after.skipped) == 0
-    run = lambda optimizer, steps: hpo.tune(
-        optimizer,
+    run = lambda algorithm, steps: hpo.tune(
+        algorithm,
         state.model,
         state.hyperparams,
         case.train,
@@ -261,11 +261,11 @@ def test_a_solve_that_fails_is_carried_to_the_user():
         key=None,
         progress=False,
     )
-    solution = run(optimizer, 3)
+    solution = run(algorithm, 3)
     assert solution.result == hpo.RESULTS.max_steps_reached
     assert "linear solve" in solution.message
-    optimizer, _ = _at_the_minimum(case, SOLVERS["cholesky"])
-    assert run(optimizer, 3).result == hpo.RESULTS.successful
+    algorithm, _ = _at_the_minimum(case, SOLVERS["cholesky"])
+    assert run(algorithm, 3).result == hpo.RESULTS.successful
 
 
 def test_over_tasks():

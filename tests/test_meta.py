@@ -54,15 +54,15 @@ def _same(left, right, tolerance=1e-12):
 )
 def test_one_task_is_the_plain_algorithm(name):
     plain = ALGORITHMS[name]
-    optimizer = hpo.MetaLearner(plain, 1, horizon=HORIZON, reptile=None)
+    algorithm = hpo.MetaLearner(plain, 1, horizon=HORIZON, reptile=None)
     case = ridge()
     train, val = _tasks(1)
     expected = plain.init(case.model, case.hyperparams, train=case.train)
-    state = optimizer.init(case.model, case.hyperparams, train=train)
+    state = algorithm.init(case.model, case.hyperparams, train=train)
     for i in range(HORIZON // plain.inner_steps):
         key = jr.key(i)
         expected = plain.step(expected, case.train, case.val, key=key)
-        state = optimizer.step(state, train, val, key=key)
+        state = algorithm.step(state, train, val, key=key)
         assert _same(state.hyperparams, expected.hyperparams)
         assert _same(_of(state.model, 0), expected.model)
         assert _same(_of(state.inner_opt_state, 0), expected.inner_opt_state)
@@ -74,10 +74,10 @@ def test_one_task_is_the_plain_algorithm(name):
 )
 def test_the_hypergradient_is_the_mean_over_the_tasks(name):
     plain, case = ALGORITHMS[name], ridge()
-    optimizer = hpo.MetaLearner(plain, 3, horizon=HORIZON)
+    algorithm = hpo.MetaLearner(plain, 3, horizon=HORIZON)
     train, val = _tasks(3)
-    state = optimizer.init(case.model, case.hyperparams)
-    got = optimizer.compute_hypergradient(state, train, val)
+    state = algorithm.init(case.model, case.hyperparams)
+    got = algorithm.compute_hypergradient(state, train, val)
     single = plain.init(case.model, case.hyperparams)
     parts = [
         plain.compute_hypergradient(single, _of(train, i), _of(val, i))
@@ -93,18 +93,18 @@ def test_the_hypergradient_is_the_mean_over_the_tasks(name):
 def test_tasks_over_devices_equal_those_on_one(dtype, tolerance):
     cast = lambda tree: jtu.tree_map(lambda x: jnp.asarray(x, dtype), tree)
     plain = hpo.HyperDistill(PROBLEM, SGD, SGD, horizon=HORIZON)
-    optimizer = hpo.MetaLearner(plain, 8, horizon=HORIZON)
+    algorithm = hpo.MetaLearner(plain, 8, horizon=HORIZON)
     train, val = _tasks(8, dtype)
     model, hyperparams = cast((ridge().model, ridge().hyperparams))
-    start = optimizer.init(model, hyperparams, train=train)
+    start = algorithm.init(model, hyperparams, train=train)
     mesh = jax.make_mesh((8,), ("tasks",), axis_types=(jax.sharding.AxisType.Auto,))
     each = jax.NamedSharding(mesh, jax.P("tasks"))
     everywhere = jax.NamedSharding(mesh, jax.P())
     sharded, one = jax.device_put(start, everywhere), start
     data = jax.device_put((train, val), each)
     for _ in range(HORIZON + 2):
-        sharded = optimizer.step(sharded, *data)
-        one = optimizer.step(one, train, val)
+        sharded = algorithm.step(sharded, *data)
+        one = algorithm.step(one, train, val)
     assert len(sharded.model.sharding.device_set) == 8
     assert _same(sharded.hyperparams, one.hyperparams, tolerance)
     assert _same(sharded.model, one.model, tolerance)
@@ -113,46 +113,46 @@ def test_tasks_over_devices_equal_those_on_one(dtype, tolerance):
 
 @pytest.mark.parametrize("reptile", [0.3, 0.0])
 def test_episodes_start_from_the_reptile_initialisation(reptile):
-    optimizer = hpo.MetaLearner(
+    algorithm = hpo.MetaLearner(
         ALGORITHMS["hyperdistill"], 2, horizon=HORIZON, reptile=reptile
     )
     case, (train, val) = ridge(), _tasks(2)
-    state = optimizer.init(case.model, case.hyperparams, train=train)
+    state = algorithm.init(case.model, case.hyperparams, train=train)
     initial = case.model
     for i in range(2 * HORIZON + 1):
         if i % HORIZON == 0:
             if i > 0:
                 trained = jnp.mean(state.model, axis=0)
                 initial = initial - reptile * (initial - trained)
-            assert _same(optimizer.initialisation(state), initial)
+            assert _same(algorithm.initialisation(state), initial)
             # A plain algorithm that starts there has the same first step.
-            state = optimizer.step(state, train, val)
+            state = algorithm.step(state, train, val)
             count = state.inner_opt_state[0].count
             assert jnp.all(count == 1)
             _, past = state.memory.episode
             assert jnp.all(past.mass == 1.0)
             assert _same(past.weights, jnp.stack([initial, initial]))
         else:
-            state = optimizer.step(state, train, val)
-            assert _same(optimizer.initialisation(state), initial) or (
+            state = algorithm.step(state, train, val)
+            assert _same(algorithm.initialisation(state), initial) or (
                 (i + 1) % HORIZON == 0
             )
     assert state.outer_opt_state[0].count == 2 * HORIZON + 1
 
 
 def test_restart_begins_with_the_model_that_is_given():
-    optimizer = hpo.MetaLearner(ALGORITHMS["t1t2"], 2, horizon=HORIZON)
+    algorithm = hpo.MetaLearner(ALGORITHMS["t1t2"], 2, horizon=HORIZON)
     case, (train, val) = ridge(), _tasks(2)
-    state = optimizer.init(case.model, case.hyperparams)
+    state = algorithm.init(case.model, case.hyperparams)
     for _ in range(3):
-        state = optimizer.step(state, train, val)
+        state = algorithm.step(state, train, val)
     model = 2 * case.model
-    state = optimizer.restart(state, model)
+    state = algorithm.restart(state, model)
     assert state.step == 3
     assert _same(state.model, jnp.stack([model, model]))
-    assert _same(optimizer.initialisation(state), model)
-    state = optimizer.step(state, train, val)
-    assert _same(optimizer.initialisation(state), model)
+    assert _same(algorithm.initialisation(state), model)
+    state = algorithm.step(state, train, val)
+    assert _same(algorithm.initialisation(state), model)
 
 
 def test_each_task_draws_its_own_batches():
@@ -169,12 +169,12 @@ def test_each_task_draws_its_own_batches():
         return jnp.sum((model - hyperparams) ** 2) + 0.0 * batch[0]
 
     problem = hpo.Problem(train_loss, lambda m, h, b, k: jnp.sum(m**2 * h))
-    optimizer = hpo.MetaLearner(hpo.FirstOrder(problem, SGD, ADAM), 2, horizon=4)
+    algorithm = hpo.MetaLearner(hpo.FirstOrder(problem, SGD, ADAM), 2, horizon=4)
     data = jnp.arange(100).reshape(2, 50)
     train = eqx.filter_vmap(lambda x: hpo.Minibatch(x, 1))(data)
-    state = optimizer.init(jnp.ones(2), jnp.ones(2), train=train)
+    state = algorithm.init(jnp.ones(2), jnp.ones(2), train=train)
     for i in range(4):
-        state = optimizer.step(state, train, None, key=jr.key(i))
+        state = algorithm.step(state, train, None, key=jr.key(i))
     jax.effects_barrier()
     numbers = {x for x, _ in drawn}
     assert len({x for x in numbers if x < 50}) == 4
@@ -186,10 +186,10 @@ def test_each_task_draws_its_own_batches():
 def test_tune_with_an_iterator_and_many_inner_steps():
     """Batches stacked on the host have the axis of the tasks behind that of the
     steps."""
-    optimizer = hpo.MetaLearner(ALGORITHMS["greedy"], 2, horizon=HORIZON)
+    algorithm = hpo.MetaLearner(ALGORITHMS["greedy"], 2, horizon=HORIZON)
     case, (train, val) = ridge(), _tasks(2)
     tune = ft.partial(
-        hpo.tune, optimizer, case.model, case.hyperparams, steps=4, key=None
+        hpo.tune, algorithm, case.model, case.hyperparams, steps=4, key=None
     )
     loader = lambda data: iter([jtu.tree_map(np.asarray, data)] * 12)
     got = tune(loader(train), loader(val))
@@ -222,15 +222,15 @@ def test_model_state_and_aux_of_each_task():
         return jnp.sum((model.weight - batch) ** 2), batch
 
     problem = hpo.Problem(train_loss, val_loss, has_aux=True)
-    optimizer = hpo.MetaLearner(hpo.T1T2(problem, SGD, ADAM), 2, horizon=2, reptile=0.5)
+    algorithm = hpo.MetaLearner(hpo.T1T2(problem, SGD, ADAM), 2, horizon=2, reptile=0.5)
     train = val = jnp.array([1.0, 3.0])
-    state = optimizer.init(
+    state = algorithm.init(
         model, jnp.ones(2), train=train, val=val, model_state=model_state
     )
     means = []
     for _ in range(3):
         structure = jtu.tree_structure(state)
-        state = optimizer.step(state, train, val)
+        state = algorithm.step(state, train, val)
         assert jtu.tree_structure(state) == structure
         means.append(state.metrics.aux[0])
         assert _same(state.metrics.aux[1], val)
@@ -247,14 +247,14 @@ def test_bad_arguments():
         hpo.MetaLearner(plain, 0, horizon=6)
     with pytest.raises(ValueError, match="`reptile` must be a number from 0 to 1"):
         hpo.MetaLearner(plain, 2, horizon=6, reptile=-1.0)
-    optimizer = hpo.MetaLearner(plain, 2, horizon=6)
-    with pytest.raises(ValueError, match="`optimizer` is a `MetaLearner` already"):
-        hpo.MetaLearner(optimizer, 2, horizon=6)
+    algorithm = hpo.MetaLearner(plain, 2, horizon=6)
+    with pytest.raises(ValueError, match="`algorithm` is a `MetaLearner` already"):
+        hpo.MetaLearner(algorithm, 2, horizon=6)
     case, (_, val) = ridge(), _tasks(2)
-    state = optimizer.init(case.model, case.hyperparams)
+    state = algorithm.init(case.model, case.hyperparams)
     with pytest.raises(ValueError, match=r"`train` must have an axis for the 2 tasks"):
-        optimizer.step(state, case.train, val)
+        algorithm.step(state, case.train, val)
     with pytest.raises(ValueError, match=r"got the shape \(3, 24, 6\)"):
-        optimizer.step(state, _tasks(3)[0], val)
+        algorithm.step(state, _tasks(3)[0], val)
     with pytest.raises(ValueError, match="`model` is float64"):
-        optimizer.restart(state, jnp.ones(7))
+        algorithm.restart(state, jnp.ones(7))

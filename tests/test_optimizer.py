@@ -19,23 +19,23 @@ from .problems import logistic, quadratic, ridge
 
 
 @ft.cache
-def _ridge_optimizer():
+def _ridge_algorithm():
     case = ridge()
     return case, hpo.T1T2(case.problem, optax.sgd(0.1, momentum=0.9), optax.adam(0.05))
 
 
-def _start(case, optimizer):
-    return optimizer.init(case.model, case.hyperparams, train=case.train)
+def _start(case, algorithm):
+    return algorithm.init(case.model, case.hyperparams, train=case.train)
 
 
 @pytest.mark.filterwarnings("ignore:The hyperparameters get a hypergradient of zero")
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_structure_never_changes_and_step_uses_the_hypergradient(name):
     case = quadratic()
-    optimizer = ALGORITHMS[name](case.problem, optax.adam(0.1), optax.sgd(0.5))
-    state = _start(case, optimizer)
-    grads = optimizer.compute_hypergradient(state, case.train, case.val)
-    after = optimizer.step(state, case.train, case.val)
+    algorithm = ALGORITHMS[name](case.problem, optax.adam(0.1), optax.sgd(0.5))
+    state = _start(case, algorithm)
+    grads = algorithm.compute_hypergradient(state, case.train, case.val)
+    after = algorithm.step(state, case.train, case.val)
     assert jtu.tree_structure(after) == jtu.tree_structure(state)
     assert [(x.shape, x.dtype, x.weak_type) for x in arrays(after)] == [
         (x.shape, x.dtype, x.weak_type) for x in arrays(state)
@@ -57,34 +57,34 @@ def test_one_compilation_for_a_whole_run(name, getkey):
         return case.problem.train_loss(*args)
 
     problem = hpo.Problem(train_loss, case.problem.val_loss)
-    optimizer = ALGORITHMS[name](problem, optax.adam(0.1), optax.adam(0.1))
-    state = optimizer.init(case.model, case.hyperparams, train=case.train)
+    algorithm = ALGORITHMS[name](problem, optax.adam(0.1), optax.adam(0.1))
+    state = algorithm.init(case.model, case.hyperparams, train=case.train)
     keys = list(jr.split(getkey(), 4))
-    state = optimizer.step(state, case.train, case.val, key=keys[0])
+    state = algorithm.step(state, case.train, case.val, key=keys[0])
     before, compiled = traces, []
     listener = lambda event, *_, **__: compiled.append(event)
     jax.monitoring.register_event_duration_secs_listener(listener)
     for key in keys[1:]:
-        state = optimizer.step(state, case.train, case.val, key=key)
+        state = algorithm.step(state, case.train, case.val, key=key)
     assert traces == before
     assert not [event for event in compiled if "compile" in event]
 
 
 def test_jit_and_scan_agree_with_a_loop():
-    case, optimizer = _ridge_optimizer()
-    start = _start(case, optimizer)
+    case, algorithm = _ridge_algorithm()
+    start = _start(case, algorithm)
     looped = start
     for _ in range(5):
-        looped = optimizer.step(looped, case.train, case.val)
+        looped = algorithm.step(looped, case.train, case.val)
 
     @jax.jit
     def scanned(state, train, val):
-        body = lambda state, _: (optimizer.step(state, train, val), None)
+        body = lambda state, _: (algorithm.step(state, train, val), None)
         return jax.lax.scan(body, state, length=5)[0]
 
     assert relative_error(scanned(start, case.train, case.val), looped) < 1e-13
-    jitted = jax.jit(optimizer.step)(start, case.train, case.val)
-    expected = optimizer.step(start, case.train, case.val)
+    jitted = jax.jit(algorithm.step)(start, case.train, case.val)
+    expected = algorithm.step(start, case.train, case.val)
     assert relative_error(jitted, expected) < 1e-13
 
 
@@ -96,14 +96,14 @@ def _noisy(model, h, batch, key):
 def _seeds(problem=hpo.Problem(_noisy, _noisy)):
     """A run of three steps as a function of its seed."""
     inner = lambda h: optax.sgd(h["rate"], momentum=0.5)
-    optimizer = hpo.T1T2(problem, inner, optax.adam(0.1))
+    algorithm = hpo.T1T2(problem, inner, optax.adam(0.1))
 
     def run(key, rate):
         hyperparams = {"noise": hpo.Positive(0.1), "rate": hpo.Positive(rate)}
-        state = optimizer.init(jr.uniform(key, (3,)), hyperparams)
+        state = algorithm.init(jr.uniform(key, (3,)), hyperparams)
         for i in range(3):
             step_key = jr.fold_in(key, i)
-            state = optimizer.step(state, jnp.ones(3), jnp.ones(3), key=step_key)
+            state = algorithm.step(state, jnp.ones(3), jnp.ones(3), key=step_key)
         return state
 
     return jax.jit(run)
@@ -123,9 +123,9 @@ def test_vmap_over_learning_rates_of_the_optimiser(getkey):
     case = ridge()
 
     def run(rate):
-        optimizer = hpo.T1T2(case.problem, optax.sgd(rate), optax.sgd(0.1))
-        state = optimizer.init(case.model, case.hyperparams)
-        return optimizer.step(state, case.train, case.val).hyperparams["penalty"]
+        algorithm = hpo.T1T2(case.problem, optax.sgd(rate), optax.sgd(0.1))
+        state = algorithm.init(case.model, case.hyperparams)
+        return algorithm.step(state, case.train, case.val).hyperparams["penalty"]
 
     batched = jax.vmap(run)(jnp.array([0.01, 0.1]))
     assert jnp.allclose(batched, jnp.stack([run(0.01), run(0.1)]), rtol=1e-12)
@@ -142,14 +142,14 @@ def test_pmap_over_seeds_equals_vmap(getkey):
 
 def test_batch_sharded_over_devices(getkey):
     """Data parallel: the batch is split over devices, the state is on all of them."""
-    case, optimizer = _ridge_optimizer()
-    state = _start(case, optimizer)
-    expected = optimizer.step(state, case.train, case.val)
+    case, algorithm = _ridge_algorithm()
+    state = _start(case, algorithm)
+    expected = algorithm.step(state, case.train, case.val)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.NamedSharding(mesh, jax.P("data"))
     everywhere = jax.NamedSharding(mesh, jax.P())
     train, val = jax.device_put((case.train, case.val), rows)
-    got = optimizer.step(jax.device_put(state, everywhere), train, val)
+    got = algorithm.step(jax.device_put(state, everywhere), train, val)
     assert relative_error(got, expected) < 1e-12
 
 
@@ -158,17 +158,17 @@ def test_batch_sharded_over_devices(getkey):
 
 @pytest.mark.parametrize("where", ["train", "val"])
 def test_a_non_finite_step_changes_only_counters_and_metrics(where):
-    case, optimizer = _ridge_optimizer()
-    state = optimizer.step(_start(case, optimizer), case.train, case.val)
+    case, algorithm = _ridge_algorithm()
+    state = algorithm.step(_start(case, algorithm), case.train, case.val)
     data = {"train": case.train, "val": case.val}
     data[where] = (data[where][0].at[0, 0].set(jnp.nan), data[where][1])
-    skipped = optimizer.step(state, **data)
-    skipped = optimizer.step(skipped, **data)
+    skipped = algorithm.step(state, **data)
+    skipped = algorithm.step(skipped, **data)
     assert (int(skipped.step), int(skipped.skipped)) == (3, 2)
     assert jnp.isnan(skipped.metrics.val_loss)
     restore = lambda s: (s.step, s.skipped, s.metrics)
     assert equal(eqx.tree_at(restore, skipped, restore(state)), state)
-    good = optimizer.step(skipped, case.train, case.val)
+    good = algorithm.step(skipped, case.train, case.val)
     assert int(good.skipped) == 0
     assert bool(jnp.isfinite(good.metrics.val_loss))
 
@@ -177,20 +177,20 @@ def test_a_non_finite_update_of_an_unused_parameter_is_skipped():
     """Both losses are finite, but the gradient of one parameter is not."""
     train_loss = lambda w, h, batch, key: jnp.sum(w["a"] ** 2) * h + jnp.sqrt(w["b"])
     val_loss = lambda w, h, batch, key: jnp.sum(w["a"] ** 2)
-    optimizer = hpo.T1T2(
+    algorithm = hpo.T1T2(
         hpo.Problem(train_loss, val_loss), optax.sgd(0.1), optax.sgd(0.1)
     )
-    state = optimizer.init({"a": jnp.ones(2), "b": jnp.array(0.0)}, 0.5)
-    after = optimizer.step(state, jnp.ones(1), jnp.ones(1))
+    state = algorithm.init({"a": jnp.ones(2), "b": jnp.array(0.0)}, 0.5)
+    after = algorithm.step(state, jnp.ones(1), jnp.ones(1))
     assert int(after.skipped) == 1
     assert equal(after.model, state.model)
 
 
 def test_an_outer_update_that_overflows_is_skipped():
     case, inner = quadratic(), optax.sgd(0.1)
-    optimizer = hpo.T1T2(case.problem, inner, optax.sgd(jnp.inf))
-    state = _start(case, optimizer)
-    after = optimizer.step(state, case.train, case.val)
+    algorithm = hpo.T1T2(case.problem, inner, optax.sgd(jnp.inf))
+    state = _start(case, algorithm)
+    after = algorithm.step(state, case.train, case.val)
     assert int(after.skipped) == 1
     assert equal(after.hyperparams, state.hyperparams)
 
@@ -199,12 +199,12 @@ def test_an_outer_update_that_overflows_is_skipped():
 
 
 def test_restart_keeps_the_outer_level_alone():
-    case, optimizer = _ridge_optimizer()
-    start = _start(case, optimizer)
+    case, algorithm = _ridge_algorithm()
+    start = _start(case, algorithm)
     state = start
     for _ in range(3):
-        state = optimizer.step(state, case.train, case.val)
-    again = optimizer.restart(state, case.model)
+        state = algorithm.step(state, case.train, case.val)
+    again = algorithm.restart(state, case.model)
     assert equal(again.model, start.model)
     assert equal(again.inner_opt_state, start.inner_opt_state)
     assert equal(again.hyperparams, state.hyperparams)
@@ -214,11 +214,11 @@ def test_restart_keeps_the_outer_level_alone():
 
 
 def test_restart_refuses_another_model():
-    case, optimizer = _ridge_optimizer()
+    case, algorithm = _ridge_algorithm()
     with pytest.raises(ValueError, match=r"`model` is float64\[7\].*float64\[6\]"):
-        optimizer.restart(_start(case, optimizer), jnp.zeros(7))
+        algorithm.restart(_start(case, algorithm), jnp.zeros(7))
     with pytest.raises(ValueError, match="does not have the structure"):
-        optimizer.restart(_start(case, optimizer), {"w": jnp.zeros(6)})
+        algorithm.restart(_start(case, algorithm), {"w": jnp.zeros(6)})
 
 
 # Structures
@@ -231,13 +231,13 @@ def test_empty_hyperparameters():
     )
     args = (problem, optax.sgd(0.5), optax.adam(0.1))
     implicit = hpo.Implicit(*args, inner_steps=1, linear_solver=lx.LU())
-    for optimizer, empty in (
+    for algorithm, empty in (
         *[(hpo.T1T2(*args), empty) for empty in (None, {}, ())],
         (hpo.ForwardMode(*args), {}),
         (implicit, {}),
     ):
-        state = optimizer.init(jnp.zeros(2), empty)
-        state = optimizer.step(state, jnp.ones(2), jnp.ones(2))
+        state = algorithm.init(jnp.zeros(2), empty)
+        state = algorithm.step(state, jnp.ones(2), jnp.ones(2))
         assert jnp.allclose(state.model, 1.0)
         assert state.metrics.hypergradient_norm == 0
         assert int(state.skipped) == 0
@@ -250,8 +250,8 @@ def test_other_leaves_of_the_model_pass_through():
         scaled = model["f"](model["w"]) * model["n"] + model["ints"]
         return h * jnp.sum((scaled - batch) ** 2)
 
-    optimizer = hpo.T1T2(hpo.Problem(loss, loss), optax.adam(0.1), optax.sgd(0.1))
-    state = optimizer.step(optimizer.init(model, 0.5), jnp.ones(2), jnp.ones(2))
+    algorithm = hpo.T1T2(hpo.Problem(loss, loss), optax.adam(0.1), optax.sgd(0.1))
+    state = algorithm.step(algorithm.init(model, 0.5), jnp.ones(2), jnp.ones(2))
     assert state.model["n"] == 3
     assert state.model["f"] is jax.nn.relu
     assert jnp.array_equal(state.model["ints"], jnp.arange(2))
@@ -259,11 +259,11 @@ def test_other_leaves_of_the_model_pass_through():
 
 
 def test_numpy_models_and_batches():
-    case, optimizer = _ridge_optimizer()
+    case, algorithm = _ridge_algorithm()
     to_numpy = lambda tree: jtu.tree_map(np.asarray, tree)
-    state = optimizer.init(to_numpy(case.model), to_numpy(case.hyperparams))
-    got = optimizer.step(state, to_numpy(case.train), to_numpy(case.val))
-    expected = optimizer.step(_start(case, optimizer), case.train, case.val)
+    state = algorithm.init(to_numpy(case.model), to_numpy(case.hyperparams))
+    got = algorithm.step(state, to_numpy(case.train), to_numpy(case.val))
+    expected = algorithm.step(_start(case, algorithm), case.train, case.val)
     assert equal(got, expected)
 
 
@@ -289,12 +289,12 @@ def test_hyperparameters_inside_the_model(getkey):
     # An Equinox model is callable: masks must be functions of the parameters.
     mask = lambda params: jtu.tree_map(lambda x: x.ndim == 2, params)
     inner = optax.adamw(0.01, mask=mask)
-    optimizer = hpo.T1T2(hpo.Problem(loss, loss), inner, optax.adam(0.1))
-    state = optimizer.init(model, hyperparams)
+    algorithm = hpo.T1T2(hpo.Problem(loss, loss), inner, optax.adam(0.1))
+    state = algorithm.init(model, hyperparams)
     batch = (jr.normal(getkey(), (5, 3)), jnp.ones((5, 1)))
-    grads = optimizer.compute_hypergradient(state, batch, batch, key=getkey())
+    grads = algorithm.compute_hypergradient(state, batch, batch, key=getkey())
     assert grads.noise.raw.shape == () and grads.noise.raw != 0
-    after = optimizer.step(state, batch, batch, key=getkey())
+    after = algorithm.step(state, batch, batch, key=getkey())
     assert after.hyperparams.noise.raw != state.hyperparams.noise.raw
     assert after.model.noise is None
 
@@ -305,12 +305,12 @@ def test_bounds_are_never_trained():
         lambda w, h, batch, key: jnp.sum((w - batch) ** 2),
     )
     outer = optax.adamw(0.1, weight_decay=0.1)  # moves whatever it is given
-    optimizer = hpo.T1T2(problem, optax.sgd(0.1), outer)
-    state = optimizer.init(jnp.array(0.0), hpo.Interval(0.5, 0.0, 2.0))
-    after = optimizer.step(state, jnp.array(1.0), jnp.array(1.0))
+    algorithm = hpo.T1T2(problem, optax.sgd(0.1), outer)
+    state = algorithm.init(jnp.array(0.0), hpo.Interval(0.5, 0.0, 2.0))
+    after = algorithm.step(state, jnp.array(1.0), jnp.array(1.0))
     assert (after.hyperparams.lower, after.hyperparams.upper) == (0.0, 2.0)
     assert after.hyperparams.raw != state.hyperparams.raw
-    grads = optimizer.compute_hypergradient(state, jnp.array(1.0), jnp.array(1.0))
+    grads = algorithm.compute_hypergradient(state, jnp.array(1.0), jnp.array(1.0))
     assert grads.lower is None and grads.upper is None
 
 
@@ -318,33 +318,33 @@ def test_bounds_are_never_trained():
 
 
 def test_integer_hyperparameters_raise():
-    case, optimizer = _ridge_optimizer()
+    case, algorithm = _ridge_algorithm()
     for bad in (3, True, jnp.arange(2), np.array([True])):
         with pytest.raises(ValueError, match=r"hyperparams\['n'\].*floating point"):
-            optimizer.init(case.model, {"n": bad})
+            algorithm.init(case.model, {"n": bad})
 
 
 def test_placeholders_left_in_the_model_raise():
-    case, optimizer = _ridge_optimizer()
+    case, algorithm = _ridge_algorithm()
     with pytest.raises(ValueError, match=r"model\['noise'\].*Positive.*partition"):
-        optimizer.init({"w": case.model, "noise": hpo.Positive(1.0)}, None)
+        algorithm.init({"w": case.model, "noise": hpo.Positive(1.0)}, None)
 
 
 def test_a_model_without_parameters_raises():
-    _, optimizer = _ridge_optimizer()
+    _, algorithm = _ridge_algorithm()
     with pytest.raises(ValueError, match="no floating-point array"):
-        optimizer.init({"n": 3, "i": jnp.arange(2)}, 0.5)
+        algorithm.init({"n": 3, "i": jnp.arange(2)}, 0.5)
 
 
 def test_a_state_of_another_optimizer_raises():
-    case, optimizer = _ridge_optimizer()
-    state = _start(case, optimizer)
+    case, algorithm = _ridge_algorithm()
+    state = _start(case, algorithm)
     other = hpo.T1T2(case.problem, optax.adam(0.1), optax.adam(0.05))
     with pytest.raises(ValueError, match="state.inner_opt_state.*`init` of the same"):
         other.step(state, case.train, case.val)
     swapped = eqx.tree_at(lambda s: s.hyperparams, state, {"penalty": jnp.zeros(4)})
     with pytest.raises(ValueError, match="state.outer_opt_state.*state.hyperparams"):
-        optimizer.step(swapped, case.train, case.val)
+        algorithm.step(swapped, case.train, case.val)
 
 
 def test_a_zero_hypergradient_is_said():
@@ -353,15 +353,15 @@ def test_a_zero_hypergradient_is_said():
         jnp.sum(w**2) + jnp.sum(jax.lax.stop_gradient(h["penalty"]))
     )
     problem = hpo.Problem(ignoring, case.problem.val_loss)
-    optimizer = hpo.T1T2(problem, optax.sgd(0.1), optax.sgd(0.1))
-    state = _start(case, optimizer)
+    algorithm = hpo.T1T2(problem, optax.sgd(0.1), optax.sgd(0.1))
+    state = _start(case, algorithm)
     with pytest.warns(UserWarning, match="hypergradient of zero: neither") as record:
         for _ in range(3):
-            state = optimizer.step(state, case.train, case.val)
+            state = algorithm.step(state, case.train, case.val)
     assert len(record) == 1
-    optimizer = hpo.FirstOrder(case.problem, optax.sgd(0.1), optax.sgd(0.1))
+    algorithm = hpo.FirstOrder(case.problem, optax.sgd(0.1), optax.sgd(0.1))
     with pytest.warns(UserWarning, match="looks at nothing else"):
-        optimizer.step(_start(case, optimizer), case.train, case.val)
+        algorithm.step(_start(case, algorithm), case.train, case.val)
 
 
 def test_a_learning_rate_alone_is_not_zero():
@@ -370,36 +370,36 @@ def test_a_learning_rate_alone_is_not_zero():
         lambda w, h, batch, key: case.problem.val_loss(w, h, batch, key),
         case.problem.val_loss,
     )
-    optimizer = hpo.T1T2(problem, lambda h: optax.sgd(h), optax.sgd(0.1))
-    state = optimizer.init(case.model, hpo.Positive(0.1))
-    grads = optimizer.compute_hypergradient(state, case.train, case.val)
+    algorithm = hpo.T1T2(problem, lambda h: optax.sgd(h), optax.sgd(0.1))
+    state = algorithm.init(case.model, hpo.Positive(0.1))
+    grads = algorithm.compute_hypergradient(state, case.train, case.val)
     assert grads.raw != 0
 
 
 def test_a_missing_key_is_said():
-    optimizer = hpo.T1T2(hpo.Problem(_noisy, _noisy), optax.sgd(0.1), optax.sgd(0.1))
-    state = optimizer.init(jnp.zeros(3), {"noise": jnp.array(0.1)})
+    algorithm = hpo.T1T2(hpo.Problem(_noisy, _noisy), optax.sgd(0.1), optax.sgd(0.1))
+    state = algorithm.init(jnp.zeros(3), {"noise": jnp.array(0.1)})
     with pytest.raises(ValueError, match="`key` is missing"):
-        optimizer.step(state, jnp.ones(3), jnp.ones(3))
+        algorithm.step(state, jnp.ones(3), jnp.ones(3))
 
 
 def test_an_error_of_the_loss_itself_is_passed_on():
     def loss(model, h, batch, key):
         raise RuntimeError("mine")
 
-    optimizer = hpo.T1T2(hpo.Problem(loss, loss), optax.sgd(0.1), optax.sgd(0.1))
-    state = optimizer.init(jnp.zeros(3), jnp.array(0.1))
+    algorithm = hpo.T1T2(hpo.Problem(loss, loss), optax.sgd(0.1), optax.sgd(0.1))
+    state = algorithm.init(jnp.zeros(3), jnp.array(0.1))
     with pytest.raises(RuntimeError, match="mine"):
-        optimizer.step(state, jnp.ones(3), jnp.ones(3))
+        algorithm.step(state, jnp.ones(3), jnp.ones(3))
 
 
 def test_optimisers_that_need_the_loss_value_raise():
     case = ridge()
     inner = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
-    optimizer = hpo.T1T2(case.problem, inner, optax.sgd(0.1))
-    state = _start(case, optimizer)
+    algorithm = hpo.T1T2(case.problem, inner, optax.sgd(0.1))
+    state = _start(case, algorithm)
     with pytest.raises(ValueError, match="value of the loss"):
-        optimizer.step(state, case.train, case.val)
+        algorithm.step(state, case.train, case.val)
 
 
 @pytest.mark.parametrize(
@@ -427,20 +427,20 @@ def test_an_optimiser_that_cannot_be_differentiated_trains_all_the_same():
 
     inner = optax.stateless(lambda updates, _: jtu.tree_map(halve, updates))
     case = quadratic()
-    optimizer = hpo.FirstOrder(case.problem, inner, optax.sgd(0.1))
-    after = optimizer.step(_start(case, optimizer), case.train, case.val)
+    algorithm = hpo.FirstOrder(case.problem, inner, optax.sgd(0.1))
+    after = algorithm.step(_start(case, algorithm), case.train, case.val)
     assert int(after.skipped) == 0
 
 
 def test_inner_must_make_a_transformation():
     case = quadratic()
-    optimizer = hpo.T1T2(
+    algorithm = hpo.T1T2(
         case.problem,
         lambda h: 0.1,  # pyright: ignore[reportArgumentType]
         optax.sgd(0.1),
     )
     with pytest.raises(ValueError, match="`inner` must be"):
-        _start(case, optimizer)
+        _start(case, algorithm)
 
 
 # Model state and aux
@@ -491,10 +491,10 @@ def test_batch_norm_and_dropout_equal_a_python_loop(getkey):
     batch = lambda: (jr.normal(getkey(), (8, 3)), jr.normal(getkey(), (8,)))
     train, val, key = batch(), batch(), getkey()
     args = (hpo.Problem(_bn_train, _bn_val), optax.sgd(0.1), optax.sgd(0.1))
-    optimizer = hpo.Unrolled(*args, inner_steps=3)
-    state = optimizer.init(model, jnp.array(0.3), model_state=model_state)
-    got = optimizer.compute_hypergradient(state, train, val, key=key)
-    after = optimizer.step(state, train, val, key=key)
+    algorithm = hpo.Unrolled(*args, inner_steps=3)
+    state = algorithm.init(model, jnp.array(0.3), model_state=model_state)
+    got = algorithm.compute_hypergradient(state, train, val, key=key)
+    after = algorithm.step(state, train, val, key=key)
 
     def by_hand(h):
         params, static = eqx.partition(model, eqx.is_inexact_array)
@@ -522,26 +522,26 @@ def test_batch_norm_and_dropout_equal_a_python_loop(getkey):
         start = other.init(model, jnp.array(0.3), model_state=model_state)
         got = other.compute_hypergradient(start, train, val, key=key)
         assert relative_error(got, expected) < 1e-6
-    fresh = optimizer.restart(after, model, model_state=model_state)
+    fresh = algorithm.restart(after, model, model_state=model_state)
     assert equal(fresh.model_state, state.model_state)
-    assert equal(optimizer.restart(after, model).model_state, after.model_state)
+    assert equal(algorithm.restart(after, model).model_state, after.model_state)
 
 
 def test_aux_of_both_losses_is_reported():
     train = lambda w, h, b, k: (jnp.sum((w - b) ** 2) + h * w[0], {"n": jnp.sum(b)})
     val = lambda w, h, b, k: (jnp.sum((w - b) ** 2), w)
     problem = hpo.Problem(train, val, has_aux=True)
-    optimizer = hpo.T1T2(problem, optax.sgd(0.1), optax.sgd(0.1), inner_steps=2)
+    algorithm = hpo.T1T2(problem, optax.sgd(0.1), optax.sgd(0.1), inner_steps=2)
     data = (jnp.ones(2), jnp.zeros(2))
-    state = optimizer.init(jnp.ones(2), 0.5, train=data[0], val=data[1])
-    after = optimizer.step(state, *data)
+    state = algorithm.init(jnp.ones(2), 0.5, train=data[0], val=data[1])
+    after = algorithm.step(state, *data)
     assert jtu.tree_structure(state) == jtu.tree_structure(after)
     train_aux, val_aux = after.metrics.aux
     assert train_aux["n"] == 2
     assert equal(val_aux, after.model)
-    without = optimizer.init(jnp.ones(2), 0.5)
+    without = algorithm.init(jnp.ones(2), 0.5)
     assert without.metrics.aux is None
-    assert equal(optimizer.step(without, *data).metrics.aux, after.metrics.aux)
+    assert equal(algorithm.step(without, *data).metrics.aux, after.metrics.aux)
 
 
 def test_hyperparameters_improve_the_validation_loss():

@@ -10,9 +10,9 @@ def _step(train_loss, val_loss=None, has_aux=False, model_state=None):
     if model_state is not None:
         good = lambda m, h, batch, key: (h * jnp.sum(m[0] ** 2), m[1])
     problem = hpo.Problem(train_loss or good, val_loss or good, has_aux=has_aux)
-    optimizer = hpo.T1T2(problem, optax.sgd(0.1), optax.sgd(0.1))
-    state = optimizer.init(jnp.ones(3), 0.5, model_state=model_state)
-    return optimizer.step(state, jnp.ones(2), jnp.ones(2))
+    algorithm = hpo.T1T2(problem, optax.sgd(0.1), optax.sgd(0.1))
+    state = algorithm.init(jnp.ones(3), 0.5, model_state=model_state)
+    return algorithm.step(state, jnp.ones(2), jnp.ones(2))
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,9 @@ def test_converges_to_the_lasso_with_exact_zeros(momentum):
         optax.sgd(rate, momentum=momentum),
         hpo.proximal(hpo.L1(1.0), rate / (1 - momentum)),
     )
-    optimizer = hpo.FirstOrder(hpo.Problem(loss, loss), optax.sgd(0.1), outer)
+    algorithm = hpo.FirstOrder(hpo.Problem(loss, loss), optax.sgd(0.1), outer)
     start = jnp.full(4, 0.3)
-    solution = hpo.tune(optimizer, jnp.ones(1), start, None, None, steps=800, key=None)
+    solution = hpo.tune(algorithm, jnp.ones(1), start, None, None, steps=800, key=None)
     assert jnp.allclose(solution.values, jnp.array([2.0, 0.0, -1.0, 0.0]), atol=1e-9)
     assert jnp.array_equal(solution.values == 0, jnp.abs(target) <= 1)
 

@@ -37,10 +37,10 @@ OPTIMIZER = hpo.T1T2(PROBLEM, INNER, OUTER, inner_steps=2)
 LOW, HIGH = jnp.full(6, -4.0), jnp.full(6, 2.0)
 
 
-def _search(optimizer: Any = OPTIMIZER, low: Any = LOW, high: Any = HIGH, **kwargs):
+def _search(algorithm: Any = OPTIMIZER, low: Any = LOW, high: Any = HIGH, **kwargs):
     settings = {"trials": 5, "steps": 4, "key": jr.key(0), **kwargs}
     data = settings.pop("train", CASE.train), settings.pop("val", CASE.val)
-    return hpo.search(optimizer, CASE.model, low, high, *data, **settings)
+    return hpo.search(algorithm, CASE.model, low, high, *data, **settings)
 
 
 @eqx.filter_jit
@@ -106,8 +106,8 @@ def test_placeholders_are_searched_in_their_raw_values():
         }
 
     low, high = ends(1e-6, [0.5, 0.5], 1.1), ends(1.0, [0.9, 0.1], 2.9)
-    optimizer = hpo.T1T2(hpo.Problem(losses, losses), INNER, OUTER)
-    solution = _search(optimizer, low, high, trials=40, sampler="random")
+    algorithm = hpo.T1T2(hpo.Problem(losses, losses), INNER, OUTER)
+    solution = _search(algorithm, low, high, trials=40, sampler="random")
     decay = solution.history.hyperparams["decay"]
     assert decay.min() > 1e-6 and decay.max() < 1
     # Half of the trials in the lower three orders of magnitude.
@@ -120,11 +120,11 @@ def test_placeholders_are_searched_in_their_raw_values():
 
 
 def test_a_learning_rate_can_be_searched():
-    optimizer = hpo.T1T2(PROBLEM, lambda h: optax.sgd(h[1]), OUTER)
+    algorithm = hpo.T1T2(PROBLEM, lambda h: optax.sgd(h[1]), OUTER)
     losses = lambda model, h, *rest: PROBLEM.train_loss(model, h[0], *rest)
-    optimizer = eqx.tree_at(lambda x: x.problem, optimizer, hpo.Problem(losses, losses))
+    algorithm = eqx.tree_at(lambda x: x.problem, algorithm, hpo.Problem(losses, losses))
     low, high = ((x, hpo.Positive(y)) for x, y in ((LOW, 1e-4), (HIGH, 0.3)))
-    solution = _search(optimizer, low, high)
+    solution = _search(algorithm, low, high)
     rates = solution.history.hyperparams[1]
     assert rates.min() > 1e-4 and rates.max() < 0.3
     assert solution.history.val_loss.std() > 0
@@ -139,9 +139,9 @@ def test_tune_goes_on_from_the_best_trial(make):
     settings: dict[str, Any] = (
         {"decay": 0.9} if make in (hpo.Greedy, hpo.HyperDistill) else {}
     )
-    optimizer = make(PROBLEM, INNER, OUTER, inner_steps=2, **settings)
-    solution = _search(optimizer)
-    args = (optimizer, solution.model, solution.hyperparams, CASE.train, CASE.val)
+    algorithm = make(PROBLEM, INNER, OUTER, inner_steps=2, **settings)
+    solution = _search(algorithm)
+    args = (algorithm, solution.model, solution.hyperparams, CASE.train, CASE.val)
     more = hpo.tune(*args, steps=3, key=jr.key(0), state=solution.state)
     assert more.result == hpo.RESULTS.successful
     assert more.state.step == solution.state.step + 3
@@ -160,9 +160,9 @@ def test_failed_trials_are_counted_and_never_the_best():
     # A rate above the stable ones overflows within the 4,000 steps of a trial.
     losses = lambda model, h, *rest: PROBLEM.train_loss(model, LOW, *rest)
     problem = hpo.Problem(losses, losses)
-    optimizer = hpo.T1T2(problem, lambda h: optax.sgd(h), OUTER, inner_steps=400)
+    algorithm = hpo.T1T2(problem, lambda h: optax.sgd(h), OUTER, inner_steps=400)
     low, high = hpo.Positive(1e-3), hpo.Positive(1e3)
-    solution = _search(optimizer, low, high, trials=12, steps=10, sampler="random")
+    solution = _search(algorithm, low, high, trials=12, steps=10, sampler="random")
     failed = ~np.isfinite(solution.history.val_loss)
     assert 0 < failed.sum() < 12
     assert solution.message.endswith(f"Trials that were not finite: {failed.sum()}.")
@@ -171,7 +171,7 @@ def test_failed_trials_are_counted_and_never_the_best():
         == solution.history.hyperparams[np.nanargmin(solution.history.val_loss)]
     )
     assert solution.result == hpo.RESULTS.successful
-    all_fail = _search(optimizer, hpo.Positive(900.0), high, trials=3, steps=10)
+    all_fail = _search(algorithm, hpo.Positive(900.0), high, trials=3, steps=10)
     assert all_fail.result == hpo.RESULTS.nonfinite
     assert "No trial was completed: 3 failed." in all_fail.message
 
@@ -246,9 +246,9 @@ def test_bad_input(kwargs, match):
 
 
 def test_one_task_and_one_row_of_hyperparameters_only():
-    optimizer = hpo.ForwardMode(PROBLEM, INNER, OUTER, inner_steps=2, sharing=1)
+    algorithm = hpo.ForwardMode(PROBLEM, INNER, OUTER, inner_steps=2, sharing=1)
     with pytest.raises(ValueError, match="without `sharing`"):
-        _search(optimizer)
+        _search(algorithm)
 
 
 def test_the_state_suits_any_outer_optimiser_and_aux():
@@ -260,10 +260,10 @@ def test_the_state_suits_any_outer_optimiser_and_aux():
 
     problem = hpo.Problem(losses, losses, has_aux=True)
     outer = optax.contrib.schedule_free_sgd(1e-9)
-    optimizer = hpo.T1T2(problem, INNER, outer, inner_steps=2)
+    algorithm = hpo.T1T2(problem, INNER, outer, inner_steps=2)
     val = hpo.Minibatch(CASE.val, 5)
-    solution = _search(optimizer, val=val)
-    args = (optimizer, solution.model, solution.hyperparams, CASE.train, val)
+    solution = _search(algorithm, val=val)
+    args = (algorithm, solution.model, solution.hyperparams, CASE.train, val)
     more = hpo.tune(*args, steps=1, key=jr.key(0), state=solution.state)
     assert relative_error(more.values, solution.values) < 1e-6
 
@@ -273,8 +273,8 @@ def test_what_has_no_gradient_can_be_searched():
     def losses(model, penalty, *rest):
         return PROBLEM.train_loss(model, jnp.round(penalty), *rest)
 
-    optimizer = hpo.T1T2(hpo.Problem(losses, PROBLEM.val_loss), INNER, OUTER)
-    assert _search(optimizer).history.val_loss.std() > 0
+    algorithm = hpo.T1T2(hpo.Problem(losses, PROBLEM.val_loss), INNER, OUTER)
+    assert _search(algorithm).history.val_loss.std() > 0
 
 
 def test_without_optuna(monkeypatch):

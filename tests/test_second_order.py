@@ -124,11 +124,11 @@ def test_adam_with_dead_pixels(rule_name, steps):
     problem, (x, y), model = _with_dead_pixels()
     hyperparams = {"decay": hpo.Positive(0.1), "rate": hpo.Positive(0.05)}
     inner = lambda h: optax.adam(h["rate"])
-    optimizer = hpo.Unrolled(
+    algorithm = hpo.Unrolled(
         problem, inner, optax.sgd(0.1), RULES[rule_name], inner_steps=steps
     )
-    state = optimizer.init(model, hyperparams)
-    got = optimizer.compute_hypergradient(state, (x, y), (x, y))
+    state = algorithm.init(model, hyperparams)
+    got = algorithm.compute_hypergradient(state, (x, y), (x, y))
 
     alive = hpo.Problem(
         lambda m, h, batch, key: (
@@ -136,12 +136,12 @@ def test_adam_with_dead_pixels(rule_name, steps):
         ),
         problem.val_loss,
     )
-    optimizer = hpo.Unrolled(
+    algorithm = hpo.Unrolled(
         alive, inner, optax.sgd(0.1), RULES[rule_name], inner_steps=steps
     )
     data = (x[:, 2:], y)
-    state = optimizer.init(model[2:], hyperparams)
-    expected = optimizer.compute_hypergradient(state, data, data)
+    state = algorithm.init(model[2:], hyperparams)
+    expected = algorithm.compute_hypergradient(state, data, data)
     assert relative_error(got, expected) < 1e-6
 
 
@@ -176,14 +176,14 @@ def test_finite_differences_need_first_derivatives_only():
     loss = lambda w, h, batch, key: (
         jnp.sum(_square(w - h)) + jnp.sum(_square(w - batch))
     )
-    optimizer = hpo.T1T2(
+    algorithm = hpo.T1T2(
         hpo.Problem(loss, lambda w, h, batch, key: jnp.sum((w - batch) ** 2)),
         optax.sgd(0.1),
         optax.sgd(0.1),
         hpo.FiniteDifference(),
     )
-    state = optimizer.init(jnp.ones(2), jnp.zeros(2))
-    got = optimizer.compute_hypergradient(state, jnp.zeros(2), jnp.ones(2))
+    state = algorithm.init(jnp.ones(2), jnp.zeros(2))
+    got = algorithm.compute_hypergradient(state, jnp.zeros(2), jnp.ones(2))
     # w1 = w - 0.1 (2 (w - h) + 2 w) = 0.6 ; dw1/dh = 0.2
     assert jnp.allclose(got, 2 * (0.6 - 1) * 0.2)
 
@@ -200,11 +200,11 @@ class _Scaled(eqx.Module):
 @pytest.mark.parametrize("rule_name", RULES)
 def test_a_loss_may_hold_arrays(rule_name):
     problem = hpo.Problem(_Scaled(jnp.array([1.0, 2.0])), _Scaled(jnp.ones(2)))
-    optimizer = hpo.Unrolled(
+    algorithm = hpo.Unrolled(
         problem, optax.sgd(0.1), optax.sgd(0.1), RULES[rule_name], inner_steps=3
     )
-    state = optimizer.init(jnp.ones(2), jnp.array(0.5))
-    got = optimizer.compute_hypergradient(state, jnp.zeros(2), jnp.zeros(2))
+    state = algorithm.init(jnp.ones(2), jnp.array(0.5))
+    got = algorithm.compute_hypergradient(state, jnp.zeros(2), jnp.zeros(2))
     assert jnp.allclose(got, jax.grad(_by_hand)(jnp.array(0.5)), rtol=1e-6)
 
 
@@ -221,15 +221,15 @@ def test_a_loss_may_close_over_tracers(rule_name, getkey):
 
     def run(x):
         loss = lambda w, h, batch, key: jnp.sum((x @ w - batch) ** 2) + h * w @ w
-        optimizer = hpo.Unrolled(
+        algorithm = hpo.Unrolled(
             hpo.Problem(loss, loss),
             optax.adam(0.1),
             optax.sgd(0.1),
             RULES[rule_name],
             inner_steps=3,
         )
-        state = optimizer.init(jnp.ones(2), hpo.Positive(0.1))
-        return optimizer.compute_hypergradient(state, jnp.ones(3), jnp.ones(3)).raw
+        state = algorithm.init(jnp.ones(2), hpo.Positive(0.1))
+        return algorithm.compute_hypergradient(state, jnp.ones(3), jnp.ones(3)).raw
 
     xs = jr.normal(getkey(), (2, 3, 2))
     expected = run(xs[0])

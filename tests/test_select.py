@@ -167,10 +167,10 @@ def test_reaches_the_optimum_of_the_dense_update(settings):
 def test_within_a_step():
     case = ridge()
     outer = optax.chain(optax.adam(0.1), hpo.select_top_k(2))
-    optimizer = hpo.T1T2(case.problem, optax.sgd(0.1), outer)
-    state = optimizer.init(case.model, case.hyperparams)
-    gradient = optimizer.compute_hypergradient(state, case.train, case.val)["penalty"]
-    new = optimizer.step(state, case.train, case.val)
+    algorithm = hpo.T1T2(case.problem, optax.sgd(0.1), outer)
+    state = algorithm.init(case.model, case.hyperparams)
+    gradient = algorithm.compute_hypergradient(state, case.train, case.val)["penalty"]
+    new = algorithm.step(state, case.train, case.val)
     moved = np.flatnonzero(new.hyperparams["penalty"] != state.hyperparams["penalty"])
     largest = np.argsort(-np.abs(gradient))[:2]
     assert set(moved) == set(largest)

@@ -33,14 +33,14 @@ def test_equals_unrolled_one_step(case_name, inner):
 def test_closed_form_on_the_quadratic(getkey):
     """One SGD step from `w`: `w1 = w - r M (w - h)`, so `dw1/dh = r M`."""
     case = CASES["quadratic"]()
-    optimizer = hpo.T1T2(case.problem, optax.sgd(0.2), optax.sgd(0.1))
-    state = optimizer.init(case.model, case.hyperparams)
+    algorithm = hpo.T1T2(case.problem, optax.sgd(0.2), optax.sgd(0.1))
+    state = algorithm.init(case.model, case.hyperparams)
     w, h, m, b = case.model, case.hyperparams, case.train, case.val
     reached = w - 0.2 * m @ (w - h)
     expected = 2 * (reached - b) @ (0.2 * m) + 0.2 * h
-    got = optimizer.compute_hypergradient(state, m, b)
+    got = algorithm.compute_hypergradient(state, m, b)
     assert jnp.allclose(got, expected, rtol=1e-12)
-    state = optimizer.step(state, m, b)
+    state = algorithm.step(state, m, b)
     assert jnp.allclose(state.model, reached, rtol=1e-12)
     assert jnp.allclose(state.hyperparams, h - 0.1 * expected, rtol=1e-12)
     assert jnp.allclose(state.metrics.train_loss, 0.5 * (w - h) @ m @ (w - h))
@@ -63,12 +63,12 @@ def test_inner_steps_are_plain_training_but_the_last():
 
 def test_first_order_is_the_direct_term():
     case = CASES["quadratic"]()
-    optimizer = hpo.FirstOrder(case.problem, optax.sgd(0.2), optax.sgd(0.1))
-    state = optimizer.init(case.model, case.hyperparams)
-    got = optimizer.compute_hypergradient(state, case.train, case.val)
+    algorithm = hpo.FirstOrder(case.problem, optax.sgd(0.2), optax.sgd(0.1))
+    state = algorithm.init(case.model, case.hyperparams)
+    got = algorithm.compute_hypergradient(state, case.train, case.val)
     assert jnp.allclose(got, 0.2 * case.hyperparams, rtol=1e-14)
     t1t2 = hpo.T1T2(case.problem, optax.sgd(0.2), optax.sgd(0.1))
-    trained = [o.step(state, case.train, case.val).model for o in (optimizer, t1t2)]
+    trained = [o.step(state, case.train, case.val).model for o in (algorithm, t1t2)]
     assert jnp.allclose(*trained, rtol=1e-14)
 
 
@@ -81,11 +81,11 @@ def test_first_order_warns_of_a_learning_rate():
 def test_tuning_finds_the_optimum():
     """On the quadratic the response is `w = h`, so the best `h` is `b / 1.1`."""
     case = CASES["quadratic"]()
-    optimizer = hpo.Unrolled(
+    algorithm = hpo.Unrolled(
         case.problem, optax.sgd(0.3), optax.sgd(0.05), inner_steps=60
     )
     solution = hpo.tune(
-        optimizer, case.model, case.hyperparams, case.train, case.val,
+        algorithm, case.model, case.hyperparams, case.train, case.val,
         steps=300, key=None,
     )  # fmt: skip
     assert jnp.allclose(solution.values, case.val / 1.1, atol=1e-6)
@@ -109,14 +109,14 @@ def _temporaries(second_order, data_rows) -> int:
         noise = jr.normal(jr.key(0), batch[0].shape, batch[0].dtype)
         return val_loss(model, h, (batch[0] + h * noise, batch[1]), key)
 
-    optimizer = hpo.T1T2(
+    algorithm = hpo.T1T2(
         hpo.Problem(train_loss, val_loss), optax.sgd(0.1), optax.sgd(0.1), second_order
     )
-    state = optimizer.init(_model(), jnp.array(0.1, jnp.float32))
+    state = algorithm.init(_model(), jnp.array(0.1, jnp.float32))
     state_arrays, static = eqx.partition(state, eqx.is_array)
 
     def step(state_arrays, data):
-        state = optimizer.step(eqx.combine(state_arrays, static), data, data)
+        state = algorithm.step(eqx.combine(state_arrays, static), data, data)
         return arrays(state)
 
     compiled = jax.jit(step).lower(state_arrays, (x, y)).compile()

@@ -22,21 +22,21 @@ INNER = optax.sgd(0.1, momentum=0.9)
 
 
 @ft.cache  # so that the tests share what is compiled
-def _optimizer(**kwargs):
+def _algorithm(**kwargs):
     return hpo.T1T2(CASE.problem, INNER, optax.adam(0.05), **kwargs)
 
 
-def _tune(optimizer=None, train=CASE.train, val=CASE.val, **kwargs):
+def _tune(algorithm=None, train=CASE.train, val=CASE.val, **kwargs):
     settings = {"steps": 12, "key": jr.key(0), **kwargs}
-    optimizer = _optimizer() if optimizer is None else optimizer
-    return hpo.tune(optimizer, CASE.model, CASE.hyperparams, train, val, **settings)
+    algorithm = _algorithm() if algorithm is None else algorithm
+    return hpo.tune(algorithm, CASE.model, CASE.hyperparams, train, val, **settings)
 
 
-def _by_hand(optimizer, train, val, steps, key):
-    state = optimizer.init(CASE.model, CASE.hyperparams)
+def _by_hand(algorithm, train, val, steps, key):
+    state = algorithm.init(CASE.model, CASE.hyperparams)
     for i in range(steps):
         step_key = jr.fold_in(key, i)
-        state = optimizer.step(state, next(train), next(val), key=step_key)
+        state = algorithm.step(state, next(train), next(val), key=step_key)
     return state
 
 
@@ -44,7 +44,7 @@ def _by_hand(optimizer, train, val, steps, key):
 def test_equals_steps_by_hand(callback):
     solution = _tune(callback=callback, history=5)
     train, val = itertools.repeat(CASE.train), itertools.repeat(CASE.val)
-    expected = _by_hand(_optimizer(), train, val, 12, jr.key(0))
+    expected = _by_hand(_algorithm(), train, val, 12, jr.key(0))
     assert relative_error(solution.state, expected) < 1e-13
     assert equal(solution.model, solution.state.model)
     assert equal(solution.hyperparams, solution.state.hyperparams)
@@ -95,24 +95,24 @@ def test_stopped_saved_and_continued_equals_uninterrupted(
     data_name, settings, tmp_path
 ):
     train, val = DATA[data_name]()
-    optimizer = _optimizer(inner_steps=2)
-    whole = _tune(optimizer, train, val, steps=17, **settings)
+    algorithm = _algorithm(inner_steps=2)
+    whole = _tune(algorithm, train, val, steps=17, **settings)
     path = tmp_path / "state"
-    _tune(optimizer, train, val, steps=10, checkpoint=path, **settings)
-    state = hpo.load(path, optimizer.init(CASE.model, CASE.hyperparams))
-    rest = _tune(optimizer, train, val, steps=7, state=state, **settings)
+    _tune(algorithm, train, val, steps=10, checkpoint=path, **settings)
+    state = hpo.load(path, algorithm.init(CASE.model, CASE.hyperparams))
+    rest = _tune(algorithm, train, val, steps=7, state=state, **settings)
     assert equal(rest.state, whole.state)
     assert int(state.step) == 10  # `tune` donated a copy of it
 
 
 def test_restart_every_few_steps():
     solution = _tune(steps=12, restart=5)
-    optimizer = _optimizer()
-    state = optimizer.init(CASE.model, CASE.hyperparams)
+    algorithm = _algorithm()
+    state = algorithm.init(CASE.model, CASE.hyperparams)
     for i in range(12):
         if i in (5, 10):
-            state = optimizer.restart(state, CASE.model)
-        state = optimizer.step(state, CASE.train, CASE.val)
+            state = algorithm.restart(state, CASE.model)
+        state = algorithm.step(state, CASE.train, CASE.val)
     assert relative_error(solution.state, state) < 1e-13
 
 
@@ -138,12 +138,12 @@ class _Loader:
 
 def test_python_iterators():
     solution = _tune(train=_host_batches(0), val=_host_batches(1))
-    expected = _by_hand(_optimizer(), _host_batches(0), _host_batches(1), 12, jr.key(0))
+    expected = _by_hand(_algorithm(), _host_batches(0), _host_batches(1), 12, jr.key(0))
     assert relative_error(solution.state, expected) < 1e-13
 
 
 def test_an_iterator_gives_a_batch_to_each_inner_step():
-    solution = _tune(_optimizer(inner_steps=3), train=_host_batches(0), steps=4)
+    solution = _tune(_algorithm(inner_steps=3), train=_host_batches(0), steps=4)
     batches = _host_batches(0)
     stack = lambda *x: np.stack(x)
     stacked = (
@@ -151,13 +151,13 @@ def test_an_iterator_gives_a_batch_to_each_inner_step():
         for _ in range(4)
     )
     val = itertools.repeat(CASE.val)
-    expected = _by_hand(_optimizer(inner_steps=3), stacked, val, 4, jr.key(0))
+    expected = _by_hand(_algorithm(inner_steps=3), stacked, val, 4, jr.key(0))
     assert relative_error(solution.state, expected) < 1e-13
     batches = list(itertools.islice(_host_batches(0), 12))
     ready = [
         hpo.Stacked(jtu.tree_map(stack, *batches[i : i + 3])) for i in (0, 3, 6, 9)
     ]
-    ready = _tune(_optimizer(inner_steps=3), train=iter(ready), steps=4)
+    ready = _tune(_algorithm(inner_steps=3), train=iter(ready), steps=4)
     assert equal(ready.state, solution.state)
 
 
@@ -183,7 +183,7 @@ def test_bad_loaders():
     x, y = CASE.train
     odd = _Loader([(x[:8], y[:8]), (x[:5], y[:5])])
     with pytest.raises(ValueError, match="batches of different shapes"):
-        _tune(_optimizer(inner_steps=2), train=odd)
+        _tune(_algorithm(inner_steps=2), train=odd)
 
 
 @pytest.mark.parametrize("how", ["raised", "signal", "second_signal"])
@@ -204,7 +204,7 @@ def test_ctrl_c_returns_what_there_is(how, tmp_path):
     assert int(solution.state.step) == 6
     assert solution.history.step.tolist() == [2, 4, 6]
     assert "interrupted" in solution.message
-    saved = hpo.load(path, _optimizer().init(CASE.model, CASE.hyperparams))
+    saved = hpo.load(path, _algorithm().init(CASE.model, CASE.hyperparams))
     assert equal(saved, solution.state)
 
 
@@ -226,7 +226,7 @@ def test_another_error_saves_before_it_is_raised(tmp_path):
     path = tmp_path / "state"
     with pytest.raises(RuntimeError, match="mine"):
         _tune(callback=fail, history=2, checkpoint=path)
-    saved = hpo.load(path, _optimizer().init(CASE.model, CASE.hyperparams))
+    saved = hpo.load(path, _algorithm().init(CASE.model, CASE.hyperparams))
     assert int(saved.step) == 4
 
 
@@ -274,9 +274,9 @@ def test_non_finite_steps_end_the_run(from_host):
         problem = hpo.Problem(_nan_from_the_eighth_step, CASE.problem.val_loss)
         outer, train = _count_up(), CASE.train
     hyperparams = {**CASE.hyperparams, "n": jnp.array(0.0)}
-    optimizer = hpo.T1T2(problem, INNER, outer)
+    algorithm = hpo.T1T2(problem, INNER, outer)
     run = lambda train, **kwargs: hpo.tune(
-        optimizer, CASE.model, hyperparams, train, CASE.val,
+        algorithm, CASE.model, hyperparams, train, CASE.val,
         key=None, max_skipped=5, **kwargs,
     )  # fmt: skip
     solution = run(train, steps=100)
@@ -307,7 +307,7 @@ def test_progress(capsys, monkeypatch):
 
 def test_a_state_of_another_problem_raises():
     other = ridge(features=4)
-    state = _optimizer().init(other.model, other.hyperparams)
+    state = _algorithm().init(other.model, other.hyperparams)
     with pytest.raises(ValueError, match=r"`state.model` is float64\[4\]"):
         _tune(state=state)
 
@@ -322,10 +322,10 @@ def test_bad_options(name):
 
 def test_a_zero_hypergradient_is_said_once():
     loss = lambda w, h, batch, key: jnp.sum((w - batch) ** 2)
-    optimizer = hpo.T1T2(hpo.Problem(loss, loss), optax.sgd(0.1), optax.sgd(0.1))
+    algorithm = hpo.T1T2(hpo.Problem(loss, loss), optax.sgd(0.1), optax.sgd(0.1))
     with pytest.warns(UserWarning, match="hypergradient of zero") as record:
         hpo.tune(
-            optimizer, jnp.zeros(2), 0.5, jnp.ones(2), jnp.ones(2), steps=9, key=None
+            algorithm, jnp.zeros(2), 0.5, jnp.ones(2), jnp.ones(2), steps=9, key=None
         )
     assert len(record) == 1
 
@@ -343,15 +343,15 @@ def test_checkpoint_every(tmp_path, monkeypatch):
 def test_aux_is_kept_in_one_structure():
     loss = lambda w, h, b, k: (h * jnp.sum((w - b) ** 2), {"norm": jnp.sum(w**2)})
     problem = hpo.Problem(loss, loss, has_aux=True)
-    optimizer = hpo.T1T2(problem, optax.sgd(0.1), optax.sgd(0.01))
+    algorithm = hpo.T1T2(problem, optax.sgd(0.1), optax.sgd(0.01))
     data = jnp.ones(2)
     run = lambda state: hpo.tune(
-        optimizer, jnp.zeros(2), jnp.array(0.5), data, data, steps=3, key=None,
+        algorithm, jnp.zeros(2), jnp.array(0.5), data, data, steps=3, key=None,
         state=state,
     )  # fmt: skip
     started = run(None)
     assert started.state.metrics.aux[1]["norm"] > 0
-    assert equal(run(optimizer.init(jnp.zeros(2), jnp.array(0.5))).state, started.state)
+    assert equal(run(algorithm.init(jnp.zeros(2), jnp.array(0.5))).state, started.state)
 
 
 def test_convolutions_run_a_step_a_call(getkey):
@@ -361,13 +361,13 @@ def test_convolutions_run_a_step_a_call(getkey):
     def loss(model, h, batch, key):
         return jnp.mean((jax.vmap(model)(batch) - h) ** 2)
 
-    optimizer = hpo.T1T2(hpo.Problem(loss, loss), optax.sgd(0.1), optax.sgd(0.1))
+    algorithm = hpo.T1T2(hpo.Problem(loss, loss), optax.sgd(0.1), optax.sgd(0.1))
     solution = hpo.tune(
-        optimizer, conv, jnp.array(0.1), images, images, steps=5, key=None, history=2
+        algorithm, conv, jnp.array(0.1), images, images, steps=5, key=None, history=2
     )
-    state = optimizer.init(conv, jnp.array(0.1))
+    state = algorithm.init(conv, jnp.array(0.1))
     for _ in range(5):
-        state = optimizer.step(state, images, images)
+        state = algorithm.step(state, images, images)
     assert relative_error(solution.state, state) < 1e-5
     assert solution.history.step.tolist() == [2, 4, 5]
 

@@ -25,8 +25,8 @@ def test_a_wrong_shape_raises():
 
 def test_a_wrong_dtype_raises():
     case = quadratic()
-    optimizer = hpo.T1T2(case.problem, optax.sgd(0.1), optax.sgd(0.1))
-    state = optimizer.init(case.model, case.hyperparams)
+    algorithm = hpo.T1T2(case.problem, optax.sgd(0.1), optax.sgd(0.1))
+    state = algorithm.init(case.model, case.hyperparams)
     with pytest.raises(jaxtyping.TypeCheckError, match="step"):
         hpo.BilevelState(
             model=state.model,
@@ -77,10 +77,10 @@ def test_what_is_no_state_is_named(tmp_path):
     solution: Any = object()
     with pytest.raises(ValueError, match="`state` must be a `BilevelState`.*`solution"):
         inspect.unwrap(save)(tmp_path / "file", solution)
-    with pytest.raises(ValueError, match="`optimizer` must be an algorithm.*a dict"):
+    with pytest.raises(ValueError, match="`algorithm` must be an algorithm.*a dict"):
         check_start({}, None, None)
-    optimizer = hpo.T1T2(quadratic().problem, optax.sgd(0.1), optax.sgd(0.1))
+    algorithm = hpo.T1T2(quadratic().problem, optax.sgd(0.1), optax.sgd(0.1))
     with pytest.raises(ValueError, match="`state` must be a `BilevelState`"):
-        check_start(optimizer, None, solution)
+        check_start(algorithm, None, solution)
     with pytest.raises(ValueError, match="`key` must be a PRNG key"):
-        check_start(optimizer, 0, None)
+        check_start(algorithm, 0, None)

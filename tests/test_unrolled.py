@@ -70,11 +70,11 @@ def _setting(case_name, inner_name, where, steps):
 @pytest.mark.parametrize("rule_name", RULES)
 def test_equals_hand_written_unroll(rule_name, setting):
     case, problem, inner, hyperparams, expected = _setting(*setting)
-    optimizer = hpo.Unrolled(
+    algorithm = hpo.Unrolled(
         problem, inner, optax.sgd(0.1), RULES[rule_name], inner_steps=setting[-1]
     )
-    state = optimizer.init(case.model, hyperparams)
-    got = optimizer.compute_hypergradient(state, case.train, case.val)
+    state = algorithm.init(case.model, hyperparams)
+    got = algorithm.compute_hypergradient(state, case.train, case.val)
     # The first step of Adam is a sign: its derivative is what is left of terms that
     # cancel, around 1e-10.
     error = relative_error(got, expected, floor=1e-5)
@@ -86,11 +86,11 @@ def test_equals_hand_written_unroll(rule_name, setting):
 def test_reaches_the_closed_form_at_convergence(case_name, rule_name):
     case = CASES[case_name]()
     rule = RULES[rule_name]
-    optimizer = hpo.Unrolled(
+    algorithm = hpo.Unrolled(
         case.problem, optax.sgd(0.3), optax.sgd(0.1), rule, inner_steps=3000
     )
-    state = optimizer.init(case.model, case.hyperparams)
-    got = optimizer.compute_hypergradient(state, case.train, case.val)
+    state = algorithm.init(case.model, case.hyperparams)
+    got = algorithm.compute_hypergradient(state, case.train, case.val)
     expected = case.hypergradient(case.hyperparams)
     assert relative_error(got, expected) < TOLERANCE.get(rule_name, 1e-10)
 
@@ -124,8 +124,8 @@ def test_how_it_is_computed_changes_nothing(kwargs):
     )
     state = make().init(case.model, case.hyperparams)
     got, expected = (
-        optimizer.compute_hypergradient(state, case.train, case.val)
-        for optimizer in (make(**kwargs), make())
+        algorithm.compute_hypergradient(state, case.train, case.val)
+        for algorithm in (make(**kwargs), make())
     )
     assert relative_error(got, expected) < 1e-12
 
@@ -149,8 +149,8 @@ def test_what_is_kept_of_the_inner_steps():
     def growth(rule, checkpoint):
         """With 75 further inner steps, in units of the weights."""
         small, large = (
-            step_temporaries(optimizer, optimizer.init(model, 0.1), case)
-            for optimizer in (
+            step_temporaries(algorithm, algorithm.init(model, 0.1), case)
+            for algorithm in (
                 hpo.Unrolled(
                     problem,
                     optax.sgd(0.1),
@@ -173,14 +173,14 @@ def test_what_is_kept_of_the_inner_steps():
 def test_batches_are_drawn_again_and_not_kept():
     case = ridge()
     data = (jnp.ones((400, 6)), jnp.ones(400))
-    optimizers = [
+    algorithms = [
         hpo.Unrolled(case.problem, optax.sgd(0.1), optax.sgd(0.1), inner_steps=steps)
         for steps in (25, 100)
     ]
-    state = optimizers[0].init(case.model, case.hyperparams)
+    state = algorithms[0].init(case.model, case.hyperparams)
     batches = hpo.Minibatch(data, 200, replacement=False)
     case = dataclasses.replace(case, train=batches)
-    small, large = (step_temporaries(x, state, case) for x in optimizers)
+    small, large = (step_temporaries(x, state, case) for x in algorithms)
     assert large - small < 75 * 2 * case.model.nbytes
 
 
@@ -215,9 +215,9 @@ def test_nested_hyperparameters_of_every_shape():
 
     problem = hpo.Problem(train_loss, val_loss)
     model, train, val = jnp.array([2.0, 3.0]), jnp.zeros(2), jnp.array([0.5, -0.5])
-    optimizer = hpo.Unrolled(problem, optax.sgd(0.1), optax.adam(0.1), inner_steps=3)
-    state = optimizer.init(model, _nested())
-    got = optimizer.compute_hypergradient(state, train, val)
+    algorithm = hpo.Unrolled(problem, optax.sgd(0.1), optax.adam(0.1), inner_steps=3)
+    state = algorithm.init(model, _nested())
+    got = algorithm.compute_hypergradient(state, train, val)
     expected = hand_unrolled(
         problem, optax.sgd(0.1), model, state.hyperparams, train, val, 3
     )
@@ -231,9 +231,9 @@ def test_scalar_model():
         lambda w, h, batch, key: (w - batch) ** 2 + h * w**2,
         lambda w, h, batch, key: (w - batch) ** 2,
     )
-    optimizer = hpo.Unrolled(problem, optax.sgd(0.1), optax.sgd(0.1), inner_steps=1)
-    state = optimizer.init(jnp.array(1.0), 0.5)
-    got = optimizer.compute_hypergradient(state, jnp.array(2.0), jnp.array(3.0))
+    algorithm = hpo.Unrolled(problem, optax.sgd(0.1), optax.sgd(0.1), inner_steps=1)
+    state = algorithm.init(jnp.array(1.0), 0.5)
+    got = algorithm.compute_hypergradient(state, jnp.array(2.0), jnp.array(3.0))
     # w1 = 1 - 0.1 (2 (1 - 2) + 2 * 0.5 * 1) = 1.1 ; dw1/dh = -0.2
     assert jnp.allclose(got, 2 * (1.1 - 3.0) * -0.2)
 
@@ -251,17 +251,17 @@ def test_mixed_dtypes(rule_name):
 
     model = {"low": jnp.ones(3, jnp.float32), "high": jnp.full(3, 0.5), "n": 3}
     hyperparams = {"wd": hpo.Positive(jnp.full(3, 0.1, jnp.float32))}
-    optimizer = hpo.Unrolled(
+    algorithm = hpo.Unrolled(
         hpo.Problem(train_loss, val_loss),
         optax.sgd(0.1, momentum=0.5),
         optax.adam(0.1),
         RULES[rule_name],
         inner_steps=3,
     )
-    state = optimizer.init(model, hyperparams)
-    got = optimizer.compute_hypergradient(state, jnp.zeros(3), jnp.ones(3))
+    state = algorithm.init(model, hyperparams)
+    got = algorithm.compute_hypergradient(state, jnp.zeros(3), jnp.ones(3))
     assert got["wd"].raw.dtype == jnp.float32
-    after = optimizer.step(state, jnp.zeros(3), jnp.ones(3))
+    after = algorithm.step(state, jnp.zeros(3), jnp.ones(3))
     assert after.model["low"].dtype == jnp.float32
     assert after.model["high"].dtype == jnp.float64
     assert after.model["n"] == 3

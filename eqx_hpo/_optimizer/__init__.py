@@ -1,11 +1,13 @@
 from .base import (
+    AbstractAlgorithm as AbstractAlgorithm,
     AbstractBilevelOptimizer as AbstractBilevelOptimizer,
-    make_levels as make_levels,
+    raw_estimate as raw_estimate,
 )
 from .drmad import DrMAD as DrMAD
 from .first_order import FirstOrder as FirstOrder
 from .forward_mode import ForwardMode as ForwardMode
 from .greedy import Greedy as Greedy
+from .guard import next_state as next_state
 from .hyperdistill import HyperDistill as HyperDistill
 from .implicit import (
     failed_solve as failed_solve,

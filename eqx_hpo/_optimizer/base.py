@@ -1,105 +1,198 @@
 """The interface of every algorithm: `init`, `step`, `compute_hypergradient`, `restart`.
 
-They are implemented once, here. An algorithm fills three slots: `estimate` (move the
-inner level and estimate the hypergradient), `init_memory` (what it carries from step to
-step) and `init_diagnostics` (what it reports).
+`AbstractBilevelOptimizer` declares it. `AbstractAlgorithm` implements it for one model,
+and asks for three slots: `estimate` (move the inner level and estimate the
+hypergradient), `init_memory` (the memory carried from step to step) and
+`init_diagnostics` (the report on the estimate).
 """
 
 import abc
 import dataclasses
+from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.random as jr
 import jax.tree_util as jtu
 import optax
 from jaxtyping import PyTree
 
-from .._custom_types import (
-    Batch,
-    Hyperparams,
-    InnerOptimiser,
-    IntScalar,
-    Key,
-    Model,
-    Through,
-)
-from .._data import AbstractBatches, as_batches
+from .._checks import check_positive_int, check_same_structure, check_type
+from .._custom_types import Batch, Hyperparams, InnerOptimiser, Key, Model, Through
+from .._data import AbstractBatches, as_batches, SameBatch
 from .._discrete import refresh
-from .._hyperparameter import canonical, partition_raw, unwrap
-from .._inner import inner_init, start_inner
-from .._jit import filter_jit
-from .._levels import first_task_level, Levels
-from .._misc import as_device_arrays, check_same_structure
+from .._hyperparameter import (
+    at_inner_step,
+    canonical,
+    check_no_placeholders,
+    partition_raw,
+    unwrap_values,
+)
+from .._inner import start_inner
+from .._levels import Levels, make_levels
+from .._misc import as_device_arrays
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder
 from .._state import (
     BilevelState,
     Estimate,
     float_scalar,
+    inner_state,
     InnerState,
     Memory,
     Metrics,
 )
-from .._tasks import replicate
-from .._windows import at_start
-from . import checks
-from .accept import accept
+from .guard import next_state
+from .tracing import (
+    check_state,
+    default_unroll,
+    empty_aux,
+    explain_missing_key,
+    warn_if_unreached,
+)
 
 
 class AbstractBilevelOptimizer(eqx.Module):
     """An algorithm that trains a model and tunes its hyperparameters by gradient: an
-    immutable collection of settings. What changes is in [`eqx_hpo.BilevelState`][].
+    immutable collection of settings. Everything that changes is in
+    [`eqx_hpo.BilevelState`][].
 
     **Attributes:**
 
     - `problem`: the two losses.
-    - `inner`: an `optax.GradientTransformation` that trains the model, or a function
-        from the unwrapped hyperparameters to one, for learning rates and the like:
-        `inner=lambda h: optax.sgd(h.learning_rate)`.
     - `outer`: an `optax.GradientTransformation` on the `raw` arrays of the
         hyperparameters.
-    - `second_order`: the rule for derivatives of the training gradient.
     - `inner_steps`: the number of inner steps in a call of `step`.
-    - `unroll`: how many inner steps a compiled loop holds in its body. By default one,
-        or on CPUs all (of at most 64) if a loss holds a convolution: loops slow it.
+    - `val_at_each_step`: whether the validation loss is taken after each inner step, or
+        only after the last one of a call.
     """
 
     problem: eqx.AbstractVar[Problem]
-    inner: eqx.AbstractVar[InnerOptimiser]
     outer: eqx.AbstractVar[optax.GradientTransformation]
-    second_order: eqx.AbstractVar[AbstractSecondOrder]
     inner_steps: eqx.AbstractVar[int]
-    unroll: eqx.AbstractVar[int | None]
-    # What of the inner level the estimate differentiates.
-    through: eqx.AbstractVar[Through]
-    # Whether the validation loss is taken after each inner step, or after the last.
     val_at_each_step: eqx.AbstractVar[bool]
-    # How many tasks the models and the data are for, or `None`: no task axis.
-    tasks: eqx.AbstractVar[int | None]
-    # How many inner steps share an entry of the hyperparameters, or `None`: no windows.
-    sharing: eqx.AbstractVar[int | None]
-
-    def __check_init__(self):
-        checks.check_settings(self)
 
     @abc.abstractmethod
-    def init_memory(
-        self, inner: InnerState, hyperparams: Hyperparams, batch: Batch
-    ) -> Memory:
-        """What the algorithm carries before the first step. Its `episode` is all zeros.
+    def init(
+        self,
+        model: Model,
+        hyperparams: Hyperparams,
+        *,
+        train: Batch | AbstractBatches = None,
+        val: Batch | AbstractBatches = None,
+        model_state: PyTree = None,
+        key: Key = None,
+    ) -> BilevelState:
+        """Makes the state before the first step.
 
         **Arguments:**
 
-        - `inner`: the inner state at the start.
-        - `hyperparams`: the unwrapped hyperparameters.
-        - `batch`: a train batch, with `jax.ShapeDtypeStruct`s in place of arrays, or
-            `None` where `init` was given none.
+        - `model`: any pytree. Its inexact arrays are trained, all other leaves pass
+            through.
+        - `hyperparams`: any pytree of placeholders and floating-point arrays. Python
+            floats become arrays. May be empty.
+        - `train`, `val`: the data, as for `step`, to find their structure. With both,
+            `init` warns of hyperparameters that get no hypergradient.
+            [`eqx_hpo.HyperDistill`][] needs `train`. Losses with `has_aux=True` need
+            both; without them `state.metrics.aux` is `None` until the first step, and
+            `step` compiles twice.
+        - `model_state`: an `eqx.nn.State`, for losses that take and return one.
+        - `key`: a PRNG key, where the losses need one.
+
+        **Returns:** a [`eqx_hpo.BilevelState`][].
+
+        **Raises:** a `ValueError` if `model` has nothing to train or still holds
+        placeholders, or if a hyperparameter is not floating point.
         """
 
     @abc.abstractmethod
-    def init_diagnostics(self) -> PyTree:
-        """What `state.metrics.diagnostics` holds before the first step, of the
-        structure that `Estimate.diagnostics` has; `None` for none."""
+    def step(
+        self,
+        state: BilevelState,
+        train: Batch | AbstractBatches,
+        val: Batch | AbstractBatches,
+        *,
+        key: Key = None,
+    ) -> BilevelState:
+        """Trains the model for `inner_steps`, then updates the hyperparameters once.
+        Compiled once for a run of any length. A step whose losses, hypergradient or new
+        state are not all finite changes only `step`, `skipped` and `metrics`.
+
+        **Arguments:**
+
+        - `state`: from `init` or an earlier `step`.
+        - `train`: the train data: a pytree of arrays (one batch, used at every inner
+            step), [`eqx_hpo.Minibatch`][] or [`eqx_hpo.Stacked`][].
+        - `val`: the validation data, likewise. Used after the last inner step, or after
+            each one if `val_at_each_step`.
+        - `key`: a PRNG key, a new one for each call; needed only where a loss or a
+            sampler is random.
+
+        **Returns:** a new state; the old one stays valid.
+
+        **Raises:** an `equinox.EquinoxRuntimeError` with its own text where an
+        `equinox.error_if` inside a loss or a layer fails.
+        """
+
+    @abc.abstractmethod
+    def compute_hypergradient(
+        self,
+        state: BilevelState,
+        train: Batch | AbstractBatches,
+        val: Batch | AbstractBatches,
+        *,
+        key: Key = None,
+    ) -> Hyperparams:
+        """Computes the hypergradient that `step` would use, without checking that it is
+        finite.
+
+        **Arguments:** those of `step`.
+
+        **Returns:** a pytree of the structure of `state.hyperparams`, with the gradient
+        in place of each `raw` and each plain array, and `None` elsewhere.
+        """
+
+    @abc.abstractmethod
+    def restart(
+        self, state: BilevelState, model: Model, *, model_state: PyTree = None
+    ) -> BilevelState:
+        """Starts the inner level afresh: the model, the inner optimiser's state, the
+        memory of the episode and `episode_step`. Everything else lives on.
+
+        **Arguments:**
+
+        - `state`: the state so far.
+        - `model`: the fresh model, of the structure given to `init`.
+        - `model_state`: the fresh `eqx.nn.State`; without it the present statistics
+            are kept.
+
+        **Returns:** a new state.
+        """
+
+
+class AbstractAlgorithm(AbstractBilevelOptimizer):
+    """An algorithm for one model. A concrete one fills the three slots below.
+
+    **Attributes:** besides those of [`eqx_hpo.AbstractBilevelOptimizer`][],
+
+    - `inner`: an `optax.GradientTransformation` that trains the model, or a function
+        from the unwrapped hyperparameters to one, for learning rates and the like:
+        `inner=lambda h: optax.sgd(h.learning_rate)`.
+    - `second_order`: the rule for derivatives of the training gradient.
+    - `unroll`: how many inner steps a compiled loop holds in its body. By default one,
+        or on CPUs all (of at most 64) if a loss holds a convolution: loops slow it.
+    - `through`: which derivative of the inner level the estimate takes: `"update"`,
+        that of the optimiser's update; `"gradient"`, that of the training gradient;
+        `None`, none. `init` warns of hyperparameters that it cannot reach.
+    """
+
+    inner: eqx.AbstractVar[InnerOptimiser]
+    second_order: eqx.AbstractVar[AbstractSecondOrder]
+    unroll: eqx.AbstractVar[int | None]
+    through: eqx.AbstractVar[Through]
+
+    def __check_init__(self):
+        _check_settings(self)
 
     @abc.abstractmethod
     def estimate(
@@ -116,8 +209,32 @@ class AbstractBilevelOptimizer(eqx.Module):
         - `levels`: the two levels, with the data and the key of this step.
         - `inner`: the inner state before the step.
         - `hyperparams`: the unwrapped hyperparameters.
-        - `memory`: the algorithm's own.
+        - `memory`: the algorithm's memory before the step.
+
+        **Returns:** an [`eqx_hpo.Estimate`][].
         """
+
+    @abc.abstractmethod
+    def init_memory(
+        self, inner: InnerState, hyperparams: Hyperparams, batch: Batch
+    ) -> Memory:
+        """Makes the memory before the first step. At a restart its `episode` is made
+        again, with `None` for `batch`; the parts that are `None` then stay as they were.
+
+        **Arguments:**
+
+        - `inner`: the inner state at the start.
+        - `hyperparams`: the unwrapped hyperparameters.
+        - `batch`: a train batch, with `jax.ShapeDtypeStruct`s in place of arrays.
+            `None` where the batch is always the same, and where `init` was given none.
+
+        **Returns:** a [`eqx_hpo.Memory`][].
+        """
+
+    @abc.abstractmethod
+    def init_diagnostics(self) -> PyTree:
+        """Makes the `state.metrics.diagnostics` before the first step, in the structure
+        of `Estimate.diagnostics`; `None` if there are none."""
 
     def init(
         self,
@@ -129,55 +246,41 @@ class AbstractBilevelOptimizer(eqx.Module):
         model_state: PyTree = None,
         key: Key = None,
     ) -> BilevelState:
-        """The state before the first step.
-
-        **Arguments:**
-
-        - `model`: any pytree. Its inexact arrays are trained, all other leaves pass
-            through.
-        - `hyperparams`: any pytree of placeholders and floating-point arrays. Python
-            floats become arrays. May be empty.
-        - `train`, `val`: the data, as for `step`, to find their structure.
-            [`eqx_hpo.HyperDistill`][] needs `train`. Losses with `has_aux=True` need
-            both, or `state.metrics.aux` is `None` until the first step, and `step`
-            compiles twice.
-        - `model_state`: an `eqx.nn.State`, for losses that take and return one.
-        - `key`: a PRNG key, where the losses need one.
-
-        **Raises:** a `ValueError` if `model` has nothing to train or still holds
-        placeholders, or if a hyperparameter is not floating point.
-        """
         hyperparams = canonical(hyperparams)
-        checks.check_model(model)
-        model, model_state = replicate(
-            as_device_arrays((model, model_state)), self.tasks
-        )
-        plain = unwrap(hyperparams)
-        start = at_start(plain, self.sharing)
-        inner = start_inner(self.inner, self.tasks, start, model, model_state)
-        levels = make_levels(self, model, train, val, jnp.array(0), key)
-        levels, first = first_task_level(levels, inner, self.tasks)
-        aux = checks.empty_aux(levels, first, start)
-        batch = checks.train_batch_shapes(levels)
-        nan = float_scalar(jnp.nan)
-        reports = replicate(
-            (aux, as_device_arrays(self.init_diagnostics())), self.tasks
-        )
-        return BilevelState(
+        _check_model(model)
+        model, model_state = as_device_arrays((model, model_state))
+        zero, nan = jnp.zeros((), int), float_scalar(jnp.nan)
+        plain = unwrap_values(hyperparams)
+        inner = start_inner(self.inner, at_inner_step(plain, zero), model, model_state)
+        batches = as_batches(train, "train", self.inner_steps)
+        raw, _ = partition_raw(hyperparams)
+        state = BilevelState(
             model=model,
             hyperparams=hyperparams,
             inner_opt_state=inner.opt_state,
-            outer_opt_state=as_device_arrays(
-                self.outer.init(partition_raw(hyperparams)[0])
+            outer_opt_state=as_device_arrays(self.outer.init(raw)),
+            memory=as_device_arrays(
+                self.init_memory(inner, plain, _batch_shapes(batches, key))
             ),
-            memory=as_device_arrays(self.init_memory(first, plain, batch)),
             model_state=model_state,
-            step=jnp.zeros((), int),
-            skipped=jnp.zeros((), int),
-            metrics=Metrics(nan, nan, nan, *reports),
+            step=zero,
+            episode_step=zero,
+            skipped=zero,
+            metrics=Metrics(
+                nan, nan, nan, None, as_device_arrays(self.init_diagnostics())
+            ),
         )
+        if train is None or val is None:
+            return state
+        levels = _make_levels(self, state, plain, train, val, key, _itself)
+        warn_if_unreached(levels, inner, plain, self.through)
+        if not self.problem.has_aux:
+            return state
+        aux = empty_aux(levels, inner, plain)
+        metrics = dataclasses.replace(state.metrics, aux=aux)
+        return dataclasses.replace(state, metrics=metrics)
 
-    @filter_jit
+    @eqx.filter_jit
     def step(
         self,
         state: BilevelState,
@@ -186,27 +289,18 @@ class AbstractBilevelOptimizer(eqx.Module):
         *,
         key: Key = None,
     ) -> BilevelState:
-        """Trains the model for `inner_steps`, then updates the hyperparameters once.
-        Compiled once for a run of any length. A step whose losses, hypergradient or
-        updates are not all finite changes only `step`, `skipped` and `metrics`.
-
-        **Arguments:**
-
-        - `state`: from `init` or an earlier `step`.
-        - `train`: the train data: a pytree of arrays (one batch, used at every inner
-            step), [`eqx_hpo.Minibatch`][] or [`eqx_hpo.Stacked`][].
-        - `val`: the validation data, likewise. Used at the last inner step.
-        - `key`: a PRNG key, a new one for each call; needed only where a loss or a
-            sampler is random.
-
-        **Returns:** a new state; the old one stays valid.
-        """
-        estimate, gradient, hyperparams = self._estimate(state, train, val, key)
-        return accept(
-            state, estimate, hyperparams, gradient, self.outer, self.problem.has_aux
+        hyperparams = refresh(state.hyperparams, key, state.step)
+        estimate = raw_estimate(self, state, hyperparams, train, val, key)
+        return next_state(
+            self.outer,
+            state,
+            hyperparams,
+            estimate,
+            state.episode_step + self.inner_steps,
+            self.problem.has_aux,
         )
 
-    @filter_jit
+    @eqx.filter_jit
     def compute_hypergradient(
         self,
         state: BilevelState,
@@ -215,86 +309,137 @@ class AbstractBilevelOptimizer(eqx.Module):
         *,
         key: Key = None,
     ) -> Hyperparams:
-        """The hypergradient that `step` would use, with the same arguments as those of
-        `step`. Not checked for being finite.
-
-        **Returns:** a pytree of the structure of `state.hyperparams`, with the gradient
-        in place of each `raw` and each plain array, and `None` elsewhere.
-        """
-        return self._estimate(state, train, val, key)[1]
+        hyperparams = refresh(state.hyperparams, key, state.step)
+        estimate = raw_estimate(self, state, hyperparams, train, val, key)
+        return estimate.hypergradient
 
     def restart(
         self, state: BilevelState, model: Model, *, model_state: PyTree = None
     ) -> BilevelState:
-        """Starts the inner level afresh: the model, the inner optimiser's state and the
-        memory of the episode. All else lives on.
-
-        **Arguments:**
-
-        - `state`: the state so far.
-        - `model`: the fresh model, of the structure given to `init`.
-        - `model_state`: the fresh `eqx.nn.State`; without it the statistics so far
-            are kept.
-
-        **Returns:** a new state.
-        """
-        model = replicate(as_device_arrays(model), self.tasks)
+        model, given = as_device_arrays((model, model_state))
         check_same_structure("model", model, state.model, "the model of `state`")
-        given = replicate(as_device_arrays(model_state), self.tasks)
         model_state = state.model_state if model_state is None else given
-        plain = at_start(unwrap(state.hyperparams), self.sharing)
-        inner = start_inner(self.inner, self.tasks, plain, model, model_state)
-        episode = jtu.tree_map(jnp.zeros_like, state.memory.episode)
-        return eqx.tree_at(
-            lambda s: (s.model, s.inner_opt_state, s.memory.episode, s.model_state),
-            state,
-            (model, inner.opt_state, episode, inner.model_state),
+        plain, zero = unwrap_values(state.hyperparams), jnp.zeros((), int)
+        inner = start_inner(self.inner, at_inner_step(plain, zero), model, model_state)
+        fresh = as_device_arrays(self.init_memory(inner, plain, None).episode)
+        # What cannot be made without a batch stays as it was.
+        episode = jtu.tree_map(
+            lambda new, old: old if new is None else new,
+            fresh,
+            state.memory.episode,
             is_leaf=lambda x: x is None,
         )
-
-    def _estimate(self, state, train, val, key):
-        levels = make_levels(self, state.model, train, val, state.step, key)
-        hyperparams = refresh(state.hyperparams, key, state.step)
-        raw, constants = partition_raw(hyperparams)
-        to_plain = lambda raw: unwrap(eqx.combine(raw, constants))
-        plain, pullback = eqx.filter_vjp(to_plain, raw)
-        inner = InnerState(
-            eqx.filter(state.model, eqx.is_inexact_array),
-            state.inner_opt_state,
-            state.model_state,
+        return dataclasses.replace(
+            state,
+            model=model,
+            inner_opt_state=inner.opt_state,
+            memory=dataclasses.replace(state.memory, episode=episode),
+            model_state=model_state,
+            episode_step=zero,
         )
-        start = at_start(plain, self.sharing)
-        init = inner_init(self.inner, self.tasks, start)
-        checks.check_state(state, init, self.outer, raw)
-        one_task = first_task_level(levels, inner, self.tasks)
-        with checks.explain_missing_key(*one_task, start):
-            unroll = self.unroll or checks.default_unroll(
-                *one_task, start, self.inner_steps
-            )
-            levels = dataclasses.replace(levels, unroll=unroll)
-            estimate = self.estimate(levels, inner, plain, state.memory)
-        checks.warn_if_independent(*one_task, start, self.through)
-        (gradient,) = pullback(estimate.hypergradient)
-        return estimate, gradient, hyperparams
 
 
-def make_levels(
-    optimizer: AbstractBilevelOptimizer,
-    model: Model,
+def raw_estimate(
+    algorithm: AbstractAlgorithm,
+    state: BilevelState,
+    hyperparams: Hyperparams,
     train: Batch | AbstractBatches,
     val: Batch | AbstractBatches,
-    step: IntScalar,
     key: Key,
+    mean: Callable[[PyTree], PyTree] | None = None,
+    unroll: int | None = None,
+) -> Estimate:
+    """Computes an algorithm's estimate for one model, with the hypergradient of the
+    `raw` arrays.
+
+    **Arguments:**
+
+    - `algorithm`, `state`, `train`, `val`, `key`: as for `step`.
+    - `hyperparams`: those of `state`, with the noise of this step.
+    - `mean`: takes the mean over all models that share the hyperparameters.
+    - `unroll`: stands for that of `algorithm`, if given.
+    """
+    raw, constants = partition_raw(hyperparams)
+    to_plain = lambda raw: unwrap_values(eqx.combine(raw, constants))
+    plain, pullback = eqx.filter_vjp(to_plain, raw)
+    start = at_inner_step(plain, jnp.zeros((), int))
+    check_state(state, algorithm.inner, algorithm.outer, start, raw)
+    levels = _make_levels(algorithm, state, plain, train, val, key, mean or _itself)
+    if unroll is not None:
+        levels = dataclasses.replace(levels, unroll=unroll)
+    inner, memory = inner_state(state), state.memory
+    estimate = algorithm.estimate(levels, inner, plain, memory)
+    (gradient,) = pullback(estimate.hypergradient)
+    return dataclasses.replace(estimate, hypergradient=gradient)
+
+
+def _make_levels(
+    algorithm: AbstractAlgorithm,
+    state: BilevelState,
+    plain: Hyperparams,
+    train: Batch | AbstractBatches,
+    val: Batch | AbstractBatches,
+    key: Key,
+    mean: Callable[[PyTree], PyTree],
 ) -> Levels:
-    """The two levels of call number `step`."""
-    return Levels(
-        problem=optimizer.problem,
-        inner=optimizer.inner,
-        second_order=optimizer.second_order,
-        frozen=eqx.filter(model, eqx.is_inexact_array, inverse=True),
-        train=as_batches(train, "train", optimizer.inner_steps),
-        val=as_batches(val, "val", optimizer.inner_steps),
-        position=step * optimizer.inner_steps,
-        key=key,
-        unroll=optimizer.unroll or 1,
-    )
+    """Makes the levels of the next call of `step`."""
+
+    def make(key):
+        return make_levels(
+            algorithm.problem,
+            algorithm.inner,
+            algorithm.second_order,
+            state,
+            plain,
+            as_batches(train, "train", algorithm.inner_steps),
+            as_batches(val, "val", algorithm.inner_steps),
+            state.step * algorithm.inner_steps,
+            key,
+            mean,
+        )
+
+    with explain_missing_key(key, retry=make):
+        levels = make(key)
+    unroll = algorithm.unroll or default_unroll(levels, algorithm.inner_steps)
+    return dataclasses.replace(levels, unroll=unroll)
+
+
+def _itself(tree: PyTree) -> PyTree:
+    return tree
+
+
+def _batch_shapes(train: AbstractBatches, key: Key) -> Batch:
+    if isinstance(train, SameBatch):
+        return None
+    first = jnp.array(0)
+    key = jr.key(0) if key is None else key
+    return eqx.filter_eval_shape(train.draw, first, first, key)
+
+
+def _check_settings(algorithm: AbstractAlgorithm) -> None:
+    what = "an `eqx_hpo.Problem(train_loss, val_loss)`"
+    check_type("problem", algorithm.problem, Problem, what)
+    check_positive_int("inner_steps", algorithm.inner_steps)
+    if algorithm.unroll is not None:
+        check_positive_int("unroll", algorithm.unroll)
+    what = "an `optax.GradientTransformation`"
+    check_type("outer", algorithm.outer, optax.GradientTransformation, what)
+    rule = algorithm.second_order
+    what = "a rule, such as `FiniteDifference()`"
+    check_type("second_order", rule, AbstractSecondOrder, what)
+    inner = algorithm.inner
+    if not (callable(inner) or isinstance(inner, optax.GradientTransformation)):
+        raise ValueError(
+            "`inner` must be an `optax.GradientTransformation`, or a function from "
+            f"hyperparameters to one; got a {type(inner).__name__}."
+        )
+
+
+def _check_model(model: Model) -> None:
+    check_no_placeholders(model)
+    leaves = jtu.tree_leaves(model)
+    if not any(eqx.is_inexact_array(x) for x in leaves):
+        kinds = [type(x).__name__ for x in leaves]
+        raise ValueError(
+            f"`model` has no floating-point array to train; its leaves are {kinds}."
+        )

@@ -1,7 +1,6 @@
-"""Reverse mode along the straight line from the first to the last weights, in place of
-the trajectory, which is never stored."""
+"""Reverse mode along the straight line from the first to the last weights. The
+trajectory itself is never stored."""
 
-import dataclasses
 from typing import ClassVar
 
 import equinox as eqx
@@ -75,16 +74,16 @@ class DrMAD(AbstractMemoryless):
 
 
 DrMAD.__init__.__doc__ = """**Arguments:** those of
-[`eqx_hpo.AbstractBilevelOptimizer`][].
+[`eqx_hpo.AbstractAlgorithm`][].
 """
 
 
 def point_on_line(
     first: InnerState, last: InnerState, index: IntScalar, steps: int
 ) -> InnerState:
-    """The inner state before step `index` on the line from `first` to `last`.
+    """Makes the inner state before step `index`, on the line from `first` to `last`.
 
-    Counters are whole numbers on the line; what is no number is that of `first`.
+    Counters stay whole numbers there. Leaves that are no numbers are those of `first`.
     """
 
     def interpolate(x, y):
@@ -99,8 +98,8 @@ def point_on_line(
 
 
 def end_cotangent(end: InnerState, alpha: tuple[PyTree, PyTree]) -> InnerState:
-    """The cotangent of the last inner state: the validation loss depends on the weights
-    and on the model's state, not on the optimiser's."""
+    """Makes the cotangent of the last inner state. The validation loss depends on the
+    weights and on the model's state, and not on the optimiser's."""
     params, model_state = alpha
     opt_state = eqx.filter(end.opt_state, eqx.is_inexact_array)
     return InnerState(params, jtu.tree_map(jnp.zeros_like, opt_state), model_state)
@@ -113,8 +112,8 @@ def pull_back(
     cotangent: InnerState,
     index: IntScalar,
 ) -> tuple[InnerState, Hyperparams]:
-    """The products $a A_t$ and $a B_t$ of a cotangent of the inner state after step
-    `index` with the two derivatives of that step, at `inner`."""
+    """Computes the products $a A_t$ and $a B_t$ of a cotangent of the inner state after
+    step `index` with the two derivatives of that step, at `inner`."""
     arrays, rest = eqx.partition(inner, eqx.is_inexact_array)
 
     def update(arrays, hyperparams):
@@ -122,9 +121,4 @@ def pull_back(
         return eqx.filter(new, eqx.is_inexact_array)
 
     _, pullback = eqx.filter_vjp(update, arrays, hyperparams)
-    before, product = pullback(cotangent)
-    # Adam's second moment that is still zero has an infinite slope. On the line, unlike
-    # on the trajectory, the gradients before it need not be zero.
-    drop = lambda x, c: jnp.where((x == 0) & ~jnp.isfinite(c), 0, c)
-    opt_state = jtu.tree_map(drop, arrays.opt_state, before.opt_state)
-    return dataclasses.replace(before, opt_state=opt_state), product
+    return pullback(cotangent)

@@ -10,7 +10,7 @@ import optax
 from .._custom_types import Hyperparams, InnerOptimiser, Through
 from .._levels import Levels
 from .._problem import Problem
-from .._second_order import AbstractSecondOrder, ForwardOverReverse
+from .._second_order import AbstractSecondOrder, ReverseOverReverse
 from .._state import Estimate, InnerState, Memory
 from .memoryless import AbstractMemoryless
 
@@ -21,17 +21,17 @@ class FirstOrder(AbstractMemoryless):
     $$\frac{dC_2}{d\lambda} \approx \frac{\partial C_2(\theta_T, \lambda)}{\partial
     \lambda}.$$
 
-    Right for hyperparameters that the validation loss contains and that act on it
-    mostly directly, such as architecture weights. All that acts through training alone
-    (weight decay, a learning rate, sample weights) gets zero.
+    This is right for hyperparameters that the validation loss contains and that act on
+    it mostly directly, such as architecture weights. Hyperparameters that act through
+    training alone (weight decay, a learning rate, sample weights) get zero.
     """
 
     problem: Problem
     inner: InnerOptimiser
     outer: optax.GradientTransformation
-    second_order: AbstractSecondOrder = ForwardOverReverse()
     inner_steps: int = eqx.field(static=True, kw_only=True, default=1)
     unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
+    second_order: ClassVar[AbstractSecondOrder] = ReverseOverReverse()  # never used
     through: ClassVar[Through] = None
     val_at_each_step: ClassVar[bool] = False
 
@@ -58,5 +58,5 @@ class FirstOrder(AbstractMemoryless):
 
 
 FirstOrder.__init__.__doc__ = """**Arguments:** those of
-[`eqx_hpo.AbstractBilevelOptimizer`][]; `second_order` is not used.
+[`eqx_hpo.AbstractAlgorithm`][]; there is no `second_order`.
 """

@@ -1,6 +1,5 @@
 """Exact hypergradients, by forward mode along the inner steps."""
 
-import dataclasses
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -13,21 +12,14 @@ from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import Batch, Hyperparams, InnerOptimiser, Through
 from .._levels import Levels
-from .._misc import tree_add, tree_fix
+from .._misc import tree_add, tree_zeros
 from .._problem import Problem
-from .._second_order import (
-    AbstractSecondOrder,
-    ForwardOverReverse,
-    ReverseOverReverse,
-    square_underflows,
-)
+from .._second_order import AbstractSecondOrder, ReverseOverReverse
 from .._state import Estimate, InnerState, Memory
-from .._windows import at_step
-from .base import AbstractBilevelOptimizer
-from .checks import check_positive_int
+from .base import AbstractAlgorithm
 
 
-class ForwardMode(AbstractBilevelOptimizer):
+class ForwardMode(AbstractAlgorithm):
     r"""The exact hypergradient of all inner steps since the episode began, optimiser
     state included, by forward mode:
 
@@ -38,34 +30,29 @@ class ForwardMode(AbstractBilevelOptimizer):
 
     The derivative $Z_t$ of the inner state is carried from call to call, until
     `restart`. So the horizon has no limit, and memory, $O(PH)$, does not grow with the
-    number of steps; nor does any approximation come in, as long as the hyperparameters
-    stay where they are. Where they move at each call, the steps before count as if they
-    had been taken with the present hyperparameters.
+    number of steps. The estimate is exact as long as the hyperparameters stay where they
+    are. Where they move at each call, earlier steps count as if they had been taken with
+    the present hyperparameters.
 
-    For few hyperparameters: each costs about two training gradients for each inner
-    step. With `sharing`, hyperparameters follow a schedule.
+    Use it for few hyperparameters: each costs about two training gradients for each
+    inner step. It suits long schedules ([`eqx_hpo.Schedule`][]).
 
     ??? cite "References"
 
         Franceschi et al., *Forward and Reverse Gradient-Based Hyperparameter
         Optimization*, ICML 2017 (forward mode). Micaelli and Storkey, *Gradient-based
-        Hyperparameter Optimization Over Long Horizons*, NeurIPS 2021 (sharing).
+        Hyperparameter Optimization Over Long Horizons*, NeurIPS 2021 (schedules).
     """
 
     problem: Problem
     inner: InnerOptimiser
     outer: optax.GradientTransformation
-    second_order: AbstractSecondOrder = ForwardOverReverse()
     inner_steps: int = eqx.field(static=True, kw_only=True, default=1)
-    sharing: int | None = eqx.field(static=True, kw_only=True, default=None)
     unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
+    # A gradient without a rule of its own is what JAX can push forward.
+    second_order: ClassVar[AbstractSecondOrder] = ReverseOverReverse()
     through: ClassVar[Through] = "update"
     val_at_each_step: ClassVar[bool] = False
-    tasks: ClassVar[None] = None
-
-    def __check_init__(self):
-        if self.sharing is not None:
-            check_positive_int("sharing", self.sharing)
 
     def init_memory(
         self, inner: InnerState, hyperparams: Hyperparams, batch: Batch
@@ -74,7 +61,7 @@ class ForwardMode(AbstractBilevelOptimizer):
         size = sum(x.size for x in _numbers(hyperparams))
         zeros = lambda x: jnp.zeros((size, *x.shape), x.dtype)
         tangents = jtu.tree_map(zeros, eqx.filter(inner, eqx.is_inexact_array))
-        return Memory(episode=(tangents, jnp.zeros((), int)))
+        return Memory(episode=tangents)
 
     def init_diagnostics(self) -> None:
         return None
@@ -86,82 +73,38 @@ class ForwardMode(AbstractBilevelOptimizer):
         hyperparams: Hyperparams,
         memory: Memory,
     ) -> Estimate:
-        tangents, elapsed = memory.episode
-        levels = dataclasses.replace(levels, second_order=ReverseOverReverse())
-        at = lambda hyperparams, step: at_step(hyperparams, self.sharing, step)
-        report = levels.empty_report(inner, at(hyperparams, elapsed))
+        empty = eqx.filter_eval_shape(
+            levels.evaluate, inner, hyperparams, jnp.zeros((), int)
+        )
 
         def advance(carry, _):
             inner, tangents, _, index = carry
-            update = lambda inner, hyperparams: _update(
-                levels, inner, at(hyperparams, elapsed + index), index
-            )
+            update = lambda inner, hyperparams: levels.update(inner, hyperparams, index)
             inner, tangents, report = _push_forward(
                 update, inner, hyperparams, tangents
             )
             return (inner, tangents, report, index + 1), None
 
         # The index is carried: an array of them would grow with the steps.
-        carry = (inner, tangents, report, jnp.zeros((), int))
-        (inner, tangents, report, _), _ = lax.scan(
+        carry = (inner, memory.episode, tree_zeros(empty), jnp.zeros((), int))
+        (inner, tangents, train, _), _ = lax.scan(
             advance, carry, length=self.inner_steps, unroll=levels.unroll
         )
         last = jnp.asarray(self.inner_steps - 1)
-        present, pullback = eqx.filter_vjp(lambda x: at(x, elapsed + last), hyperparams)
-        val, alpha, direct = levels.validation_gradient(inner, present, last)
-        (direct,) = pullback(direct)
+        val, alpha, direct = levels.validation_gradient(inner, hyperparams, last)
         indirect = _contract(alpha, (tangents.params, tangents.model_state))
         total = tree_add(direct, _unravel(indirect, hyperparams))
-        memory = Memory(episode=(tangents, elapsed + self.inner_steps))
-        return Estimate(inner, memory, total, report, val)
+        return Estimate(inner, Memory(episode=tangents), total, train, val)
 
 
 ForwardMode.__init__.__doc__ = """**Arguments:** those of
-[`eqx_hpo.AbstractBilevelOptimizer`][]; `second_order` is not used. And
-
-- `sharing`: how many inner steps in a row use the same hyperparameters, if these are a
-    schedule. Then each array in `hyperparams` has a leading axis over the windows, and
-    the losses and `inner` get the hyperparameters of the window that the step is in,
-    without that axis. Steps after the last window go on with its values, and the
-    validation loss gets those of the last step. Starts anew at each `restart`.
+[`eqx_hpo.AbstractAlgorithm`][]; there is no `second_order`.
 """
 
 
-def _update(levels: Levels, inner: InnerState, hyperparams: Hyperparams, index: Any):
-    """`levels.update`, for forward mode.
-
-    Where all training gradients of a parameter were zero, Adam's square root has an
-    infinite slope, and the chain rule gives 0 * inf = NaN though the parameter does not
-    move. Its derivative is then that with the gradient held fixed.
-    """
-    gradient, model_state, report = levels.gradient(inner, hyperparams, index)
-    if levels.moves_linearly(inner, hyperparams):
-        return levels.apply(gradient, inner, hyperparams, model_state), report
-    fixed_gradient = tree_fix(gradient)
-    slopes = _slopes(levels, fixed_gradient, inner, hyperparams, model_state)
-    dead = jtu.tree_map(
-        lambda g, s: square_underflows(g) & ~jnp.isfinite(s), fixed_gradient, slopes
-    )
-    choose = lambda x, y: jtu.tree_map(jnp.where, dead, x, y)
-    alive = choose(fixed_gradient, gradient)
-    new = levels.apply(alive, inner, hyperparams, model_state)
-    held = dataclasses.replace(inner, opt_state=tree_fix(inner.opt_state))
-    still = levels.apply(fixed_gradient, held, hyperparams, model_state)
-    params = choose(still.params, new.params)
-    return dataclasses.replace(new, params=params), report
-
-
-def _slopes(levels, gradient, inner, hyperparams, model_state) -> PyTree:
-    """How the parameters move with the training gradient, all of it at once."""
-    inner, hyperparams = tree_fix((inner, hyperparams))
-    move = lambda x: levels.apply(x, inner, hyperparams, model_state).params
-    ones = jtu.tree_map(jnp.ones_like, gradient)
-    return jax.jvp(move, (gradient,), (ones,))[1]
-
-
 def _push_forward(update: Any, inner: InnerState, hyperparams: Any, tangents: Any):
-    """An update of the inner state, and of its derivatives: `tangents` has a leading
-    axis over the numbers in `hyperparams`."""
+    """Updates the inner state and its derivatives: `tangents` has a leading axis over
+    the numbers in `hyperparams`."""
     arrays, fixed = eqx.partition(inner, eqx.is_inexact_array)
     numbers, rest = eqx.partition(hyperparams, eqx.is_inexact_array)
 
@@ -184,7 +127,7 @@ def _numbers(hyperparams: Hyperparams) -> list[Array]:
 
 
 def _units(hyperparams: Hyperparams) -> PyTree:
-    """The unit vectors of the space of the hyperparameters, on a leading axis."""
+    """Makes the unit vectors of the space of the hyperparameters, on a leading axis."""
     size = sum(x.size for x in _numbers(hyperparams))
     return _unravel(jnp.eye(size), hyperparams)
 
@@ -200,7 +143,7 @@ def _unravel(vector: Float[Array, "... size"], like: Hyperparams) -> Hyperparams
 
 
 def _contract(alpha: PyTree, tangents: PyTree) -> Float[Array, " size"]:
-    """The inner product of a cotangent with each of the tangents."""
+    """Computes the inner product of a cotangent with each of the tangents."""
     dtype = jnp.result_type(float)
 
     def dot(a, z):

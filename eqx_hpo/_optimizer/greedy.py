@@ -10,15 +10,14 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float
 
+from .._checks import as_share
 from .._custom_types import Hyperparams, InnerOptimiser, Through
 from .._levels import Levels
 from .._misc import tree_add, tree_scale
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder, ForwardOverReverse
 from .._state import Estimate, InnerState, Memory
-from .checks import as_share
 from .memoryless import AbstractMemoryless
-from .unrolled import advance_with_pullback
 
 
 def _as_optional_momentum(value: Any) -> Array | None:
@@ -38,9 +37,9 @@ class Greedy(AbstractMemoryless):
     gradient, a validation gradient and one second-order product. Train and validation
     batches are fresh at each inner step where the data give them.
 
-    A discount of zero is [`eqx_hpo.T1T2`][]. It is made for training that goes on from
-    call to call: where the model is restarted at each call, $\alpha_t$ early on the way
-    may point elsewhere than $\alpha_T$.
+    A discount of zero is [`eqx_hpo.T1T2`][]. `Greedy` is made for training that goes on
+    from call to call. Where the model is restarted at each call, $\alpha_t$ early on the
+    way may point elsewhere than $\alpha_T$.
 
     ??? cite "Reference"
 
@@ -53,8 +52,8 @@ class Greedy(AbstractMemoryless):
     outer: optax.GradientTransformation
     second_order: AbstractSecondOrder = ForwardOverReverse()
     inner_steps: int = eqx.field(static=True, kw_only=True)
-    decay: Float[Array, ""] = eqx.field(
-        kw_only=True, default=0.9, converter=ft.partial(as_share, "decay")
+    discount: Float[Array, ""] = eqx.field(
+        kw_only=True, default=0.9, converter=ft.partial(as_share, "discount")
     )
     momentum: Float[Array, ""] | None = eqx.field(
         kw_only=True, default=None, converter=_as_optional_momentum
@@ -102,7 +101,7 @@ class Greedy(AbstractMemoryless):
 
     def _accumulate(self, sums, product):
         old, velocity = sums
-        total = tree_add(tree_scale(self.decay, old), product)
+        total = tree_add(tree_scale(self.discount, old), product)
         if self.momentum is None:
             return total, None
         total = tree_add(total, tree_scale(self.momentum, velocity))
@@ -110,27 +109,27 @@ class Greedy(AbstractMemoryless):
 
 
 def _step(levels, inner, hyperparams, index, final):
-    update = lambda hyperparams: levels.update(inner, hyperparams, index)
-    inner, pullback, train = advance_with_pullback(update, hyperparams)
+    inner, pullback, train = levels.advance(inner, hyperparams, index)
     if final is None:
         val, alpha, direct = levels.validation_gradient(inner, hyperparams, index)
     else:
         val, alpha, direct = final
-    (product,) = pullback(alpha)
-    return inner, product, train, (val, direct)
+    return inner, pullback(alpha), train, (val, direct)
 
 
 Greedy.__init__.__doc__ = r"""**Arguments:** besides those of
-[`eqx_hpo.AbstractBilevelOptimizer`][],
+[`eqx_hpo.AbstractAlgorithm`][],
 
-- `decay`: the discount $\gamma$ of each later inner step, from 0 to 1. It stands for
+- `discount`: the discount $\gamma$ of earlier inner steps, from 0 to 1. It stands for
     $A_t = \gamma I$: how fast the model forgets where it was.
-- `momentum`: the momentum $\mu$ of `inner`, from 0 to 1, if the sum shall follow it:
-    then $S_t = \gamma S_{t-1} + \mu (S_{t-1} - S_{t-2}) + \alpha_t B_t$, the recursion
+- `momentum`: the momentum $\mu$ of `inner`, from 0 to 1, to make the sum follow it.
+    Then $S_t = \gamma S_{t-1} + \mu (S_{t-1} - S_{t-2}) + \alpha_t B_t$, the recursion
     of gradient descent with momentum on a loss whose Hessian is a multiple of the
-    identity. For `optax.sgd(..., momentum=mu)`, and best with `final_gradient=True`;
-    "When the greedy sum is right" in the documentation derives and measures it.
+    identity. Use it with `optax.sgd(..., momentum=mu)`, and best with
+    `final_gradient=True`; "When the greedy sum is right" in the documentation derives
+    and measures it.
 - `final_gradient`: whether to take $\alpha_T$, the gradient after the last inner step,
     in place of each $\alpha_t$. It is known only at the end, so the inner steps run
-    twice: one more training gradient for each, and one validation gradient in all.
+    twice. This costs one more training gradient for each, and saves all but one
+    validation gradient.
 """

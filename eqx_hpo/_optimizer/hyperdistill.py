@@ -9,14 +9,14 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float
 
+from .._checks import as_share, check_positive_int
 from .._custom_types import Batch, Hyperparams, InnerOptimiser, Through
 from .._levels import Levels
 from .._misc import any_mapped, tree_add, tree_scale
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder, ForwardOverReverse
 from .._state import Estimate, InnerState, Memory
-from .base import AbstractBilevelOptimizer
-from .checks import as_share, check_positive_int
+from .base import AbstractAlgorithm
 from .distillation import check_past, distil, empty_past, fit_scale, pull_back_at
 
 
@@ -24,7 +24,7 @@ def _as_scale(value: Any) -> Array | None:
     return None if value is None else jnp.asarray(value, jnp.result_type(float))
 
 
-class HyperDistill(AbstractBilevelOptimizer):
+class HyperDistill(AbstractAlgorithm):
     r"""Distils the past of an episode into one second-order product a step:
 
     $$\frac{dC_2}{d\lambda} \approx \frac{\partial C_2}{\partial \lambda}(\theta_t) +
@@ -39,17 +39,19 @@ class HyperDistill(AbstractBilevelOptimizer):
 
     The scale $s$ is fitted by least squares to reverse mode over `horizon` inner steps
     from where the model is, on the straight line between their first and last weights,
-    as in [`eqx_hpo.DrMAD`][] but with the state of the inner optimiser held fixed. This
-    is done in the first step, and again once in `estimation_period * horizon` inner
+    as in [`eqx_hpo.DrMAD`][] but with the state of the inner optimiser held fixed. The
+    fit is made in the first step, and again once in `estimation_period * horizon` inner
     steps. It takes `horizon` training gradients on the way there and, on the way back,
     two more with two products for each. It sees the batches that `train` gives for so
     many steps: fresh ones from [`eqx_hpo.Minibatch`][], the same one again from plain
-    arrays. A fit that is not finite leaves the scale as it was; the first one makes the
-    step a skipped one.
+    arrays. A fit that is not finite leaves the scale as it was. If the first one is not
+    finite, the step is skipped.
 
-    A new example takes the place that it had in its batch; a number of examples that is
-    not whole is rounded up or down at random. Arrays without a leading axis in common
-    count as a single example.
+    Plain arrays are the same batch at every step, so $D^*_t$ is that batch, and the
+    state does not hold it. A loop of your own with a new batch for each call passes it
+    as [`eqx_hpo.Stacked`][], to `init` too. A new example takes the place that it had in
+    its batch; a number of examples that is not whole is rounded up or down at random.
+    Arrays without a leading axis in common count as a single example.
 
     An episode begins with `init` and with each `restart`; the scale lives on. Within
     [`eqx_hpo.MetaLearner`][] it is fitted to the mean over the tasks.
@@ -64,11 +66,11 @@ class HyperDistill(AbstractBilevelOptimizer):
     inner: InnerOptimiser
     outer: optax.GradientTransformation
     second_order: AbstractSecondOrder = ForwardOverReverse()
-    decay: Float[Array, ""] = eqx.field(
-        kw_only=True, default=0.9, converter=ft.partial(as_share, "decay")
+    discount: Float[Array, ""] = eqx.field(
+        kw_only=True, default=0.9, converter=ft.partial(as_share, "discount")
     )
     horizon: int = eqx.field(static=True, kw_only=True, default=30)
-    estimation_period: int = eqx.field(static=True, kw_only=True, default=50)
+    estimation_period: int = eqx.field(static=True, kw_only=True, default=5)
     scale: Float[Array, ""] | None = eqx.field(
         kw_only=True, default=None, converter=_as_scale
     )
@@ -76,8 +78,6 @@ class HyperDistill(AbstractBilevelOptimizer):
     unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
     through: ClassVar[Through] = "update"
     val_at_each_step: ClassVar[bool] = False
-    tasks: ClassVar[None] = None
-    sharing: ClassVar[None] = None
 
     def __check_init__(self):
         check_positive_int("horizon", self.horizon)
@@ -87,7 +87,7 @@ class HyperDistill(AbstractBilevelOptimizer):
         self, inner: InnerState, hyperparams: Hyperparams, batch: Batch
     ) -> Memory:
         del hyperparams
-        # Unknown, so that no step can be taken before it has been fitted.
+        # NaN stands for unknown: no step can be taken before the scale is fitted.
         scale = jnp.array(jnp.nan) if self.scale is None else None
         return Memory(episode=empty_past(inner.params, batch), lasting=scale)
 
@@ -110,7 +110,7 @@ class HyperDistill(AbstractBilevelOptimizer):
 
         def advance(carry, index):
             inner, past = carry
-            past = distil(levels, past, inner.params, self.decay, index)
+            past = distil(levels, past, inner.params, self.discount, index)
             return (levels.update(inner, hyperparams, index)[0], past), None
 
         last = self.inner_steps - 1
@@ -119,19 +119,18 @@ class HyperDistill(AbstractBilevelOptimizer):
                 advance, (inner, past), jnp.arange(last), unroll=levels.unroll
             )
         index = jnp.asarray(last)
-        past = distil(levels, past, inner.params, self.decay, index)
+        past = distil(levels, past, inner.params, self.discount, index)
         pullback = pull_back_at(levels, past, inner, hyperparams, index)
         inner, train = levels.update(inner, hyperparams, index)
         val, alpha, direct = levels.validation_gradient(inner, hyperparams, index)
-        (product,) = pullback(alpha)
         assert scale is not None
-        indirect = tree_scale(scale * past.mass, product)
+        indirect = tree_scale(scale * past.mass, pullback(alpha))
         hypergradient = tree_add(direct, indirect)
         return Estimate(inner, Memory(past, fitted), hypergradient, train, val)
 
     def _fit_if_due(self, levels, inner, hyperparams, memory):
         old = memory.lasting
-        # A fit that saw no product at all is repeated soon.
+        # A scale of 0 means that the fit saw no product at all: it is repeated soon.
         period = self.horizon * jnp.where(old == 0, 1, self.estimation_period)
         due = jnp.isnan(old) | (levels.position % period < self.inner_steps)
 
@@ -141,7 +140,7 @@ class HyperDistill(AbstractBilevelOptimizer):
                 inner,
                 hyperparams,
                 memory.episode,
-                self.decay,
+                self.discount,
                 self.horizon,
                 levels.unroll,
             )
@@ -154,11 +153,11 @@ class HyperDistill(AbstractBilevelOptimizer):
 
 
 HyperDistill.__init__.__doc__ = r"""**Arguments:** besides those of
-[`eqx_hpo.AbstractBilevelOptimizer`][],
+[`eqx_hpo.AbstractAlgorithm`][],
 
-- `decay`: the discount $\gamma$ of each earlier inner step, from 0 to 1. With 0 the
+- `discount`: the discount $\gamma$ of each earlier inner step, from 0 to 1. With 0 the
     past is the last step alone, as in [`eqx_hpo.T1T2`][] up to the scale.
-- `horizon`: the number of inner steps that the scale is fitted to. The length of an
+- `horizon`: the number of inner steps that the scale is fitted to: the length of an
     episode, where there are episodes.
 - `estimation_period`: the scale is fitted anew after this many times `horizon` inner
     steps.

@@ -11,6 +11,7 @@ import lineax as lx
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from .._checks import as_number, check_not_negative_int
 from .._custom_types import Batch, Hyperparams, InnerOptimiser, IntScalar, Through
 from .._levels import Levels
 from .._misc import tree_add, tree_dot, tree_norm, tree_scale
@@ -18,8 +19,7 @@ from .._problem import Problem
 from .._second_order import AbstractSecondOrder, ForwardOverReverse, ReverseOverReverse
 from .._solution import RESULTS
 from .._state import Estimate, float_scalar, InnerState, Memory
-from .base import AbstractBilevelOptimizer
-from .checks import as_number, check_not_negative_int
+from .base import AbstractAlgorithm
 
 
 class ImplicitReport(eqx.Module):
@@ -44,7 +44,7 @@ class ImplicitReport(eqx.Module):
     solver_steps: Int[Array, ""]
 
 
-class Implicit(AbstractBilevelOptimizer):
+class Implicit(AbstractAlgorithm):
     r"""The hypergradient at a minimum of the train loss,
 
     $$\frac{dC_2}{d\lambda} = \frac{\partial C_2}{\partial \lambda} - x^\top
@@ -53,11 +53,14 @@ class Implicit(AbstractBilevelOptimizer):
     H = \frac{\partial^2 C_1}{\partial \theta^2},$$
 
     taken at the weights that `inner_steps` of training reach. It does not look at the
-    way there, so memory is $O(P + H)$, plus what the linear solver holds, and the
-    optimiser plays no part: that its learning rate or momentum be a hyperparameter is
-    refused. What it needs is convergence. `state.metrics.diagnostics` says how far
-    that is true, as an [`eqx_hpo.ImplicitReport`][]. A solve that fails does not
+    way there, so memory is $O(P + H)$, plus the memory of the linear solver. The
+    optimiser plays no part: a learning rate or momentum among the hyperparameters is
+    refused. The estimate needs convergence, and `state.metrics.diagnostics` says how
+    close training came, as an [`eqx_hpo.ImplicitReport`][]. A solve that fails does not
     stop the run: its answer is used as long as it is finite.
+
+    `second_order` is the rule for the mixed product $x^\top \partial^2 C_1 / \partial
+    \theta \partial \lambda$. Products with the Hessian are exact in any case.
 
     The Hessian is that of the batch of the last inner step, so that with small batches
     it is a noisy one, and may be indefinite. It is never formed unless the solver does
@@ -87,8 +90,6 @@ class Implicit(AbstractBilevelOptimizer):
     unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
     through: ClassVar[Through] = "gradient"
     val_at_each_step: ClassVar[bool] = False
-    tasks: ClassVar[None] = None
-    sharing: ClassVar[None] = None
 
     def __check_init__(self):
         check_not_negative_int("curvature_steps", self.curvature_steps)
@@ -160,7 +161,7 @@ class Implicit(AbstractBilevelOptimizer):
         hyperparams: Hyperparams,
         index: IntScalar,
     ) -> tuple[lx.AbstractLinearOperator, PyTree]:
-        """The damped Hessian of the train loss, and its gradient."""
+        """Makes the damped Hessian of the train loss, and its gradient."""
         levels = dataclasses.replace(levels, second_order=ReverseOverReverse())
 
         def at(params):
@@ -203,7 +204,7 @@ class Implicit(AbstractBilevelOptimizer):
 
 
 Implicit.__init__.__doc__ = r"""**Arguments:** besides those of
-[`eqx_hpo.AbstractBilevelOptimizer`][], of which `inner` must not depend on the
+[`eqx_hpo.AbstractAlgorithm`][], of which `inner` must not depend on the
 hyperparameters,
 
 - `linear_solver`: any solver of Lineax for the system with the Hessian, which is

@@ -1,17 +1,12 @@
-"""The part that algorithms without a memory of their own have in common."""
-
-from typing import ClassVar
+"""The slots that algorithms without a memory of their own have in common."""
 
 from .._custom_types import Batch, Hyperparams
 from .._state import InnerState, Memory
-from .base import AbstractBilevelOptimizer
+from .base import AbstractAlgorithm
 
 
-class AbstractMemoryless(AbstractBilevelOptimizer):
-    """An algorithm that carries nothing from step to step."""
-
-    tasks: ClassVar[None] = None
-    sharing: ClassVar[None] = None
+class AbstractMemoryless(AbstractAlgorithm):
+    """An algorithm that carries nothing from step to step, and reports nothing."""
 
     def init_memory(
         self, inner: InnerState, hyperparams: Hyperparams, batch: Batch

@@ -1,18 +1,18 @@
-"""Training alone, as black-box searches need it: no hypergradient."""
+"""Training alone, without a hypergradient, for black-box searches."""
 
 from typing import ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import optax
 from jax import lax
 
 from .._custom_types import Hyperparams, InnerOptimiser, Through
 from .._levels import Levels
+from .._misc import tree_zeros
 from .._problem import Problem
-from .._second_order import AbstractSecondOrder, ForwardOverReverse
+from .._second_order import AbstractSecondOrder, ReverseOverReverse
 from .._state import Estimate, InnerState, Memory
 from .memoryless import AbstractMemoryless
 
@@ -25,10 +25,10 @@ class PlainTraining(AbstractMemoryless):
     problem: Problem
     inner: InnerOptimiser
     outer: optax.GradientTransformation = optax.set_to_zero()
-    second_order: AbstractSecondOrder = ForwardOverReverse()
     inner_steps: int = eqx.field(static=True, kw_only=True, default=1)
     unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
     validate_every: int = eqx.field(static=True, kw_only=True, default=1)
+    second_order: ClassVar[AbstractSecondOrder] = ReverseOverReverse()  # never used
     through: ClassVar[Through] = "values"
     val_at_each_step: ClassVar[bool] = False
 
@@ -42,11 +42,8 @@ class PlainTraining(AbstractMemoryless):
         inner, train = levels.run(inner, hyperparams, 0, self.inner_steps)
         last = jnp.asarray(self.inner_steps - 1)
         validate = lambda: levels.validate(inner, hyperparams, last)
-        zeros = jtu.tree_map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(validate)
-        )
+        zeros = tree_zeros(jax.eval_shape(validate))
         number = levels.position // self.inner_steps + 1
         val = lax.cond(number % self.validate_every == 0, validate, lambda: zeros)
         arrays = eqx.filter(hyperparams, eqx.is_inexact_array)
-        nothing = jtu.tree_map(jnp.zeros_like, arrays)
-        return Estimate(inner, memory, nothing, train, val)
+        return Estimate(inner, memory, tree_zeros(arrays), train, val)

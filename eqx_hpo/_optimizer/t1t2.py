@@ -3,29 +3,30 @@
 from typing import ClassVar
 
 import equinox as eqx
+import jax.numpy as jnp
 import optax
 
 from .._custom_types import Hyperparams, InnerOptimiser, Through
 from .._levels import Levels
+from .._misc import tree_add
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder, ForwardOverReverse
 from .._state import Estimate, InnerState, Memory
 from .memoryless import AbstractMemoryless
-from .unrolled import backpropagate
 
 
 class T1T2(AbstractMemoryless):
-    r"""Trains and tunes in turn, looking one inner step back:
+    r"""Trains and tunes in turn, and looks one inner step back:
 
     $$\frac{dC_2}{d\lambda} \approx \frac{\partial C_2}{\partial \lambda} +
     \alpha_T B_T, \qquad
     \alpha_T = \frac{\partial C_2(\theta_T, \lambda)}{\partial \theta_T}, \quad
     B_T = \frac{\partial \Phi(\theta_{T-1}, \lambda)}{\partial \lambda}$$
 
-    with $\theta_{T-1}$ held fixed. The cheapest estimate that sees how the
-    hyperparameters act on training: memory $O(P + H)$, and about one training and one
-    validation gradient a step. Its bias is the short horizon: a learning rate, for
-    instance, comes out too small.
+    with $\theta_{T-1}$ held fixed. It is the cheapest estimate that sees how the
+    hyperparameters act on training: memory is $O(P + H)$, and a step costs about one
+    training and one validation gradient. Its bias is the short horizon. A learning
+    rate, for instance, comes out too small.
 
     With `second_order=FiniteDifference()` it is the rule of DARTS.
 
@@ -52,14 +53,15 @@ class T1T2(AbstractMemoryless):
         hyperparams: Hyperparams,
         memory: Memory,
     ) -> Estimate:
-        last = self.inner_steps - 1
-        if last > 0:
-            inner, _ = levels.run(inner, hyperparams, 0, last)
-        steps = (last, last + 1)
-        return backpropagate(levels, inner, hyperparams, steps, memory)
+        if self.inner_steps > 1:
+            inner, _ = levels.run(inner, hyperparams, 0, self.inner_steps - 1)
+        last = jnp.asarray(self.inner_steps - 1)
+        inner, pullback, train = levels.advance(inner, hyperparams, last)
+        val, alpha, direct = levels.validation_gradient(inner, hyperparams, last)
+        return Estimate(inner, memory, tree_add(direct, pullback(alpha)), train, val)
 
 
 T1T2.__init__.__doc__ = """**Arguments:** those of
-[`eqx_hpo.AbstractBilevelOptimizer`][]. Of the `inner_steps`, all but the last are plain
+[`eqx_hpo.AbstractAlgorithm`][]. Of the `inner_steps`, all but the last are plain
 training steps between two updates of the hyperparameters.
 """

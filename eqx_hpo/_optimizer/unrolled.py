@@ -1,20 +1,18 @@
 """Exact hypergradients, by reverse mode through the inner steps."""
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
 
-from .._custom_types import Checkpoint, Hyperparams, InnerOptimiser, Through
-from .._levels import Levels
+from .._checks import check_not_negative_int, check_positive_int
+from .._custom_types import Hyperparams, InnerOptimiser, Through
+from .._levels import Levels, with_pullback
 from .._misc import tree_add
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder, ForwardOverReverse
 from .._state import Estimate, InnerState, Memory
-from .checks import check_positive_int
 from .memoryless import AbstractMemoryless
 
 
@@ -27,14 +25,16 @@ class Unrolled(AbstractMemoryless):
     A_t = \frac{\partial \Phi_t}{\partial \theta_{t-1}}, \quad
     B_t = \frac{\partial \Phi_t}{\partial \lambda}.$$
 
-    What all other algorithms are measured against. Memory grows with the number of
-    steps that are differentiated: $O(PK)$.
+    All other algorithms are measured against it. Memory grows with the number $K$ of
+    steps that are differentiated, as $O(PK)$, or as $O(P\, d K^{1/d})$ with
+    `recompute=d`.
 
     ??? cite "References"
 
         Franceschi et al., *Forward and Reverse Gradient-Based Hyperparameter
         Optimization*, ICML 2017 (reverse mode). Shaban et al., *Truncated
-        Back-propagation for Bilevel Optimization*, AISTATS 2019 (truncation).
+        Back-propagation for Bilevel Optimization*, AISTATS 2019 (truncation). Chen et
+        al., *Training Deep Nets with Sublinear Memory Cost*, 2016 (recomputation).
     """
 
     problem: Problem
@@ -43,17 +43,13 @@ class Unrolled(AbstractMemoryless):
     second_order: AbstractSecondOrder = ForwardOverReverse()
     inner_steps: int = eqx.field(static=True, kw_only=True)
     truncation: int | None = eqx.field(static=True, kw_only=True, default=None)
-    checkpoint: Checkpoint = eqx.field(static=True, kw_only=True, default=None)
+    recompute: int = eqx.field(static=True, kw_only=True, default=0)
     unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
     through: ClassVar[Through] = "update"
     val_at_each_step: ClassVar[bool] = False
 
     def __check_init__(self):
-        if self.checkpoint not in (None, "step", "nested"):
-            raise ValueError(
-                "`checkpoint` must be `None`, 'step' or 'nested'; got "
-                f"{self.checkpoint!r}."
-            )
+        check_not_negative_int("recompute", self.recompute)
         if self.truncation is not None:
             check_positive_int("truncation", self.truncation)
             if self.truncation > self.inner_steps:
@@ -73,58 +69,23 @@ class Unrolled(AbstractMemoryless):
         start = self.inner_steps - differentiated
         if start > 0:
             inner, _ = levels.run(inner, hyperparams, 0, start)
-        steps = (start, self.inner_steps)
-        return backpropagate(levels, inner, hyperparams, steps, memory, self.checkpoint)
+        before, stop = inner, self.inner_steps
+        inner, pullback, train = with_pullback(
+            lambda h: levels.run(before, h, start, stop, self.recompute), hyperparams
+        )
+        last = jnp.asarray(stop - 1)
+        val, alpha, direct = levels.validation_gradient(inner, hyperparams, last)
+        return Estimate(inner, memory, tree_add(direct, pullback(alpha)), train, val)
 
 
 Unrolled.__init__.__doc__ = r"""**Arguments:** besides those of
-[`eqx_hpo.AbstractBilevelOptimizer`][],
+[`eqx_hpo.AbstractAlgorithm`][],
 
 - `truncation`: how many of the last inner steps are differentiated; all by default.
     The steps before them are taken as if they did not depend on the hyperparameters.
-- `checkpoint`: what is kept of the inner steps for the way back. `None`: all that the
-    way back needs. `'step'`: the inner state before each step; the rest is computed
-    again. `'nested'`: the inner state before each of $\sqrt K$ segments, whose steps
-    are taken again; memory $O(P \sqrt K)$, for one more training gradient for each
-    step. Batches are drawn again in any case, never stored.
+- `recompute`: how often each inner step may be computed again on the way back. With
+    $d$ of them about $d K^{1/d}$ inner states are held. 0 stores everything that the way
+    back needs, 1 the inner state before each step, 2 the square root of that, and with 5
+    a trajectory of 100,000 steps needs 50 states. Batches are drawn again in any case,
+    never stored.
 """
-
-
-def backpropagate(
-    levels: Levels,
-    inner: InnerState,
-    hyperparams: Hyperparams,
-    steps: tuple[int, int],
-    memory: Memory,
-    checkpoint: Checkpoint = None,
-) -> Estimate:
-    """The inner steps from the first to (without) the second of `steps`, and the
-    validation loss after them, differentiated in the hyperparameters, with the inner
-    state before them fixed."""
-    trajectory = lambda hyperparams: levels.run(inner, hyperparams, *steps, checkpoint)
-    inner, pullback, train = advance_with_pullback(trajectory, hyperparams)
-    val, alpha, direct = levels.validation_gradient(
-        inner, hyperparams, jnp.asarray(steps[1] - 1)
-    )
-    (indirect,) = pullback(alpha)
-    return Estimate(inner, memory, tree_add(direct, indirect), train, val)
-
-
-def advance_with_pullback(
-    advance: Callable[[Hyperparams], tuple[InnerState, Any]], hyperparams: Hyperparams
-) -> tuple[InnerState, Callable[[PyTree], tuple[Hyperparams]], Any]:
-    """Advances the inner level.
-
-    **Returns:** the inner state that is reached, the pull-back from its `(params,
-    model_state)` to the hyperparameters, and the report of the last step.
-    """
-
-    def reach(hyperparams):
-        end, train = advance(hyperparams)
-        return (end.params, end.model_state), (end.opt_state, train)
-
-    reached, pullback, (opt_state, train) = eqx.filter_vjp(
-        reach, hyperparams, has_aux=True
-    )
-    params, model_state = reached
-    return InnerState(params, opt_state, model_state), pullback, train

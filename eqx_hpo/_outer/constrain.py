@@ -13,7 +13,7 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
-from .._hyperparameter import is_hyperparameter, Real
+from .._hyperparameter import is_placeholder, Real
 
 
 # A function of the hyperparameters that returns one part of them, or a tuple of parts.
@@ -146,9 +146,9 @@ def as_selector(where: Where) -> Callable[[PyTree], list[Any]]:
 
 
 def check_parts(parts: list[Any], name: str) -> None:
-    flatten = lambda x: jtu.tree_leaves_with_path(x, is_leaf=is_hyperparameter)
+    flatten = lambda x: jtu.tree_leaves_with_path(x, is_leaf=is_placeholder)
     for path, node in [leaf for part in parts for leaf in flatten(part)]:
-        if is_hyperparameter(node) and not isinstance(node, Real):
+        if is_placeholder(node) and not isinstance(node, Real):
             raise ValueError(
                 f"`{name}` acts on `Real` and on plain arrays, but "
                 f"`{jtu.keystr(path) or 'where'}` is a {type(node).__name__}: the "

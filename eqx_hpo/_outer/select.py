@@ -10,8 +10,9 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import Array, Float, PyTree, UInt32
 
+from .._checks import check_same_structure
 from .._discrete import Choice
-from .._misc import check_same_structure, tree_norm
+from .._misc import tree_norm
 from .top_k import top_k_masks
 
 
@@ -69,7 +70,7 @@ def select_top_k(
         (rounded up), so that each hyperparameter is moved now and then.
 
     **Returns:** an `optax.GradientTransformationExtraArgs`. It sees the hypergradient
-    by the argument `grad` of `update`, which every optimizer of this library passes;
+    by the argument `grad` of `update`, which every algorithm of this library passes;
     without it the updates stand in for it.
 
     **Raises:** a `ValueError` if an argument is out of range, or if groups with names

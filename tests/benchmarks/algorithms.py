@@ -56,15 +56,15 @@ def make_workload() -> tuple[PyTree, PyTree, PyTree, PyTree]:
     return model, jnp.full(EXAMPLES, 0.5), train, val
 
 
-def compile_step(optimizer: hpo.AbstractBilevelOptimizer, workload: tuple):
+def compile_step(algorithm: hpo.AbstractBilevelOptimizer, workload: tuple):
     """A step, compiled, with its arguments and the seconds that this took."""
     model, hyperparams, train, val = workload
-    state = optimizer.init(model, hyperparams, train=train)
-    arrays, static = eqx.partition((optimizer, state, train, val), eqx.is_array)
+    state = algorithm.init(model, hyperparams, train=train)
+    arrays, static = eqx.partition((algorithm, state, train, val), eqx.is_array)
 
     def step(arrays):
-        optimizer, state, train, val = eqx.combine(arrays, static)
-        return eqx.filter(optimizer.step(state, train, val), eqx.is_array)
+        algorithm, state, train, val = eqx.combine(arrays, static)
+        return eqx.filter(algorithm.step(state, train, val), eqx.is_array)
 
     start = time.perf_counter()
     compiled = jax.jit(step).lower(arrays).compile()
@@ -97,7 +97,7 @@ def seconds(compiled, arguments) -> float:
     return time.perf_counter() - start
 
 
-def make_optimizers() -> dict[str, hpo.AbstractBilevelOptimizer]:
+def make_algorithms() -> dict[str, hpo.AbstractBilevelOptimizer]:
     args = (PROBLEM, INNER, OUTER)
     return {
         "T1T2, 1": hpo.T1T2(*args),
@@ -115,13 +115,13 @@ def main(repeats: int = 9) -> None:
     print(f"{'algorithm, inner steps':26}{'time':>8}{'MB':>8}{'compile, s':>12}")
     training, carry = compile_training(1)
     print(f"{'':26}{1:8.2f}{temporaries(training):8.1f}")
-    for name, optimizer in make_optimizers().items():
-        step, arguments, elapsed = compile_step(optimizer, make_workload())
+    for name, algorithm in make_algorithms().items():
+        step, arguments, elapsed = compile_step(algorithm, make_workload())
         line = f"{name:26}{{:>8}}{temporaries(step):8.1f}{elapsed:12.2f}"
-        if optimizer.inner_steps > 10:
+        if algorithm.inner_steps > 10:
             print(line.format(""))
             continue
-        plain, carry = compile_training(optimizer.inner_steps)
+        plain, carry = compile_training(algorithm.inner_steps)
         ratios = [
             seconds(step, arguments) / seconds(plain, carry) for _ in range(repeats)
         ]

@@ -36,7 +36,7 @@ def make_deep_workload():
     return model, jnp.full(1024, 0.5), batch, batch
 
 
-def make_optimizer(inner, inner_steps, rule, checkpoint) -> hpo.Unrolled:
+def make_algorithm(inner, inner_steps, rule, checkpoint) -> hpo.Unrolled:
     return hpo.Unrolled(
         algorithms.PROBLEM,
         inner,
@@ -100,8 +100,8 @@ def main(repeats: int = 5) -> None:
         step, _ = compile_by_hand(deep, optax.sgd(0.1), 64, checkpoint)
         print_row("6x256, 64 steps", "by hand", checkpoint, step, "")
     for rule, checkpoint in itertools.product(RULES, CHECKPOINTS):
-        optimizer = make_optimizer(algorithms.INNER, 50, rule, checkpoint)
-        step, arguments, _ = algorithms.compile_step(optimizer, wide)
+        algorithm = make_algorithm(algorithms.INNER, 50, rule, checkpoint)
+        step, arguments, _ = algorithms.compile_step(algorithm, wide)
         ratios = [
             algorithms.seconds(step, arguments) / algorithms.seconds(plain, carry)
             for _ in range(repeats)
@@ -109,8 +109,8 @@ def main(repeats: int = 5) -> None:
         time = f"{statistics.median(ratios):7.2f}" if ratios else ""
         print_row("784-256-10, 50 steps", rule, checkpoint, step, time)
     for rule, checkpoint in itertools.product(RULES, CHECKPOINTS):
-        optimizer = make_optimizer(optax.sgd(0.1), 64, rule, checkpoint)
-        step, _, _ = algorithms.compile_step(optimizer, deep)
+        algorithm = make_algorithm(optax.sgd(0.1), 64, rule, checkpoint)
+        step, _, _ = algorithms.compile_step(algorithm, deep)
         print_row("6x256, 64 steps", rule, checkpoint, step, "")
 
 

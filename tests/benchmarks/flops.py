@@ -107,14 +107,14 @@ def gradient_cost(model, loss, hyperparams) -> tuple[float, int, int]:
 
 
 def step_cost(model, train_loss, hyperparams, second_order) -> tuple[float, int, int]:
-    optimizer = hpo.T1T2(
+    algorithm = hpo.T1T2(
         hpo.Problem(train_loss, val_loss),
         inner=optax.sgd(0.1),
         outer=optax.sgd(0.1),
         second_order=second_order,
     )
-    state = optimizer.init(model, hyperparams)
-    step = lambda state, train, val: optimizer.step(state, train, val, key=KEY)
+    state = algorithm.init(model, hyperparams)
+    step = lambda state, train, val: algorithm.step(state, train, val, key=KEY)
     return cost(step, state, data(jr.key(1)), data(jr.key(2)))
 
 

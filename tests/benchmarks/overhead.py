@@ -51,18 +51,18 @@ def step_times() -> tuple[float, float]:
     same arrays."""
     problem, model, hyperparams, train, val = ridge(16)
     inner = optax.sgd(0.05, momentum=0.9)
-    optimizer = hpo.T1T2(problem, inner, optax.adam(1e-2))
-    state = optimizer.init(model, hyperparams)
+    algorithm = hpo.T1T2(problem, inner, optax.adam(1e-2))
+    state = algorithm.init(model, hyperparams)
     leaves, treedef = jtu.tree_flatten(state)
 
     @jax.jit
     def plain(leaves, train, val):
         state = jtu.tree_unflatten(treedef, leaves)
-        return jtu.tree_leaves(optimizer.step(state, train, val))
+        return jtu.tree_leaves(algorithm.step(state, train, val))
 
     def step():
         nonlocal state
-        state = optimizer.step(state, train, val)
+        state = algorithm.step(state, train, val)
 
     def plain_step():
         nonlocal leaves
@@ -74,9 +74,9 @@ def step_times() -> tuple[float, float]:
 def tune_time(steps=100_000) -> float:
     """Of a step inside `tune`, start-up left out."""
     problem, model, hyperparams, train, val = ridge(16)
-    optimizer = hpo.T1T2(problem, optax.sgd(0.05, momentum=0.9), optax.adam(1e-2))
+    algorithm = hpo.T1T2(problem, optax.sgd(0.05, momentum=0.9), optax.adam(1e-2))
     run = lambda steps: hpo.tune(
-        optimizer, model, hyperparams, train, val, steps=steps, key=None
+        algorithm, model, hyperparams, train, val, steps=steps, key=None
     )
     run(10)
     start = time.perf_counter()
@@ -97,13 +97,13 @@ def episodes() -> tuple[float, int]:
     jax.monitoring.register_event_duration_secs_listener(count)
     start = time.perf_counter()
     problem, model, hyperparams, train, val = ridge(10)
-    optimizer = hpo.Unrolled(
+    algorithm = hpo.Unrolled(
         problem, optax.sgd(0.05), optax.adam(1e-2), inner_steps=INNER_STEPS
     )
-    state = optimizer.init(model, hyperparams)
+    state = algorithm.init(model, hyperparams)
     for _ in range(EPISODES):
-        state = optimizer.restart(state, model)
-        state = optimizer.step(state, train, val)
+        state = algorithm.restart(state, model)
+        state = algorithm.step(state, train, val)
     jax.block_until_ready(state.model)
     return time.perf_counter() - start, compilations
 

@@ -1,0 +1,99 @@
+"""Questions that are answered by looking at what a function does, primitive by
+primitive, without running it: does it hold a convolution, which of its inputs have a
+derivative that is not zero whatever the numbers are."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jaxtyping import PyTree
+
+
+# Floating point in and out, but with a derivative that is zero everywhere.
+_FLAT = {"stop_gradient", "floor", "ceil", "round", "sign", "nextafter"}
+
+
+def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """Walks through all equations, those of inner functions included."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in _inner_jaxprs(eqn):
+            yield from equations(inner)
+
+
+def holds_primitive(jaxpr: Jaxpr, names: set[str]) -> bool:
+    return any(eqn.primitive.name in names for eqn in equations(jaxpr))
+
+
+def live_inputs(fn: Callable[[PyTree], PyTree], x: PyTree) -> list[bool]:
+    """Tells, for each leaf of `x`, whether the derivative of some output of `fn` with
+    respect to it can be other than zero. Traces `fn` once; computes nothing.
+
+    Every leaf of `x` is an inexact array, or a `jax.ShapeDtypeStruct` of one.
+    """
+    closed = jax.make_jaxpr(fn)(x)
+    outputs = [_is_inexact(v) for v in closed.jaxpr.outvars]
+    return _live_inputs(closed.jaxpr, outputs)
+
+
+def _live_inputs(jaxpr: Jaxpr, live_outputs: Sequence[bool]) -> list[bool]:
+    """Walks from the outputs back to the inputs."""
+    live = {
+        v
+        for v, is_live in zip(jaxpr.outvars, live_outputs)
+        if is_live and not isinstance(v, Literal)
+    }
+    for eqn in reversed(jaxpr.eqns):
+        outputs = [v in live for v in eqn.outvars]
+        if any(outputs) and eqn.primitive.name not in _FLAT:
+            for v, is_live in zip(eqn.invars, _live_operands(eqn, outputs)):
+                if is_live and not isinstance(v, Literal) and _is_inexact(v):
+                    live.add(v)
+    return [v in live for v in jaxpr.invars]
+
+
+def _live_operands(eqn: JaxprEqn, outputs: list[bool]) -> list[bool]:
+    name, params, count = eqn.primitive.name, eqn.params, len(eqn.invars)
+    if name == "cond":
+        branches = [_live_inputs(b.jaxpr, outputs) for b in params["branches"]]
+        return [False, *(any(x) for x in zip(*branches))]
+    if name == "scan":
+        return _live_through_scan(params, outputs)
+    inner = _inner_jaxprs(eqn)
+    # A rule of its own may have any derivative, and of a loop any output may depend on
+    # any input: these count as live.
+    is_call = len(inner) == 1 and len(inner[0].invars) == count
+    if is_call and name not in ("custom_vjp_call", "while"):
+        return _live_inputs(inner[0], outputs)
+    return [True] * count
+
+
+def _live_through_scan(params: dict[str, Any], outputs: list[bool]) -> list[bool]:
+    """A part of the carry is live if any later step makes a live output of it."""
+    consts, carries = params["num_consts"], params["num_carry"]
+    carry, rest = outputs[:carries], outputs[carries:]
+    while True:
+        inputs = _live_inputs(params["jaxpr"].jaxpr, [*carry, *rest])
+        grown = [
+            x or y for x, y in zip(carry, inputs[consts : consts + carries], strict=True)
+        ]
+        if grown == carry:
+            return [*inputs[:consts], *carry, *inputs[consts + carries :]]
+        carry = grown
+
+
+def _inner_jaxprs(eqn: JaxprEqn) -> list[Jaxpr]:
+    found = []
+    for value in eqn.params.values():
+        for x in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(x, ClosedJaxpr):
+                found.append(x.jaxpr)
+            elif isinstance(x, Jaxpr):
+                found.append(x)
+    return found
+
+
+def _is_inexact(v: Any) -> bool:
+    return jnp.issubdtype(getattr(v.aval, "dtype", jnp.int32), jnp.inexact)

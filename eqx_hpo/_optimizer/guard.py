@@ -1,0 +1,172 @@
+"""The new state that a step makes of an estimate: the old one unless all is finite.
+
+The whole new state is checked: parameters, both optimiser states, memory, model state.
+Three things keep this cheap. The checks of arrays of one shape are a single reduction,
+which reads what it checks and stores nothing. Their outcomes are stacked before they are
+joined: XLA would copy a chain of `and`s into each selection, and compile in the square
+of the number of arrays. And the outer update is computed twice, in two branches: once to
+be checked, when nothing is kept, and once to be written over the old values. Computed
+once, old and new values would wait for the outcome side by side.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optax
+from jax import lax
+from jaxtyping import Array, Bool, PyTree
+
+from .._custom_types import Hyperparams, IntScalar
+from .._hyperparameter import partition_raw
+from .._jaxpr import holds_primitive
+from .._misc import match_dtypes, tree_norm, tree_where
+from .._outer import outer_update
+from .._state import BilevelState, Estimate, float_scalar, inner_state, Metrics
+
+
+# An outer update with one of these is no elementwise pass, and is computed once.
+_DEAR = {"while", "scan", "dot_general", "sort", "top_k", "fft", "pure_callback"}
+_DEAR |= {"eigh", "qr", "svd", "lu", "cholesky", "triangular_solve"}
+
+_GROUP = 8  # arrays whose checks are one reduction
+_LARGE = 2**16  # numbers in an array whose check should store nothing
+
+
+def next_state(
+    outer: optax.GradientTransformation,
+    state: BilevelState,
+    hyperparams: Hyperparams,
+    estimate: Estimate,
+    episode_step: IntScalar,
+    has_aux: bool,
+) -> BilevelState:
+    """Updates the hyperparameters and makes the state after a step. If something is not
+    finite it is the old state, with `step`, `skipped` and `metrics` anew.
+
+    **Arguments:**
+
+    - `outer`: the outer optimiser.
+    - `state`: the state before the step.
+    - `hyperparams`: its hyperparameters, with the noise of this step.
+    - `estimate`: the algorithm's, with the hypergradient of the `raw` arrays.
+    - `episode_step`: the `episode_step` of the new state, if all is finite.
+    - `has_aux`: whether the losses have an `aux`.
+    """
+    gradient = estimate.hypergradient
+    losses = (estimate.train[0], estimate.val[0])
+    raw, constants = partition_raw(hyperparams)
+    noise, fixed = eqx.partition(constants, eqx.is_array)
+    old_noise = eqx.filter(partition_raw(state.hyperparams)[1], eqx.is_array)
+    old = (inner_state(state), state.memory)
+    new = match_dtypes((estimate.inner, estimate.memory), old)
+    is_good = _all_finite([*_pairs(new, old), *_pairs((losses, gradient))])
+    is_good, raw, outer_opt_state = _update_outer(
+        outer, gradient, raw, state.outer_opt_state, is_good
+    )
+    (inner, memory), noise = tree_where(is_good, (new, noise), (old, old_noise))
+    untrained = eqx.filter(state.model, eqx.is_inexact_array, inverse=True)
+    metrics = Metrics(
+        train_loss=float_scalar(losses[0]),
+        val_loss=float_scalar(losses[1]),
+        hypergradient_norm=float_scalar(tree_norm(gradient)),
+        aux=(estimate.train[1], estimate.val[1]) if has_aux else None,
+        diagnostics=estimate.diagnostics,
+    )
+    return BilevelState(
+        model=eqx.combine(inner.params, untrained),
+        hyperparams=eqx.combine(raw, noise, fixed),
+        inner_opt_state=inner.opt_state,
+        outer_opt_state=outer_opt_state,
+        memory=memory,
+        model_state=inner.model_state,
+        step=state.step + 1,
+        episode_step=jnp.where(is_good, episode_step, state.episode_step),
+        skipped=jnp.where(is_good, 0, state.skipped + 1),
+        metrics=metrics,
+    )
+
+
+def _update_outer(
+    outer: optax.GradientTransformation,
+    gradient: PyTree,
+    raw: PyTree,
+    opt_state: PyTree,
+    is_good: Bool[Array, ""],
+) -> tuple[Bool[Array, ""], PyTree, PyTree]:
+    """Moves `raw` if `is_good` and if the result is finite too; tells whether it was."""
+    old = (raw, opt_state)
+
+    def update(gradient, old):
+        raw, opt_state = old
+        return match_dtypes(outer_update(outer, gradient, opt_state, raw), old)
+
+    # Traced once, whatever the number of branches that it stands in.
+    closed = jax.make_jaxpr(update)(gradient, old)
+    leaves, treedef = jtu.tree_flatten(old)
+    arguments = (jtu.tree_leaves(gradient), leaves)
+
+    def move(gradient, old):
+        return jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *gradient, *old)
+
+    def check(gradient, old):
+        return _all_finite(_pairs(move(gradient, old), old))
+
+    def move_if_finite(gradient, old):
+        new = move(gradient, old)
+        is_good = _all_finite(_pairs(new, old))
+        return is_good, tree_where(is_good, new, old)
+
+    false = jnp.array(False)
+    if holds_primitive(closed.jaxpr, _DEAR):
+        keep = lambda gradient, old: (false, old)
+        is_good, leaves = lax.cond(is_good, move_if_finite, keep, *arguments)
+    else:
+        is_good = lax.cond(is_good, check, lambda gradient, old: false, *arguments)
+        leaves = lax.cond(is_good, move, lambda gradient, old: old, *arguments)
+    raw, opt_state = jtu.tree_unflatten(treedef, leaves)
+    return is_good, raw, opt_state
+
+
+def _pairs(new: PyTree, old: PyTree = None) -> list[tuple[Array, Array | None]]:
+    leaves = jtu.tree_leaves(new)
+    others = [None] * len(leaves) if old is None else jtu.tree_leaves(old)
+    return list(zip(leaves, others, strict=True))
+
+
+def _all_finite(pairs: list[tuple[Array, Array | None]]) -> Bool[Array, ""]:
+    """Tells whether all numbers of the first arrays are finite, or an infinity that the
+    second has in the same place: a mask of the model, the start of a running minimum."""
+    groups: dict[tuple[int, ...], list[tuple[Array, Array | None]]] = {}
+    for x, old in pairs:
+        if eqx.is_inexact_array(x) and x.size > 0:
+            groups.setdefault(x.shape, []).append((x, old))
+    flags = [_is_finite(*pair) for pair in groups.pop((), [])]
+    for group in groups.values():
+        for i in range(0, len(group), _GROUP):
+            flags.append(_reduce(group[i : i + _GROUP]))
+    if len(flags) == 0:
+        return jnp.array(True)
+    # The barriers keep the chain out of what reads its end.
+    stacked = lax.optimization_barrier(jnp.stack(flags))
+    return lax.optimization_barrier(jnp.all(stacked))
+
+
+def _is_finite(x: Array, old: Array | None) -> Bool[Array, "..."]:
+    return jnp.isfinite(x) if old is None else jnp.isfinite(x) | (x == old)
+
+
+def _reduce(group: list[tuple[Array, Array | None]]) -> Bool[Array, ""]:
+    flags = [_is_finite(*pair) for pair in group]
+    if len(flags) == 1:
+        if flags[0].size < _LARGE:
+            return jnp.all(flags[0])
+        # XLA splits the reduction of a single operand in two, and then stores that
+        # operand. A second one, that all pass, avoids this.
+        flags.append(~jnp.isnan(group[0][0]))
+    both: Any = lambda xs, ys: tuple(x & y for x, y in zip(xs, ys))
+    true = (jnp.array(True),) * len(flags)
+    axes = tuple(range(flags[0].ndim))
+    return jnp.all(jnp.stack(lax.reduce(tuple(flags), true, both, axes)))

@@ -1,0 +1,157 @@
+"""What is found out, or said, while a problem is traced and before anything runs."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import optax
+from jax.extend.core import Jaxpr
+
+from .._checks import check_same_structure
+from .._custom_types import Hyperparams, InnerOptimiser, Key, Through
+from .._inner import inner_transformation
+from .._jaxpr import holds_primitive, live_inputs
+from .._levels import Levels
+from .._misc import tree_zeros
+from .._second_order import ReverseOverReverse
+from .._state import BilevelState, InnerState
+
+
+_LARGEST_UNROLL = 64  # inner steps; more compile for too long
+
+
+def check_state(
+    state: BilevelState,
+    inner: InnerOptimiser,
+    outer: optax.GradientTransformation,
+    hyperparams: Hyperparams,
+    raw: Any,
+) -> None:
+    """Checks that the optimisers' states are those of this model, these hyperparameters
+    (unwrapped, and as `raw`) and these optimisers."""
+    params = eqx.filter(state.model, eqx.is_inexact_array)
+    init = inner_transformation(inner, hyperparams).init
+    same = "(make a state by `init` of the same algorithm)"
+    check_same_structure(
+        "state.inner_opt_state",
+        state.inner_opt_state,
+        eqx.filter_eval_shape(init, params),
+        f"the inner optimiser for `state.model` {same}",
+    )
+    check_same_structure(
+        "state.outer_opt_state",
+        state.outer_opt_state,
+        jax.eval_shape(outer.init, raw),
+        f"the outer optimiser for `state.hyperparams` {same}",
+    )
+
+
+def default_unroll(levels: Levels, steps: int) -> int:
+    """Chooses how many of `steps` inner steps a compiled loop holds in its body: one,
+    but all of them on a CPU if a loss holds a convolution, which runs many times slower
+    inside a loop there (https://github.com/jax-ml/jax/issues/12868)."""
+    if jax.default_backend() != "cpu" or not 1 < steps <= _LARGEST_UNROLL:
+        return 1
+    return steps if hold_convolution(levels) else 1
+
+
+def hold_convolution(levels: Levels) -> bool:
+    """Tells whether one of the two losses holds a convolution."""
+    leaves = jtu.tree_leaves((levels.train_loss, levels.val_loss))
+    jaxprs = [x for x in leaves if isinstance(x, Jaxpr)]
+    return any(holds_primitive(x, {"conv_general_dilated"}) for x in jaxprs)
+
+
+def warn_if_unreached(
+    levels: Levels,
+    inner: InnerState,
+    hyperparams: Hyperparams,
+    through: Through,
+) -> None:
+    """Warns of each hyperparameter array whose hypergradient is zero whatever the
+    numbers are, by its name."""
+    arrays, rest = eqx.partition(hyperparams, eqx.is_inexact_array)
+    paths = [jtu.keystr(path) for path, _ in jtu.tree_leaves_with_path(arrays)]
+    if len(paths) == 0 or through == "values":
+        return
+    index = jnp.array(0)
+
+    def reached(arrays):
+        # The custom VJP of a rule hides what the gradient depends on.
+        plain = _with_plain_rule(levels)
+        full = eqx.combine(arrays, rest)
+        val, _ = plain.validate(inner, full, index)
+        if through is None:
+            return val, None
+        if through == "gradient":
+            return val, plain.gradient(inner, full, index)[0]
+        return val, plain.update(inner, full, index)[0].params
+
+    try:
+        live = live_inputs(reached, arrays)
+    except Exception:
+        # A loss that JAX cannot differentiate twice: this cannot tell.
+        return
+    dead = [path for path, is_live in zip(paths, live, strict=True) if not is_live]
+    if len(dead) == 0:
+        return
+    names = ", ".join(f"`hyperparams{path}`" for path in dead[:10])
+    names += f" and {len(dead) - 10} more" if len(dead) > 10 else ""
+    if through is None:
+        reason = (
+            "the validation loss does not depend on them, and this algorithm looks at "
+            "nothing else"
+        )
+    else:
+        reason = (
+            f"neither the training {through} nor the validation loss depends on them"
+        )
+    warnings.warn(
+        f"These hyperparameters get a hypergradient of zero: {names}. For {reason}. "
+        "Use them in a loss without `stop_gradient`, or in `inner=lambda h: ...`, or "
+        "take them out of `hyperparams`.",
+        stacklevel=2,
+    )
+
+
+def _with_plain_rule(levels: Levels) -> Levels:
+    is_rule = lambda x: x is levels.second_order
+    return eqx.tree_at(
+        lambda x: x.second_order, levels, ReverseOverReverse(), is_leaf=is_rule
+    )
+
+
+@contextlib.contextmanager
+def explain_missing_key(key: Key, retry: Callable[[Key], Any]) -> Iterator[None]:
+    """Turns whatever a random loss or sampler raises for `key=None` into one clear
+    error: if `retry`, which does the same again with another key, does not raise."""
+    try:
+        yield
+    except Exception as e:
+        if key is not None:
+            raise
+        try:
+            retry(jr.key(0))
+        except Exception:
+            raise e from None
+        raise ValueError(
+            "`key` is missing: a loss or a sampler uses randomness. Pass "
+            "`key=jax.random.key(...)`, a new one for each call."
+        ) from e
+
+
+def empty_aux(levels: Levels, inner: InnerState, hyperparams: Hyperparams) -> Any:
+    """Makes zeros in the structure of the `aux` of both losses."""
+    index = jnp.array(0)
+
+    def aux():
+        train = levels.evaluate(inner, hyperparams, index)
+        return train[1], levels.validate(inner, hyperparams, index)[1]
+
+    return tree_zeros(jax.eval_shape(aux))
