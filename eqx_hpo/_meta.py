@@ -33,30 +33,13 @@ from ._state import (
     inner_state,
     InnerState,
     Memory,
-    Metrics,
 )
 
 
 T = TypeVar("T")
 
 _AXIS = "tasks"
-
-# Which parts of a state have a row for each task: axes as `eqx.filter_vmap` takes them.
 _ROW: Any = eqx.if_array(0)
-_SHARED: Any = None
-_ROWS: Any = BilevelState(
-    model=_ROW,
-    hyperparams=_SHARED,
-    inner_opt_state=_ROW,
-    outer_opt_state=_SHARED,
-    memory=Memory(episode=_ROW, lasting=_SHARED),
-    model_state=_ROW,
-    step=_SHARED,
-    episode_step=_SHARED,
-    skipped=_SHARED,
-    metrics=Metrics(_SHARED, _SHARED, _SHARED, aux=_ROW, diagnostics=_ROW),
-)
-
 
 class _Start(eqx.Module):
     """Where the tasks start from: `inner` is the inner state of a single one, without
@@ -193,10 +176,9 @@ class MetaLearner(AbstractBilevelOptimizer):
         if self.horizon is not None:
             inner = dataclasses.replace(inner_state(single), opt_state=None)
             start = _Start(jtu.tree_map(jnp.zeros_like, inner), jnp.array(False))
-        rows = eqx.filter_vmap(
-            lambda: single, in_axes=(), out_axes=_ROWS, axis_size=self.tasks
-        )()
-        return _with_start(rows, start)
+        copy = lambda x: jnp.broadcast_to(x, (self.tasks, *x.shape))
+        rows = jtu.tree_map(lambda x: copy(x) if eqx.is_array(x) else x, _rows(single))
+        return _with_start(_with_rows(single, rows), start)
 
     @eqx.filter_jit
     def step(
@@ -299,12 +281,19 @@ class MetaLearner(AbstractBilevelOptimizer):
         return _with_start(eqx.combine(arrays, static), start)
 
     def _restart_rows(
-        self, rows: BilevelState, model: Model, model_state: PyTree
+        self, state: BilevelState, model: Model, model_state: PyTree
     ) -> BilevelState:
-        restart = lambda row: self.algorithm.restart(
-            row, model, model_state=model_state
-        )
-        return eqx.filter_vmap(restart, in_axes=(_ROWS,), out_axes=_ROWS)(rows)
+        """Restarts each task. The memory of `state` is without the start."""
+
+        def restart(row):
+            single = _with_rows(state, row)
+            return _rows(
+                self.algorithm.restart(single, model, model_state=model_state)
+            )
+
+        rows = eqx.filter_vmap(restart, in_axes=_ROW, out_axes=_ROW)(_rows(state))
+        zero = jnp.zeros_like(state.episode_step)
+        return dataclasses.replace(_with_rows(state, rows), episode_step=zero)
 
     def _mean_estimate(
         self,
@@ -314,33 +303,36 @@ class MetaLearner(AbstractBilevelOptimizer):
         val: Batch | AbstractBatches,
         key: Key,
     ) -> Estimate:
+        """Computes the estimate of each task, and the mean of their hypergradients."""
         batches = as_batches(train, "train", None), as_batches(val, "val", None)
         for name, x in zip(("train", "val"), batches):
             self._check_task_axis(name, x)
-        start, rows = _without_start(state)
-        mean_over_tasks = lambda tree: lax.pmean(tree, _AXIS)
+        start, state = _without_start(state)
 
         def estimate(row, train, val, key):
-            return raw_estimate(
-                self.algorithm, row, hyperparams, train, val, key, mean_over_tasks
+            single = _with_rows(state, row)
+            mean = lambda tree: lax.pmean(tree, _AXIS)
+            x = raw_estimate(
+                self.algorithm, single, hyperparams, train, val, key, mean
             )
+            of_task = (x.inner, x.memory.episode, x.train, x.val, x.diagnostics)
+            return (of_task, x.hypergradient), x.memory.lasting
 
-        axes = [eqx.if_array(_task_axis(x)) for x in batches]
-        estimates = eqx.filter_vmap(
+        (of_tasks, hypergradients), lasting = eqx.filter_vmap(
             estimate,
-            in_axes=(_ROWS, *axes, _ROW),
-            out_axes=Estimate(_ROW, Memory(_ROW, _SHARED), _ROW, _ROW, _ROW, _ROW),
+            in_axes=(_ROW, *[eqx.if_array(_task_axis(x)) for x in batches], _ROW),
+            out_axes=(_ROW, None),
             axis_name=_AXIS,
-        )(rows, *batches, self._task_keys(key))
+        )(_rows(state), *batches, self._task_keys(key))
+        inner, episode, train_report, val_report, diagnostics = of_tasks
         mean = lambda tree: jtu.tree_map(lambda x: jnp.mean(x, axis=0), tree)
-        (train_loss, train_aux), (val_loss, val_aux) = estimates.train, estimates.val
-        memory = estimates.memory
-        return dataclasses.replace(
-            estimates,
-            memory=Memory((start, memory.episode), memory.lasting),
-            hypergradient=mean(estimates.hypergradient),
-            train=(mean(train_loss), train_aux),
-            val=(mean(val_loss), val_aux),
+        return Estimate(
+            inner=inner,
+            memory=Memory((start, episode), lasting),
+            hypergradient=mean(hypergradients),
+            train=(mean(train_report[0]), train_report[1]),
+            val=(mean(val_report[0]), val_report[1]),
+            diagnostics=diagnostics,
         )
 
     def _task_keys(self, key: Key) -> Shaped[Array, "tasks ..."] | None:
@@ -348,6 +340,31 @@ class MetaLearner(AbstractBilevelOptimizer):
         if key is None:
             return None
         return key[None] if self.tasks == 1 else jr.split(key, self.tasks)
+
+
+def _rows(state: BilevelState) -> tuple[PyTree, ...]:
+    """Takes out the parts of a state that each task has its own of."""
+    return (
+        state.model,
+        state.inner_opt_state,
+        state.memory.episode,
+        state.model_state,
+        state.metrics.aux,
+        state.metrics.diagnostics,
+    )
+
+
+def _with_rows(state: BilevelState, rows: tuple[PyTree, ...]) -> BilevelState:
+    model, opt_state, episode, model_state, aux, diagnostics = rows
+    metrics = dataclasses.replace(state.metrics, aux=aux, diagnostics=diagnostics)
+    return dataclasses.replace(
+        state,
+        model=model,
+        inner_opt_state=opt_state,
+        memory=dataclasses.replace(state.memory, episode=episode),
+        model_state=model_state,
+        metrics=metrics,
+    )
 
 
 def _with_start(rows: BilevelState, start: _Start | None) -> BilevelState:

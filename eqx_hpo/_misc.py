@@ -93,7 +93,7 @@ def as_device_arrays(tree: PyTree) -> PyTree:
         if is_typed_key(x) or not is_array_or_numpy(x):
             return x
         dtype = jax.dtypes.canonicalize_dtype(x.dtype)
-        if eqx.is_array(x) and x.dtype == dtype and not x.weak_type:
+        if isinstance(x, jax.Array) and x.dtype == dtype and not x.weak_type:
             return x
         return jnp.asarray(x, dtype=dtype)
 

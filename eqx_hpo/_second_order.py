@@ -35,8 +35,11 @@ LossFn: TypeAlias = Callable[
 GradientFn: TypeAlias = Callable[
     [PyTree, PyTree, PyTree], tuple[PyTree, PyTree, tuple[FloatScalar, Any]]
 ]
-# product(gradients, params, v): the derivative of `gradients` at `params` along `v`
-_Product: TypeAlias = Callable[[Callable[[PyTree], PyTree], PyTree, PyTree], PyTree]
+# product(gradients, params, v, settings): the derivative of `gradients` at `params`
+# along `v`, by a rule with these settings
+_Product: TypeAlias = Callable[
+    [Callable[[PyTree], PyTree], PyTree, PyTree, Any], PyTree
+]
 
 
 class AbstractSecondOrder(eqx.Module):
@@ -51,7 +54,9 @@ class AbstractSecondOrder(eqx.Module):
 
         - `loss`: called as `loss(params, rest, args)`, returns `(scalar, (carried,
             report))`. All leaves of `params`, `rest` and `carried` are inexact arrays.
-            It closes over no traced arrays: `args` holds all that it needs.
+            It closes over no traced arrays: `args` holds all that it needs. A rule with
+            a custom VJP must not close over traced arrays either, its own settings
+            included.
 
         **Returns:** a function of the same arguments that returns `(gradient, carried,
         (scalar, report))`. Its derivative in `args`, and that of the last part, is
@@ -92,7 +97,8 @@ class ForwardOverReverse(AbstractSecondOrder):
     """
 
     def differentiate(self, loss: LossFn) -> GradientFn:
-        def product(gradients, params, v):
+        def product(gradients, params, v, settings):
+            del settings
             return jax.jvp(gradients, (params,), (v,))[1]
 
         return _with_product(loss, product)
@@ -115,7 +121,7 @@ class FiniteDifference(AbstractSecondOrder):
     )
 
     def differentiate(self, loss: LossFn) -> GradientFn:
-        def product(gradients, params, v):
+        def product(gradients, params, v, epsilon):
             norm = tree_norm(v)
             # v / ||v||, and zero for v = 0: then both gradients are the same.
             inverse = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), 0)
@@ -128,12 +134,12 @@ class FiniteDifference(AbstractSecondOrder):
                 move = lambda p, x: p + times(x, step).astype(p.dtype)
                 return gradients(jtu.tree_map(move, params, v))
 
-            epsilon = self.epsilon.astype(norm.dtype)
+            epsilon = epsilon.astype(norm.dtype)
             up, down = at(epsilon), at(-epsilon)
             scale = norm / (2 * epsilon)
             return jtu.tree_map(lambda u, d: times(u - d, scale), up, down)
 
-        return _with_product(loss, product)
+        return _with_product(loss, product, self.epsilon)
 
 
 FiniteDifference.__init__.__doc__ = """**Arguments:**
@@ -150,27 +156,32 @@ def _gradient(loss: LossFn, params: PyTree, rest: PyTree, args: PyTree):
     return grad, carried, lax.stop_gradient((value, report))
 
 
-def _with_product(loss: LossFn, product: _Product) -> GradientFn:
+def _with_product(loss: LossFn, product: _Product, settings: Any = None) -> GradientFn:
+    """Makes the gradient function whose reverse-mode derivative is `product`. A custom
+    VJP closes over no traced arrays, so those of `settings` are arguments of it."""
+
     @jax.custom_vjp
-    def gradient(params, rest, args):
+    def gradient(params, rest, args, settings):
+        del settings
         return _gradient(loss, params, rest, args)
 
-    def forward(params, rest, args):
-        return gradient(params, rest, args), (params, rest, args)
+    def forward(params, rest, args, settings):
+        out = gradient(params, rest, args, settings)
+        return out, (params, rest, args, settings)
 
     def backward(residuals, cotangents):
-        params, rest, args = residuals
+        params, rest, args, settings = residuals
         v, carried_cotangent, _ = cotangents
 
         def gradients(params):
             return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, rest, args)[0]
 
-        out = product(gradients, params, v)
+        out = product(gradients, params, v, settings)
         if len(jtu.tree_leaves(carried_cotangent)) > 0:
             carried = lambda params, rest: loss(params, rest, args)[1][0]
             _, pullback = jax.vjp(carried, params, rest)
             out = tree_add(out, pullback(carried_cotangent))
-        return *out, None
+        return *out, None, None
 
     gradient.defvjp(forward, backward)
-    return gradient
+    return lambda params, rest, args: gradient(params, rest, args, settings)

@@ -220,7 +220,7 @@ def train(name: str, task: Task, callback: Callable[..., bool]) -> None:
     )
     shared: Any = dict(key=task.key, callback=callback, progress=False)
     if name in algorithms:
-        shared |= dict(steps=MANY * task.steps, history=task.steps)
+        shared |= dict(steps=MANY * task.steps, record_every=task.steps)
         hpo.tune(algorithms[name], task.net, middle, train, val, **shared)
     else:
         factor = FACTOR if name == LONG else 1

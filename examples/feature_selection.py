@@ -159,7 +159,7 @@ def fit_method(method: Method, task: Task, steps: int) -> Fit:
         task.val,
         steps=steps,
         key=None,
-        history=max(1, steps // 50),
+        record_every=max(1, steps // 50),
         callback=watch,
     )
     values = np.asarray(solution.values)

@@ -188,10 +188,10 @@ def make_methods(
     args = (problem, inner, optax.adam(OUTER_RATE))
     methods = {FIRST_ORDER: hpo.FirstOrder(*args), ONE_STEP: hpo.T1T2(*args)}
     for gamma in gammas:
-        distill = hpo.HyperDistill(*args, horizon=horizon, decay=gamma)
+        distill = hpo.HyperDistill(*args, horizon=horizon, discount=gamma)
         methods[f"{DISTILL} {gamma}"] = distill
     args = (problem, inner, optax.adam(GREEDY_RATE))
-    greedy = hpo.Greedy(*args, inner_steps=GREEDY_STEPS, decay=0.9)
+    greedy = hpo.Greedy(*args, inner_steps=GREEDY_STEPS, discount=0.9)
     methods[f"greedy 0.9, {GREEDY_STEPS} steps"] = greedy
     learner = ft.partial(hpo.MetaLearner, tasks=TASKS, horizon=horizon, reptile=reptile)
     return {name: learner(method) for name, method in methods.items()}

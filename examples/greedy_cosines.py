@@ -89,7 +89,7 @@ def make_methods(
         return hpo.Greedy(
             *args,
             inner_steps=inner_steps,
-            decay=DECAY,
+            discount=DECAY,
             momentum=momentum,
             final_gradient=final_gradient,
         )

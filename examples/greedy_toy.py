@@ -48,11 +48,11 @@ def make_methods(inner_steps: int) -> dict[str, hpo.AbstractBilevelOptimizer]:
     sgd = optax.sgd(0.1)
     args = (hpo.Problem(train_loss, val_loss), sgd, sgd)
     options: dict[str, Any] = dict(inner_steps=inner_steps)
-    final = hpo.Greedy(*args, **options, decay=0.9, final_gradient=True)
+    final = hpo.Greedy(*args, **options, discount=0.9, final_gradient=True)
     return {
         "T1-T2": hpo.T1T2(*args, **options),
-        "greedy 0.3": hpo.Greedy(*args, **options, decay=0.3),
-        "greedy 0.9": hpo.Greedy(*args, **options, decay=0.9),
+        "greedy 0.3": hpo.Greedy(*args, **options, discount=0.3),
+        "greedy 0.9": hpo.Greedy(*args, **options, discount=0.9),
         "greedy 0.9, final gradient": final,
         "exact": hpo.Unrolled(*args, **options),
     }
@@ -72,8 +72,8 @@ def run_all(inner_steps: tuple[int, ...], steps: int) -> dict[Run, hpo.History]:
                     None,
                     steps=steps,
                     key=None,
-                    restart=restart,
-                    history=1,
+                    restart_every=restart,
+                    record_every=1,
                 )
                 histories[Run(reading, count, method)] = solution.history
     return histories

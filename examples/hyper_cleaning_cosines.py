@@ -37,9 +37,9 @@ def make_methods() -> dict[str, hpo.AbstractBilevelOptimizer]:
     distill: dict[str, Any] = dict(scale=1.0, **options)
     return {
         "T1-T2": hpo.T1T2(*args, **options),
-        "Greedy 0.9": hpo.Greedy(*args, **options, decay=0.9),
-        "HyperDistill 0.5": hpo.HyperDistill(*args, **distill, decay=0.5),
-        "HyperDistill 0.9": hpo.HyperDistill(*args, **distill, decay=0.9),
+        "Greedy 0.9": hpo.Greedy(*args, **options, discount=0.9),
+        "HyperDistill 0.5": hpo.HyperDistill(*args, **distill, discount=0.5),
+        "HyperDistill 0.9": hpo.HyperDistill(*args, **distill, discount=0.9),
         "DrMAD": hpo.DrMAD(*args, **options),
         "exact": hpo.Unrolled(*args, **options),
     }

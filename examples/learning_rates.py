@@ -152,7 +152,7 @@ def train_online(
     """A rate for each layer, moved after each training step by a look one step back."""
     hyperparams = hpo.Positive(jnp.full(LAYERS, START))
     solution = hpo.tune(
-        algorithm, model, hyperparams, batches, val, steps=steps, key=None, history=1
+        algorithm, model, hyperparams, batches, val, steps=steps, key=None, record_every=1
     )
     history, every = solution.history, steps // POINTS
     losses = history.val_loss[every - 1 :: every]
@@ -165,7 +165,7 @@ def learn_schedule(
     """A rate for each window and layer, moved after each complete training."""
     hyperparams = hpo.Positive(jnp.full((WINDOWS, LAYERS), START))
     solution = hpo.tune(
-        algorithm, model, hyperparams, train, val, steps=updates, key=None, restart=1
+        algorithm, model, hyperparams, train, val, steps=updates, key=None, restart_every=1
     )
     return jnp.repeat(solution.values, algorithm.inner_steps // WINDOWS, axis=0)
 

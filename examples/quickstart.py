@@ -113,7 +113,7 @@ def compare(
             val,
             steps=steps,
             key=tune_key,
-            history=1,
+            record_every=1,
         )
         return Row(solution, *(float(accuracy(solution.model, x)) for x in data))
 

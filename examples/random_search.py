@@ -161,8 +161,8 @@ def tune(
     # the decays so far are taken to one, and the time that this takes counts.
     retrain = (lambda x: train(x, data)) if method.restart is None else None
     recorder = Recorder(retrain)
-    options: Any = dict(progress=False, callback=recorder, history=method.history)
-    options |= dict(steps=steps or method.steps, restart=method.restart)
+    options: Any = dict(progress=False, callback=recorder, record_every=method.history)
+    options |= dict(steps=steps or method.steps, restart_every=method.restart)
     hpo.tune(method.algorithm, MODEL, start, *data[:2], key=None, **options)
     return recorder.points
 

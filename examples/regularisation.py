@@ -162,7 +162,7 @@ def run(algorithm: Any, values: Any, data: Splits, steps: int, seed: int) -> Run
         now = eqx.combine(state.model, hpo.unwrap(state.hyperparams))
         test_losses.append(float(assess(now, data.test).loss))
 
-    options: Any = dict(history=max(1, steps // RECORDS), callback=record)
+    options: Any = dict(record_every=max(1, steps // RECORDS), callback=record)
     args, start = (algorithm, rest, hyperparams, train, val), time.process_time()
     solution = hpo.tune(*args, steps=steps, key=tune_key, **options)
     seconds = time.process_time() - start

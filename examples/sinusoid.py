@@ -124,11 +124,11 @@ def make_methods(
 ) -> dict[str, hpo.AbstractBilevelOptimizer]:
     methods = {FIRST_ORDER: hpo.FirstOrder(*ARGS), ONE_STEP: hpo.T1T2(*ARGS)}
     for steps in greedy_steps:
-        greedy = hpo.Greedy(*ARGS, inner_steps=steps, decay=0.5)
+        greedy = hpo.Greedy(*ARGS, inner_steps=steps, discount=0.5)
         methods[f"greedy, {steps} steps"] = greedy
     for gamma in gammas:
         distill = hpo.HyperDistill(
-            *ARGS, horizon=HORIZON, decay=gamma, estimation_period=PERIOD
+            *ARGS, horizon=HORIZON, discount=gamma, estimation_period=PERIOD
         )
         methods[f"{DISTILL} {gamma}"] = distill
     methods[DRMAD] = hpo.DrMAD(*ARGS, inner_steps=HORIZON)
@@ -186,8 +186,8 @@ def compare(
     methods = {
         FIRST_ORDER: hpo.FirstOrder(*ARGS, **options),
         ONE_STEP: hpo.T1T2(*ARGS, **options),
-        "greedy": hpo.Greedy(*ARGS, **options, decay=0.9),
-        DISTILL: hpo.HyperDistill(*ARGS, **options, decay=DECAY, scale=scale),
+        "greedy": hpo.Greedy(*ARGS, **options, discount=0.9),
+        DISTILL: hpo.HyperDistill(*ARGS, **options, discount=DECAY, scale=scale),
     }
 
     def hypergradient(method):

@@ -108,7 +108,7 @@ def test_within_a_run_the_values_of_placeholders_stay_in_their_sets():
         None,
         steps=200,
         key=jr.key(0),
-        history=1,
+        record_every=1,
     )
     course = solution.history.hyperparams
     assert (course["share"].min() >= 0) and (course["share"].max() <= 1)

@@ -140,11 +140,10 @@ def test_in_the_middle_of_a_training():
 
 def test_schedules_and_implicit():
     case = ridge()
-    hyperparams = {"penalty": jnp.stack([case.hyperparams["penalty"]] * 2)}
-    algorithm = hpo.ForwardMode(case.problem, optax.sgd(0.1), OUTER, sharing=2)
-    longer = hpo.ForwardMode(
-        case.problem, optax.sgd(0.1), OUTER, inner_steps=3, sharing=2
-    )
+    penalties = jnp.stack([case.hyperparams["penalty"]] * 2)
+    hyperparams = {"penalty": hpo.Schedule(penalties, every=2)}
+    algorithm = hpo.ForwardMode(case.problem, optax.sgd(0.1), OUTER)
+    longer = hpo.ForwardMode(case.problem, optax.sgd(0.1), OUTER, inner_steps=3)
     got = hpo.compare_hypergradients(
         [algorithm, longer],
         case.model,

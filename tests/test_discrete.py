@@ -21,7 +21,7 @@ def _score(model, hyperparams, batch, key):
 
 COSTS = jnp.array([0.3, 0.0, 0.2])
 PROBLEM = hpo.Problem(_score, _score)
-OPTIMIZER = hpo.FirstOrder(PROBLEM, optax.sgd(0.1), optax.sgd(0.1))
+ALGORITHM = hpo.FirstOrder(PROBLEM, optax.sgd(0.1), optax.sgd(0.1))
 T1T2 = hpo.T1T2(
     PROBLEM, optax.sgd(0.1), optax.sgd(0.1), second_order=hpo.FiniteDifference()
 )
@@ -71,15 +71,15 @@ def test_samples_follow_the_categorical_distribution():
 def test_noise_and_temperature_are_a_function_of_key_and_step():
     halved = lambda step: 0.5**step
     hyperparams = {"c": hpo.Choice(3, sample=True, temperature=halved)}
-    state = OPTIMIZER.init(jnp.ones(2), hyperparams)
+    state = ALGORITHM.init(jnp.ones(2), hyperparams)
     states = [state]
     for _ in range(3):
-        states.append(OPTIMIZER.step(states[-1], COSTS, COSTS, key=jr.key(7)))
+        states.append(ALGORITHM.step(states[-1], COSTS, COSTS, key=jr.key(7)))
     temperatures = [s.hyperparams["c"].temperature for s in states]
     assert np.allclose(temperatures, [1, 1, 0.5, 0.25])
     noises = [s.hyperparams["c"].noise for s in states[1:]]
     assert not np.allclose(noises[0], noises[1])
-    again = OPTIMIZER.step(states[0], COSTS, COSTS, key=jr.key(7))
+    again = ALGORITHM.step(states[0], COSTS, COSTS, key=jr.key(7))
     assert equal(again, states[1])
 
 
@@ -105,8 +105,8 @@ def test_a_hypergradient_is_that_of_the_step(getkey):
 
 def test_only_logits_are_trained_and_a_skipped_step_keeps_all():
     choice = hpo.Choice(3, sample=True, temperature=lambda step: 1.0 / (1 + step))
-    state = OPTIMIZER.init(jnp.ones(2), {"c": choice})
-    skipped = OPTIMIZER.step(state, COSTS, jnp.full(3, jnp.nan), key=jr.key(0))
+    state = ALGORITHM.init(jnp.ones(2), {"c": choice})
+    skipped = ALGORITHM.step(state, COSTS, jnp.full(3, jnp.nan), key=jr.key(0))
     assert int(skipped.skipped) == 1
     assert equal(skipped.hyperparams, state.hyperparams)
     moments = eqx.filter(state.outer_opt_state, eqx.is_array)
@@ -133,7 +133,7 @@ def test_discretise_leaves_the_rest_unwrapped():
 def test_tune_finds_the_option_and_reports_the_gap(sample):
     hyperparams = {"c": hpo.Choice(3, sample=sample, temperature=0.5)}
     solution = hpo.tune(
-        OPTIMIZER,
+        ALGORITHM,
         jnp.zeros(2),
         hyperparams,
         COSTS,
@@ -157,7 +157,7 @@ def test_tune_finds_the_option_and_reports_the_gap(sample):
 
 def test_without_discrete_hyperparameters_there_is_no_such_report():
     hyperparams = {"c": jnp.ones(3)}
-    start = (OPTIMIZER, jnp.zeros(2), hyperparams)
+    start = (ALGORITHM, jnp.zeros(2), hyperparams)
     solution = hpo.tune(*start, COSTS, COSTS, steps=2, key=None)
     assert solution.discretised is None
 
@@ -174,6 +174,6 @@ def test_bad_input_raises():
             hpo.Choice(logits)
     with pytest.raises(ValueError, match="`Integer.*needs `lower` <= `value`"):
         hpo.Integer(7, 1, 5)
-    state = OPTIMIZER.init(jnp.ones(2), {"c": hpo.Choice(3, sample=True)})
+    state = ALGORITHM.init(jnp.ones(2), {"c": hpo.Choice(3, sample=True)})
     with pytest.raises(ValueError, match=r"`key` is missing: a `Choice.*sample=True"):
-        OPTIMIZER.step(state, COSTS, COSTS)
+        ALGORITHM.step(state, COSTS, COSTS)

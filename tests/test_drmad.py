@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from eqx_hpo._data import as_batches
 from eqx_hpo._hyperparameter import partition_raw
-from eqx_hpo._optimizer import make_levels
+from eqx_hpo._levels import make_levels
 from eqx_hpo._optimizer.drmad import end_cotangent, pull_back
 
 from .helpers import relative_error, step_temporaries
@@ -125,7 +126,18 @@ def test_a_second_moment_that_is_zero_passes_nothing_on():
     )
     algorithm = hpo.DrMAD(problem, optax.adam(0.1), OUTER, inner_steps=3)
     state = algorithm.init(jnp.ones(2), 0.5)
-    levels = make_levels(algorithm, state.model, None, None, state.step, None)
+    levels = make_levels(
+        problem,
+        algorithm.inner,
+        algorithm.second_order,
+        state,
+        state.hyperparams,
+        as_batches(None, "train", 3),
+        as_batches(None, "val", 3),
+        state.step,
+        None,
+        lambda tree: tree,
+    )
     inner = hpo.InnerState(state.model, state.inner_opt_state, None)
     cotangent = end_cotangent(inner, (jnp.ones(2), None))
     before, product = pull_back(

@@ -83,7 +83,7 @@ def test_adam_with_a_gradient_that_is_zero():
             x.compute_hypergradient(x.init(model, 0.5), jnp.ones(()), jnp.ones(()))
             for x in (
                 hpo.ForwardMode(*args, inner_steps=steps),
-                hpo.Unrolled(*args, inner_steps=steps, checkpoint="nested"),
+                hpo.Unrolled(*args, inner_steps=steps, recompute=2),
                 hpo.Unrolled(*args, inner_steps=steps),
             )
         )
@@ -110,36 +110,86 @@ def _scheduled(steps, window, inner, hyperparams):
     return jax.jit(jax.grad(loss))(hyperparams)
 
 
-def test_schedules_share_hyperparameters_over_windows():
-    case = ridge()
-    inner = lambda h: optax.sgd(h["rate"], momentum=h["momentum"])
-    hyperparams = {
-        "penalty": jnp.stack([case.hyperparams["penalty"] + i for i in range(3)]),
+def _schedules(every=3):
+    values = {
+        "penalty": jnp.stack([ridge().hyperparams["penalty"] + i for i in range(3)]),
         "rate": jnp.array([0.1, 0.05, 0.02]),
         "momentum": jnp.array([0.5, 0.7, 0.9]),
     }
-    algorithm = hpo.ForwardMode(case.problem, inner, HOLD, inner_steps=4, sharing=3)
+    inner = lambda h: optax.sgd(h["rate"], momentum=h["momentum"])
+    return inner, values, {k: hpo.Schedule(x, every) for k, x in values.items()}
+
+
+def test_schedules_share_hyperparameters_over_windows():
+    case = ridge()
+    inner, values, hyperparams = _schedules()
+    algorithm = hpo.ForwardMode(case.problem, inner, HOLD, inner_steps=4)
     state = algorithm.init(case.model, hyperparams)
     # Windows end within a call, and the last window goes on.
     for steps in (4, 8, 12):
         got = algorithm.compute_hypergradient(state, case.train, case.val)
-        expected = _scheduled(steps, 3, inner, hyperparams)
+        expected = _scheduled(steps, 3, inner, values)
         assert relative_error(got, expected) < 1e-12
         state = algorithm.step(state, case.train, case.val)
     state = algorithm.restart(state, case.model)
     got = algorithm.compute_hypergradient(state, case.train, case.val)
-    assert relative_error(got, _scheduled(4, 3, inner, hyperparams)) < 1e-12
+    assert relative_error(got, _scheduled(4, 3, inner, values)) < 1e-12
 
 
-def test_windows_of_different_lengths():
+@pytest.mark.parametrize("recompute", [0, 2])
+def test_schedules_by_reverse_mode(recompute):
     case = ridge()
-    hyperparams = {"penalty": jnp.zeros((2, 6)), "rate": jnp.ones(3)}
-    algorithm = hpo.ForwardMode(case.problem, INNER["momentum"], HOLD, sharing=3)
-    with pytest.raises(ValueError, match="leading axis"):
-        algorithm.init(case.model, hyperparams)
+    inner, values, hyperparams = _schedules()
+    algorithm = hpo.Unrolled(
+        case.problem, inner, HOLD, inner_steps=11, recompute=recompute
+    )
+    state = algorithm.init(case.model, hyperparams)
+    got = algorithm.compute_hypergradient(state, case.train, case.val)
+    assert relative_error(got, _scheduled(11, 3, inner, values)) < 1e-12
 
 
-def test_bad_sharing():
+def test_a_schedule_in_a_call_that_goes_on():
+    """T1T2 moves the entry of its last inner step alone, counted from the start of the
+    episode; a placeholder within, and hyperparameters that stay, beside it."""
     case = ridge()
-    with pytest.raises(ValueError, match="sharing"):
-        hpo.ForwardMode(case.problem, optax.sgd(0.1), HOLD, sharing=0)
+    inner = lambda h: optax.sgd(h["rate"])
+    hyperparams = {
+        "rate": hpo.Schedule(hpo.Positive(jnp.full(3, 0.1)), every=2),
+        "penalty": case.hyperparams["penalty"],
+    }
+    algorithm = hpo.T1T2(case.problem, inner, optax.sgd(0.1), inner_steps=2)
+    state = algorithm.init(case.model, hyperparams)
+    plain = hpo.T1T2(case.problem, inner, optax.sgd(0.1), inner_steps=2)
+    for entry in (0, 1, 2, 2):
+        gradient = algorithm.compute_hypergradient(state, case.train, case.val)
+        moved = gradient["rate"].value.raw != 0
+        assert list(moved) == [i == entry for i in range(3)]
+        # The same step with the plain entry in its place.
+        single = plain.init(
+            state.model,
+            {
+                "rate": hpo.Positive(hpo.unwrap(state.hyperparams)["rate"][entry]),
+                "penalty": state.hyperparams["penalty"],
+            },
+        )
+        expected = plain.compute_hypergradient(single, case.train, case.val)
+        got = (gradient["rate"].value.raw[entry], gradient["penalty"])
+        assert relative_error(got, (expected["rate"].raw, expected["penalty"])) < 1e-12
+        state = algorithm.step(state, case.train, case.val)
+    assert int(state.episode_step) == 8
+    assert int(algorithm.restart(state, case.model).episode_step) == 0
+
+
+@pytest.mark.parametrize(
+    "value, every, match",
+    [
+        (jnp.ones(3), 0, "`every`"),
+        (0.1, 3, "leading axis"),
+        (hpo.Positive(0.1), 3, "leading axis"),
+        (hpo.Simplex(jnp.full(4, 0.25)), 3, "leading axis"),
+        (jnp.zeros((0, 2)), 3, "leading axis"),
+    ],
+)
+def test_bad_schedules(value, every, match):
+    with pytest.raises(ValueError, match=match):
+        hpo.Schedule(value, every)

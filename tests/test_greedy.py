@@ -26,7 +26,7 @@ def _case():
     return case, {**case.hyperparams, "rate": hpo.Positive(0.05)}
 
 
-def _by_hand(case, inner, hyperparams, trains, vals, decay, momentum=0.0, final=False):
+def _by_hand(case, inner, hyperparams, trains, vals, discount, momentum=0.0, final=False):
     """Eq. 6 with explicit weights of each term, from a stored trajectory."""
     problem, length = case.problem, len(trains)
     raw, constants = partition_raw(hyperparams)
@@ -49,7 +49,7 @@ def _by_hand(case, inner, hyperparams, trains, vals, decay, momentum=0.0, final=
     weights = [1.0]
     velocity = 1.0
     for _ in range(length - 1):
-        velocity = momentum * velocity - (1 - decay) * weights[-1]
+        velocity = momentum * velocity - (1 - discount) * weights[-1]
         weights.append(weights[-1] + velocity)
     terms = [
         jax.tree.map(lambda x: weights[length - 1 - t] * x, products[t](alpha)[0])
@@ -61,11 +61,11 @@ def _by_hand(case, inner, hyperparams, trains, vals, decay, momentum=0.0, final=
 
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("inner_steps", [1, 4])
-def test_zero_decay_is_t1t2(inner, inner_steps):
+def test_zero_discount_is_t1t2(inner, inner_steps):
     case, hyperparams = _case()
     greedy, t1t2 = (
-        algorithm(case.problem, INNER[inner], OUTER, inner_steps=inner_steps, **decay)
-        for algorithm, decay in [(hpo.Greedy, {"decay": 0.0}), (hpo.T1T2, {})]
+        algorithm(case.problem, INNER[inner], OUTER, inner_steps=inner_steps, **discount)
+        for algorithm, discount in [(hpo.Greedy, {"discount": 0.0}), (hpo.T1T2, {})]
     )
     state = greedy.init(case.model, hyperparams)
     got, expected = (
@@ -81,7 +81,7 @@ def test_zero_decay_is_t1t2(inner, inner_steps):
 def test_equals_the_sum_by_hand(inner, settings):
     case, hyperparams = _case()
     algorithm = hpo.Greedy(
-        case.problem, INNER[inner], OUTER, inner_steps=4, decay=0.8, **settings
+        case.problem, INNER[inner], OUTER, inner_steps=4, discount=0.8, **settings
     )
     trains = [(jnp.roll(case.train[0], t, 0), case.train[1]) for t in range(4)]
     vals = [(jnp.roll(case.val[0], t, 0), case.val[1]) for t in range(4)]
@@ -115,7 +115,7 @@ def test_is_exact_where_the_hessian_is_a_multiple_of_the_identity(momentum):
     inner = optax.sgd(0.2, momentum=momentum)
     exact = hpo.Unrolled(problem, inner, OUTER, inner_steps=12)
     settings: dict[str, Any] = dict(
-        decay=1 - 0.2 * 0.7, momentum=momentum, final_gradient=True
+        discount=1 - 0.2 * 0.7, momentum=momentum, final_gradient=True
     )
     greedy = hpo.Greedy(problem, inner, OUTER, inner_steps=12, **settings)
     model, target = jnp.array([1.0, -2.0, 0.3]), jnp.array([0.2, 0.8, -1.0])
@@ -157,7 +157,7 @@ def test_toy_of_the_paper(name):
             None,
             steps=steps,
             key=None,
-            restart=restart,
+            restart_every=restart,
         )
         return solution.history.val_loss[-1]
 
@@ -207,21 +207,21 @@ def test_an_iterator_gives_a_validation_batch_to_each_inner_step():
     assert drawn.count("train") == drawn.count("val") == 6
 
 
-def test_another_decay_compiles_nothing_anew():
+def test_another_discount_compiles_nothing_anew():
     case = ridge()
     algorithm = hpo.Greedy(case.problem, optax.sgd(0.1), OUTER, inner_steps=3)
     state = algorithm.init(case.model, case.hyperparams)
 
-    def hypergradient(decay):
-        new = eqx.tree_at(lambda x: x.decay, algorithm, decay)
+    def hypergradient(discount):
+        new = eqx.tree_at(lambda x: x.discount, algorithm, discount)
         return new.compute_hypergradient(state, case.train, case.val)["penalty"]
 
-    decays = jnp.array([0.3, 0.9])
-    one_by_one = jnp.stack([hypergradient(decay) for decay in decays])
-    assert relative_error(jax.vmap(hypergradient)(decays), one_by_one) < 1e-12
+    discounts = jnp.array([0.3, 0.9])
+    one_by_one = jnp.stack([hypergradient(discount) for discount in discounts])
+    assert relative_error(jax.vmap(hypergradient)(discounts), one_by_one) < 1e-12
 
 
-@pytest.mark.parametrize("name", ["decay", "momentum"])
+@pytest.mark.parametrize("name", ["discount", "momentum"])
 @pytest.mark.parametrize("value", [-0.1, 1.5, jnp.zeros(2)], ids=str)
 def test_a_share_out_of_range_raises(name, value):
     case = ridge()

@@ -27,7 +27,7 @@ def test_no_memory_and_no_scale_is_one_step(inner, inner_steps):
     hyperparams = {**case.hyperparams, "rate": hpo.Positive(0.05)}
     args = (case.problem, INNER[inner], OUTER)
     one_step = hpo.T1T2(*args, inner_steps=inner_steps)
-    algorithm = hpo.HyperDistill(*args, inner_steps=inner_steps, decay=0.0, scale=1.0)
+    algorithm = hpo.HyperDistill(*args, inner_steps=inner_steps, discount=0.0, scale=1.0)
     train = hpo.Minibatch(case.train, 5)
     state = algorithm.init(case.model, hyperparams, train=train)
     expected = one_step.init(case.model, hyperparams)
@@ -38,17 +38,17 @@ def test_no_memory_and_no_scale_is_one_step(inner, inner_steps):
     assert relative_error(state.model, expected.model) < 1e-10
 
 
-@pytest.mark.parametrize("decay", [0.7, 1.0])
-def test_weights_are_the_average_of_eq_12(decay):
+@pytest.mark.parametrize("discount", [0.7, 1.0])
+def test_weights_are_the_average_of_eq_12(discount):
     case = ridge()
     make = ft.partial(hpo.HyperDistill, case.problem, SGD, FROZEN, scale=1.0)
-    single, several = (make(decay=decay, inner_steps=n) for n in (1, 5))
+    single, several = (make(discount=discount, inner_steps=n) for n in (1, 5))
     state = single.init(case.model, case.hyperparams, train=case.train)
     visited = []
     for _ in range(100):
         visited.append(np.asarray(state.model))
         state = single.step(state, case.train, case.val)
-    discounts = decay ** np.arange(100)[::-1]
+    discounts = discount ** np.arange(100)[::-1]
     expected = np.average(visited, axis=0, weights=discounts)
     assert relative_error(state.memory.episode.weights, expected) < 1e-10
     assert float(state.memory.episode.mass) == pytest.approx(discounts.sum(), 1e-12)
@@ -81,8 +81,8 @@ def _run_many(algorithm, state, stamp, steps, runs):
     return jax.vmap(run)(jr.split(jr.key(0), runs))
 
 
-@pytest.mark.parametrize("decay", [0.6, 0.95, 1.0])
-def test_composition_of_the_distilled_batch(decay):
+@pytest.mark.parametrize("discount", [0.6, 0.95, 1.0])
+def test_composition_of_the_distilled_batch(discount):
     size, steps, runs = 10, 12, 1000
 
     def val_loss(model, hyperparams, batch, key):
@@ -90,7 +90,7 @@ def test_composition_of_the_distilled_batch(decay):
         return jnp.sum((model - hyperparams) ** 2)
 
     problem = hpo.Problem(val_loss, val_loss)
-    algorithm = hpo.HyperDistill(problem, optax.sgd(0.1), OUTER, decay=decay, scale=1.0)
+    algorithm = hpo.HyperDistill(problem, optax.sgd(0.1), OUTER, discount=discount, scale=1.0)
     # Which step and which place an example comes from.
     stamp = lambda t: (jnp.full((size, 2), t), jnp.arange(size))
     empty = algorithm.init(jnp.ones(2), jnp.zeros(2), train=stamp(0))
@@ -100,7 +100,7 @@ def test_composition_of_the_distilled_batch(decay):
     assert jnp.all(born[..., 0] == born[..., 1])
     assert jnp.all(place == jnp.arange(size))
     shares = [float(jnp.mean(born == t)) for t in range(steps)]
-    weights = decay ** np.arange(steps)[::-1]
+    weights = discount ** np.arange(steps)[::-1]
     # Four standard errors of a share that is never more spread than a binomial one.
     expected = weights / weights.sum()
     tolerance = 4 * np.sqrt(expected / (runs * size)) + 1e-9
@@ -134,7 +134,7 @@ def _tanh_problem():
     return hpo.Problem(train_loss, val_loss)
 
 
-def _fit_in_numpy(theta, hyperparams, decay, horizon, rate=0.1, momentum=0.9):
+def _fit_in_numpy(theta, hyperparams, discount, horizon, rate=0.1, momentum=0.9):
     """Algorithm 4, with all derivatives written out."""
     path, trace = [theta], np.zeros(3)
     for _ in range(horizon):
@@ -150,9 +150,9 @@ def _fit_in_numpy(theta, hyperparams, decay, horizon, rate=0.1, momentum=0.9):
         point = (1 - (t - 1) / horizon) * path[0] + (t - 1) / horizon * path[-1]
         exact = exact + adjoint * rate * curvature(point)
         adjoint = adjoint * (1 - rate * curvature(point))
-        if decay < 1:
-            keep = (1 - decay ** (u - 1)) / (1 - decay**u)
-            factor = (1 - decay**u) / (1 - decay)
+        if discount < 1:
+            keep = (1 - discount ** (u - 1)) / (1 - discount**u)
+            factor = (1 - discount**u) / (1 - discount)
         else:
             keep, factor = (u - 1) / u, u
         average = keep * average + (1 - keep) * point
@@ -165,21 +165,21 @@ def _fit_in_numpy(theta, hyperparams, decay, horizon, rate=0.1, momentum=0.9):
 def test_the_scale_equals_an_independent_one():
     theta, hyperparams = np.array([2.0, -0.3, 0.8]), np.array([0.1, 0.4, -0.5])
     train = jnp.asarray(STRENGTH)
-    for decay in (0.0, 0.9, 1.0):
+    for discount in (0.0, 0.9, 1.0):
         algorithm = hpo.HyperDistill(
-            _tanh_problem(), SGD, OUTER, decay=decay, horizon=7
+            _tanh_problem(), SGD, OUTER, discount=discount, horizon=7
         )
         state = algorithm.init(theta, hyperparams, train=train)
         assert jnp.isnan(state.memory.lasting)
         state = algorithm.step(state, train, None)
-        expected = _fit_in_numpy(theta, hyperparams, decay, 7)
+        expected = _fit_in_numpy(theta, hyperparams, discount, 7)
         assert float(state.memory.lasting) == pytest.approx(expected, rel=1e-10)
 
 
 def test_first_steps_by_hand():
     rate, scale = 0.1, 0.7
     algorithm = hpo.HyperDistill(
-        _tanh_problem(), optax.sgd(rate), FROZEN, decay=0.5, scale=scale
+        _tanh_problem(), optax.sgd(rate), FROZEN, discount=0.5, scale=scale
     )
     hyperparams, train = np.array([0.1, 0.4, -0.5]), jnp.asarray(STRENGTH)
     theta = [np.array([2.0, -0.3, 0.8])]
@@ -271,10 +271,10 @@ def _logistic_times():
     return algorithm, algorithm.init(case.model, case.hyperparams, train=case.train)
 
 
-@pytest.mark.parametrize("decay", [0.9, 1.0])
-def test_extreme_gradients_give_the_same_scale(decay):
+@pytest.mark.parametrize("discount", [0.9, 1.0])
+def test_extreme_gradients_give_the_same_scale(discount):
     algorithm, _ = _logistic_times()
-    algorithm = eqx.tree_at(lambda x: x.decay, algorithm, jnp.array(decay))
+    algorithm = eqx.tree_at(lambda x: x.discount, algorithm, jnp.array(discount))
 
     def scale(size):
         state = _logistic_times()[1]
@@ -331,7 +331,7 @@ def test_the_past_takes_its_batches_from_an_iterator():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"decay": 1.5}, "`decay` must be a number from 0 to 1; got 1.5"),
+        ({"discount": 1.5}, "`discount` must be a number from 0 to 1; got 1.5"),
         ({"horizon": 0}, "`horizon` must be an integer of at least 1; got 0"),
         ({"estimation_period": 0}, "`estimation_period` must be an integer"),
     ],

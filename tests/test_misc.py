@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from eqx_hpo._misc import depends_on, tree_norm
+from eqx_hpo._misc import tree_norm
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
@@ -32,16 +32,3 @@ def test_norm_of_half_precision_is_single():
     norm = tree_norm(jnp.full(10_000, 100.0, jnp.float16))
     assert norm.dtype == jnp.float32
     assert jnp.allclose(norm, 10_000.0)
-
-
-@pytest.mark.parametrize(
-    "fn, expected",
-    [
-        (lambda x: jnp.sum(x**2), True),
-        (lambda x: (jnp.zeros(2), x), True),
-        (lambda x: jnp.zeros(2), False),
-        (lambda x: jnp.sum(x > 0), False),
-    ],
-)
-def test_depends_on(fn, expected):
-    assert depends_on(fn, jnp.ones(2)) is expected

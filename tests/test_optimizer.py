@@ -516,7 +516,7 @@ def test_batch_norm_and_dropout_equal_a_python_loop(getkey):
     assert relative_error(eqx.filter(after.model, eqx.is_inexact_array), params) < 1e-6
     assert jnp.allclose(after.metrics.val_loss, value)
     for other in (
-        hpo.Unrolled(*args, inner_steps=3, checkpoint="nested"),
+        hpo.Unrolled(*args, inner_steps=3, recompute=2),
         hpo.ForwardMode(*args, inner_steps=3),
     ):
         start = other.init(model, jnp.array(0.3), model_state=model_state)

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
-from eqx_hpo._run import copy_state
+from eqx_hpo._run import own_copy
 
 from .helpers import equal, relative_error
 from .problems import ridge
@@ -33,11 +33,11 @@ PROBLEM = hpo.Problem(
     _loss_of_an_array(CASE.problem.train_loss), _loss_of_an_array(CASE.problem.val_loss)
 )
 INNER, OUTER = optax.sgd(0.1, momentum=0.9), optax.adam(0.05)
-OPTIMIZER = hpo.T1T2(PROBLEM, INNER, OUTER, inner_steps=2)
+ALGORITHM = hpo.T1T2(PROBLEM, INNER, OUTER, inner_steps=2)
 LOW, HIGH = jnp.full(6, -4.0), jnp.full(6, 2.0)
 
 
-def _search(algorithm: Any = OPTIMIZER, low: Any = LOW, high: Any = HIGH, **kwargs):
+def _search(algorithm: Any = ALGORITHM, low: Any = LOW, high: Any = HIGH, **kwargs):
     settings = {"trials": 5, "steps": 4, "key": jr.key(0), **kwargs}
     data = settings.pop("train", CASE.train), settings.pop("val", CASE.val)
     return hpo.search(algorithm, CASE.model, low, high, *data, **settings)
@@ -180,7 +180,7 @@ def test_callback_sees_every_trial_and_stops():
     seen = []
 
     def callback(state):
-        seen.append(copy_state(state))
+        seen.append(own_copy(state, state))
         return len(seen) == 3
 
     solution = _search(callback=callback)
@@ -245,9 +245,9 @@ def test_bad_input(kwargs, match):
         _search(**kwargs)
 
 
-def test_one_task_and_one_row_of_hyperparameters_only():
-    algorithm = hpo.ForwardMode(PROBLEM, INNER, OUTER, inner_steps=2, sharing=1)
-    with pytest.raises(ValueError, match="without `sharing`"):
+def test_one_model_only():
+    algorithm = hpo.MetaLearner(ALGORITHM, 2)
+    with pytest.raises(ValueError, match="an algorithm for one model"):
         _search(algorithm)
 
 

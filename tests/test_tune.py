@@ -42,7 +42,7 @@ def _by_hand(algorithm, train, val, steps, key):
 
 @pytest.mark.parametrize("callback", [None, lambda state: None])
 def test_equals_steps_by_hand(callback):
-    solution = _tune(callback=callback, history=5)
+    solution = _tune(callback=callback, record_every=5)
     train, val = itertools.repeat(CASE.train), itertools.repeat(CASE.val)
     expected = _by_hand(_algorithm(), train, val, 12, jr.key(0))
     assert relative_error(solution.state, expected) < 1e-13
@@ -57,7 +57,7 @@ def test_equals_steps_by_hand(callback):
     "history, expected", [(1, 12), (5, 3), (4, 3), (100, 1), (None, 12)]
 )
 def test_history(history, expected):
-    solution = _tune(history=history)
+    solution = _tune(record_every=history)
     h = solution.history
     assert h.step.shape == h.val_loss.shape == (expected,)
     assert h.hyperparams["penalty"].shape == (expected, 6)
@@ -67,14 +67,14 @@ def test_history(history, expected):
     assert h.train_loss[-1] == solution.state.metrics.train_loss
     assert h.hypergradient_norm[-1] == solution.state.metrics.hypergradient_norm
     assert np.array_equal(h.hyperparams["penalty"][-1], solution.values["penalty"])
-    dense = _tune(history=1).history
+    dense = _tune(record_every=1).history
     rows = h.step - 1
     assert np.allclose(h.val_loss, dense.val_loss[rows], rtol=1e-12)
     assert np.allclose(h.hyperparams["penalty"], dense.hyperparams["penalty"][rows])
 
 
 def test_a_history_longer_than_its_block_on_the_device():
-    solution = _tune(steps=700, history=1)
+    solution = _tune(steps=700, record_every=1)
     assert np.array_equal(solution.history.step, np.arange(1, 701))
     assert np.all(np.isfinite(solution.history.val_loss))
 
@@ -90,7 +90,7 @@ DATA = {
 
 
 @pytest.mark.parametrize("data_name", DATA)
-@pytest.mark.parametrize("settings", [{}, {"restart": 5, "history": 4}])
+@pytest.mark.parametrize("settings", [{}, {"restart_every": 5, "record_every": 4}])
 def test_stopped_saved_and_continued_equals_uninterrupted(
     data_name, settings, tmp_path
 ):
@@ -106,7 +106,7 @@ def test_stopped_saved_and_continued_equals_uninterrupted(
 
 
 def test_restart_every_few_steps():
-    solution = _tune(steps=12, restart=5)
+    solution = _tune(steps=12, restart_every=5)
     algorithm = _algorithm()
     state = algorithm.init(CASE.model, CASE.hyperparams)
     for i in range(12):
@@ -170,7 +170,7 @@ def test_a_loader_is_started_again():
 
 
 def test_an_iterator_that_ends_ends_the_run():
-    solution = _tune(train=_host_batches(0, 5), history=2)
+    solution = _tune(train=_host_batches(0, 5), record_every=2)
     assert solution.result == hpo.RESULTS.data_exhausted
     assert int(solution.state.step) == 5
     assert solution.history.step.tolist() == [2, 4, 5]
@@ -198,7 +198,7 @@ def test_ctrl_c_returns_what_there_is(how, tmp_path):
 
     before = signal.getsignal(signal.SIGINT)
     path = tmp_path / "state"
-    solution = _tune(callback=interrupt, history=2, checkpoint=path)
+    solution = _tune(callback=interrupt, record_every=2, checkpoint=path)
     assert signal.getsignal(signal.SIGINT) is before
     assert solution.result == hpo.RESULTS.interrupted
     assert int(solution.state.step) == 6
@@ -225,7 +225,7 @@ def test_another_error_saves_before_it_is_raised(tmp_path):
 
     path = tmp_path / "state"
     with pytest.raises(RuntimeError, match="mine"):
-        _tune(callback=fail, history=2, checkpoint=path)
+        _tune(callback=fail, record_every=2, checkpoint=path)
     saved = hpo.load(path, _algorithm().init(CASE.model, CASE.hyperparams))
     assert int(saved.step) == 4
 
@@ -237,7 +237,7 @@ def test_callback_sees_records_and_stops():
         seen.append(state)
         return len(seen) == 3
 
-    solution = _tune(callback=callback, history=2)
+    solution = _tune(callback=callback, record_every=2)
     assert [int(state.step) for state in seen] == [2, 4, 6]  # still alive
     assert solution.result == hpo.RESULTS.stopped
     assert int(solution.state.step) == 6
@@ -313,7 +313,7 @@ def test_a_state_of_another_problem_raises():
 
 
 @pytest.mark.parametrize(
-    "name", ["steps", "restart", "history", "checkpoint_every", "max_skipped"]
+    "name", ["steps", "restart_every", "record_every", "checkpoint_every", "max_skipped"]
 )
 def test_bad_options(name):
     with pytest.raises(ValueError, match=f"`{name}`"):
@@ -363,7 +363,7 @@ def test_convolutions_run_a_step_a_call(getkey):
 
     algorithm = hpo.T1T2(hpo.Problem(loss, loss), optax.sgd(0.1), optax.sgd(0.1))
     solution = hpo.tune(
-        algorithm, conv, jnp.array(0.1), images, images, steps=5, key=None, history=2
+        algorithm, conv, jnp.array(0.1), images, images, steps=5, key=None, record_every=2
     )
     state = algorithm.init(conv, jnp.array(0.1))
     for _ in range(5):

@@ -111,10 +111,12 @@ def test_truncation_equals_unrolling_the_last_steps():
     "kwargs",
     [
         dict(unroll=7),
-        dict(checkpoint="step"),
-        dict(checkpoint="nested"),
-        dict(checkpoint="nested", unroll=7),
-        dict(checkpoint="nested", truncation=7),
+        dict(recompute=1),
+        dict(recompute=2),
+        dict(recompute=2, unroll=7),
+        dict(recompute=2, truncation=7),
+        dict(recompute=3),
+        dict(recompute=5),
     ],
 )
 def test_how_it_is_computed_changes_nothing(kwargs):
@@ -146,7 +148,7 @@ def test_what_is_kept_of_the_inner_steps():
     case = Case(problem, model, 0.1, batch, batch, lambda h: model)
     rules = hpo.ReverseOverReverse(), hpo.ForwardOverReverse()
 
-    def growth(rule, checkpoint):
+    def growth(rule, recompute):
         """With 75 further inner steps, in units of the weights."""
         small, large = (
             step_temporaries(algorithm, algorithm.init(model, 0.1), case)
@@ -157,17 +159,17 @@ def test_what_is_kept_of_the_inner_steps():
                     optax.sgd(0.1),
                     rule,
                     inner_steps=steps,
-                    checkpoint=checkpoint,
+                    recompute=recompute,
                 )
                 for steps in (25, 100)
             )
         )
         return (large - small) / model.nbytes
 
-    assert growth(rules[0], None) > 1000
-    for rule, checkpoint in ((rules[0], "step"), (rules[1], None)):
-        assert 75 <= growth(rule, checkpoint) < 78
-    assert 10 <= growth(rules[1], "nested") < 12
+    assert growth(rules[0], 0) > 1000
+    for rule, recompute in ((rules[0], 1), (rules[1], 0)):
+        assert 75 <= growth(rule, recompute) < 78
+    assert 10 <= growth(rules[1], 2) < 12
 
 
 def test_batches_are_drawn_again_and_not_kept():
@@ -184,14 +186,14 @@ def test_batches_are_drawn_again_and_not_kept():
     assert large - small < 75 * 2 * case.model.nbytes
 
 
-def test_bad_checkpoint():
-    with pytest.raises((ValueError, TypeError), match="checkpoint"):
+def test_bad_recompute():
+    with pytest.raises((ValueError, TypeError), match="recompute"):
         hpo.Unrolled(
             ridge().problem,
             optax.sgd(0.1),
             optax.sgd(0.1),
             inner_steps=4,
-            checkpoint="all",  # pyright: ignore[reportArgumentType]
+            recompute=-1,
         )
 
 
