@@ -18,7 +18,11 @@ from ._custom_types import Batch, Hyperparams, Model
 from ._data import AbstractBatches
 from ._exact import exact_hypergradient, Reference
 from ._misc import is_array_or_numpy, tree_dot, tree_norm
-from ._optimizer import AbstractAlgorithm
+from ._optimizer import (
+    AbstractAlgorithm,
+    AbstractBilevelOptimizer,
+    raw_estimate,
+)
 from ._state import BilevelState
 
 
@@ -100,8 +104,8 @@ class Comparison(eqx.Module):
 
 
 def compare_hypergradients(
-    algorithms: Mapping[str, AbstractAlgorithm]
-    | Sequence[AbstractAlgorithm],
+    algorithms: Mapping[str, AbstractBilevelOptimizer]
+    | Sequence[AbstractBilevelOptimizer],
     model: Model,
     hyperparams: Hyperparams,
     train: Batch | AbstractBatches,
@@ -174,7 +178,7 @@ def compare_hypergradients(
     return Comparison(tuple(rows), steps, exact)
 
 
-def _with_names(algorithms) -> dict[str, AbstractAlgorithm]:
+def _with_names(algorithms) -> dict[str, Any]:
     if not isinstance(algorithms, Mapping):
         kinds = [type(x).__name__ for x in algorithms]
         number = lambda i: f" ({kinds[: i + 1].count(kinds[i])})"
@@ -188,7 +192,7 @@ def _with_names(algorithms) -> dict[str, AbstractAlgorithm]:
     return dict(algorithms)
 
 
-def _check(name: str, algorithm: AbstractAlgorithm, steps: int) -> None:
+def _check(name: str, algorithm: Any, steps: int) -> None:
     what = "an algorithm for one model; of a `MetaLearner`, compare what it wraps"
     check_type(name, algorithm, AbstractAlgorithm, what)
     if steps % algorithm.inner_steps != 0:

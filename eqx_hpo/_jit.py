@@ -1,4 +1,4 @@
-"""Compiled calls that do not wait for the device, for the driver.
+"""Compiled methods, and compiled calls that do not wait for the device.
 
 `eqx.filter_jit` waits for the end of each call, to raise the errors of `eqx.error_if`
 with their own text. The driver prepares the next batch while the device works, so it
@@ -8,7 +8,7 @@ must not wait; it raises those errors where it waits anyhow.
 import contextlib
 import functools as ft
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast, ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
@@ -16,6 +16,9 @@ import jax.tree_util as jtu
 
 from ._misc import is_array_or_numpy
 
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _ARRAY = object()  # stands for an array among the static leaves
 
@@ -39,6 +42,25 @@ class _Static:
 
     def __hash__(self) -> int:
         return hash((self.treedef, self.leaves))
+
+
+class _JitMethod:
+    def __init__(self, fn: Callable[..., Any]):
+        self._compiled = eqx.filter_jit(fn)
+        ft.update_wrapper(self, fn)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._compiled(*args, **kwargs)
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        # A bound method of an `eqx.Module` cannot be hashed, so `jax.jit` would refuse
+        # it; this one is a pytree too.
+        return self if instance is None else jtu.Partial(self._compiled, instance)
+
+
+def jit_method(fn: Callable[P, T]) -> Callable[P, T]:
+    """Compiles a method by `eqx.filter_jit`. Users may pass it to `jax.jit` too."""
+    return cast(Callable[P, T], _JitMethod(fn))
 
 
 def jit_without_waiting(fn: Callable[..., Any], donate_first: bool) -> Callable:

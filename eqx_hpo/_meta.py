@@ -19,6 +19,7 @@ from ._checks import as_share, check_positive_int, check_type
 from ._custom_types import Batch, Hyperparams, Key, Model
 from ._data import AbstractBatches, as_batches, Stacked
 from ._discrete import refresh
+from ._jit import jit_method
 from ._misc import as_device_arrays, match_dtypes
 from ._optimizer import (
     AbstractAlgorithm,
@@ -95,7 +96,7 @@ class MetaLearner(AbstractBilevelOptimizer):
 
     def __init__(
         self,
-        algorithm: AbstractAlgorithm,
+        algorithm: AbstractBilevelOptimizer,
         tasks: int,
         *,
         horizon: int | None = None,
@@ -180,7 +181,7 @@ class MetaLearner(AbstractBilevelOptimizer):
         rows = jtu.tree_map(lambda x: copy(x) if eqx.is_array(x) else x, _rows(single))
         return _with_start(_with_rows(single, rows), start)
 
-    @eqx.filter_jit
+    @jit_method
     def step(
         self,
         state: BilevelState,
@@ -200,7 +201,7 @@ class MetaLearner(AbstractBilevelOptimizer):
             self.problem.has_aux,
         )
 
-    @eqx.filter_jit
+    @jit_method
     def compute_hypergradient(
         self,
         state: BilevelState,

@@ -85,7 +85,7 @@ class Run:
         if hyperparams is not None:
             state = dataclasses.replace(state, hyperparams=hyperparams)
         fresh = self._algorithm.restart(state, model, model_state=model_state)
-        self.state = own_copy(fresh, (model, model_state))
+        self.state = own_copy(fresh, (model, model_state, hyperparams))
 
     def advance(self, limit: int, donate: bool) -> None:
         """Takes at most `limit` steps."""

@@ -24,7 +24,11 @@ from ._discrete import has_discrete
 from ._feed import Feed
 from ._hyperparameter import canonical, partition_raw, unwrap
 from ._misc import as_device_arrays
-from ._optimizer import AbstractAlgorithm, PlainTraining
+from ._optimizer import (
+    AbstractAlgorithm,
+    AbstractBilevelOptimizer,
+    PlainTraining,
+)
 from ._progress import ProgressBar
 from ._run import own_copy, Run, start
 from ._solution import RESULTS, Solution
@@ -37,7 +41,7 @@ _NEVER = _LARGEST  # a failed trial does not end the run, however long it goes o
 
 
 def search(
-    algorithm: AbstractAlgorithm,
+    algorithm: AbstractBilevelOptimizer,
     model: Model,
     low: Hyperparams,
     high: Hyperparams,
@@ -106,9 +110,9 @@ def search(
     trainer = _make_trainer(algorithm, steps, trials)
     whole = val.data if isinstance(val, Minibatch) else val
     feeds = Feed(train, "train", trainer.inner_steps), Feed(whole, "val", None)
-    like, state = (
-        start(x, model, space.low, *feeds, key, None, model_state)
-        for x in (algorithm, trainer)
+    state = start(trainer, model, space.low, *feeds, key, None, model_state)
+    like = algorithm.init(
+        model, space.low, train=feeds[0].peek(), model_state=model_state, key=key
     )
     run = Run(trainer, *feeds, key, state, steps, _NEVER)
     best, result = None, RESULTS.successful

@@ -74,7 +74,8 @@ def _run_many(algorithm, state, stamp, steps, runs):
     def run(key):
         def body(state, t):
             key_t = jr.fold_in(key, t)
-            return algorithm.step(state, stamp(t), None, key=key_t), None
+            batch = jax.tree.map(lambda x: x[None], stamp(t))
+            return algorithm.step(state, hpo.Stacked(batch), None, key=key_t), None
 
         return jax.lax.scan(body, state, jnp.arange(steps))[0].memory.episode.batch
 
@@ -93,7 +94,8 @@ def test_composition_of_the_distilled_batch(discount):
     algorithm = hpo.HyperDistill(problem, optax.sgd(0.1), OUTER, discount=discount, scale=1.0)
     # Which step and which place an example comes from.
     stamp = lambda t: (jnp.full((size, 2), t), jnp.arange(size))
-    empty = algorithm.init(jnp.ones(2), jnp.zeros(2), train=stamp(0))
+    first = hpo.Stacked(jax.tree.map(lambda x: x[None], stamp(0)))
+    empty = algorithm.init(jnp.ones(2), jnp.zeros(2), train=first)
 
     born, place = _run_many(algorithm, empty, stamp, steps, runs)
     assert born.shape == (runs, size, 2)
@@ -108,12 +110,22 @@ def test_composition_of_the_distilled_batch(discount):
 
 
 def test_a_batch_mixed_with_itself_is_itself():
+    """So a batch that is always the same is not held."""
     case = ridge()
-    algorithm = hpo.HyperDistill(case.problem, SGD, FROZEN, scale=1.0)
-    state = algorithm.init(case.model, case.hyperparams, train=case.train)
+    algorithm = hpo.HyperDistill(case.problem, SGD, OUTER, scale=1.0)
+    stacked = hpo.Stacked(jax.tree.map(lambda x: x[None], case.train))
+    states = [
+        algorithm.init(case.model, case.hyperparams, train=train)
+        for train in (stacked, case.train)
+    ]
     for _ in range(3):
-        state = algorithm.step(state, case.train, case.val)
-    assert relative_error(state.memory.episode.batch, case.train) == 0.0
+        states = [
+            algorithm.step(state, train, case.val)
+            for state, train in zip(states, (stacked, case.train))
+        ]
+    assert relative_error(states[0].memory.episode.batch, case.train) == 0.0
+    assert states[1].memory.episode.batch is None
+    assert relative_error(states[1].hyperparams, states[0].hyperparams) < 1e-14
 
 
 STRENGTH, TARGET = np.array([1.0, 0.4, 2.0]), np.array([0.5, -1.0, 0.2])
@@ -346,9 +358,9 @@ def test_a_start_without_data_or_with_others_is_explained():
     case = ridge()
     algorithm = hpo.HyperDistill(case.problem, optax.sgd(0.1), OUTER)
     state = algorithm.init(case.model, case.hyperparams)
+    batches = hpo.Minibatch(case.train, 7, replacement=False)
     with pytest.raises(ValueError, match=r"init\(..., train=\)"):
-        algorithm.step(state, case.train, case.val)
-    few = jax.tree.map(lambda x: x[:7], case.train)
-    state = algorithm.init(case.model, case.hyperparams, train=few)
+        algorithm.step(state, batches, case.val)
+    state = algorithm.init(case.model, case.hyperparams, train=batches)
     with pytest.raises(ValueError, match=r"`train\[0\]` is float64\[24, 6\]"):
         algorithm.step(state, case.train, case.val)

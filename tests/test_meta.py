@@ -63,10 +63,11 @@ def test_one_task_is_the_plain_algorithm(name):
         key = jr.key(i)
         expected = plain.step(expected, case.train, case.val, key=key)
         state = algorithm.step(state, train, val, key=key)
-        assert _same(state.hyperparams, expected.hyperparams)
+        # Mapping a product over one task rounds otherwise.
+        assert _same(state.hyperparams, expected.hyperparams, 1e-10)
         assert _same(_of(state.model, 0), expected.model)
         assert _same(_of(state.inner_opt_state, 0), expected.inner_opt_state)
-        assert _same(state.metrics, expected.metrics)
+        assert _same(state.metrics, expected.metrics, 1e-10)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +249,7 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="`reptile` must be a number from 0 to 1"):
         hpo.MetaLearner(plain, 2, horizon=6, reptile=-1.0)
     algorithm = hpo.MetaLearner(plain, 2, horizon=6)
-    with pytest.raises(ValueError, match="`algorithm` is a `MetaLearner` already"):
+    with pytest.raises(ValueError, match="an algorithm for one model"):
         hpo.MetaLearner(algorithm, 2, horizon=6)
     case, (_, val) = ridge(), _tasks(2)
     state = algorithm.init(case.model, case.hyperparams)

@@ -1,6 +1,7 @@
 """What the base class gives to every algorithm."""
 
 import functools as ft
+import warnings
 from typing import Any
 
 import equinox as eqx
@@ -28,7 +29,7 @@ def _start(case, algorithm):
     return algorithm.init(case.model, case.hyperparams, train=case.train)
 
 
-@pytest.mark.filterwarnings("ignore:The hyperparameters get a hypergradient of zero")
+@pytest.mark.filterwarnings("ignore:These hyperparameters get a hypergradient of zero")
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_structure_never_changes_and_step_uses_the_hypergradient(name):
     case = quadratic()
@@ -347,21 +348,61 @@ def test_a_state_of_another_optimizer_raises():
         algorithm.step(swapped, case.train, case.val)
 
 
-def test_a_zero_hypergradient_is_said():
+def _ignores_dead(w, h, batch, key):
+    unused = jnp.sum(jax.lax.stop_gradient(h["cut"])) + jnp.sum(h["whole"] > 0)
+    return h["live"] * jnp.sum(w**2) + unused
+
+
+def test_each_hyperparameter_without_a_hypergradient_is_named_once():
+    """A live one hides none of the others; a bare `step` says nothing."""
     case = ridge()
-    ignoring = lambda w, h, batch, key: (
-        jnp.sum(w**2) + jnp.sum(jax.lax.stop_gradient(h["penalty"]))
-    )
-    problem = hpo.Problem(ignoring, case.problem.val_loss)
+    problem = hpo.Problem(_ignores_dead, case.problem.val_loss)
+    hyperparams = {x: jnp.array(1.0) for x in ("live", "cut", "whole", "unused")}
     algorithm = hpo.T1T2(problem, optax.sgd(0.1), optax.sgd(0.1))
-    state = _start(case, algorithm)
-    with pytest.warns(UserWarning, match="hypergradient of zero: neither") as record:
-        for _ in range(3):
-            state = algorithm.step(state, case.train, case.val)
-    assert len(record) == 1
-    algorithm = hpo.FirstOrder(case.problem, optax.sgd(0.1), optax.sgd(0.1))
-    with pytest.warns(UserWarning, match="looks at nothing else"):
-        algorithm.step(_start(case, algorithm), case.train, case.val)
+    init = lambda algorithm: algorithm.init(
+        case.model, hyperparams, train=case.train, val=case.val
+    )
+    with pytest.warns(UserWarning, match="neither the training update") as record:
+        state = init(algorithm)
+    (message,) = [str(w.message) for w in record]
+    names = [name for name in hyperparams if f"`hyperparams['{name}']`" in message]
+    assert names == ["cut", "whole", "unused"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        algorithm.step(state, case.train, case.val)
+    with pytest.warns(UserWarning, match="'live'.*looks at nothing else"):
+        init(hpo.FirstOrder(problem, optax.sgd(0.1), optax.sgd(0.1)))
+
+
+def test_hyperparameters_of_the_optimiser_are_reached():
+    case = ridge()
+    inner = lambda h: optax.sgd(h["rate"], momentum=h["momentum"])
+    hyperparams = {**case.hyperparams, "rate": 0.1, "momentum": 0.9}
+    for make in (hpo.T1T2, hpo.ForwardMode):
+        algorithm = make(case.problem, inner, optax.sgd(0.1))
+        algorithm.init(case.model, hyperparams, train=case.train, val=case.val)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_step_traces_each_loss_once(name):
+    case, calls = ridge(), []
+
+    def counted(loss, name):
+        def fn(*args):
+            calls.append(name)
+            return loss(*args)
+
+        return fn
+
+    problem = hpo.Problem(
+        counted(case.problem.train_loss, "train"), counted(case.problem.val_loss, "val")
+    )
+    algorithm = ALGORITHMS[name](problem, optax.adam(0.1), optax.adam(0.1))
+    state = algorithm.init(case.model, case.hyperparams)
+    assert calls == []
+    for _ in range(2):
+        state = algorithm.step(state, case.train, case.val)
+    assert sorted(calls) == ["train", "val"]
 
 
 def test_a_learning_rate_alone_is_not_zero():

@@ -137,7 +137,7 @@ def test_a_learning_rate_can_be_searched():
 )
 def test_tune_goes_on_from_the_best_trial(make):
     settings: dict[str, Any] = (
-        {"decay": 0.9} if make in (hpo.Greedy, hpo.HyperDistill) else {}
+        {"discount": 0.9} if make in (hpo.Greedy, hpo.HyperDistill) else {}
     )
     algorithm = make(PROBLEM, INNER, OUTER, inner_steps=2, **settings)
     solution = _search(algorithm)

@@ -266,6 +266,7 @@ def _nan_from_the_eighth_step(w, h, batch, key):
     return CASE.problem.train_loss(w, h, batch, key) + bad
 
 
+@pytest.mark.filterwarnings("ignore:These hyperparameters get a hypergradient of zero")
 @pytest.mark.parametrize("from_host", [False, True])
 def test_non_finite_steps_end_the_run(from_host):
     if from_host:

@@ -36,6 +36,7 @@ def test_a_wrong_dtype_raises():
             memory=hpo.Memory(),
             model_state=None,
             step=jnp.array(0.5),
+            episode_step=state.episode_step,
             skipped=state.skipped,
             metrics=state.metrics,
         )

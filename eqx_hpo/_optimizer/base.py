@@ -9,6 +9,7 @@ hypergradient), `init_memory` (the memory carried from step to step) and
 import abc
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ from .._hyperparameter import (
     unwrap_values,
 )
 from .._inner import start_inner
+from .._jit import jit_method
 from .._levels import Levels, make_levels
 from .._misc import as_device_arrays
 from .._problem import Problem
@@ -280,7 +282,7 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
         metrics = dataclasses.replace(state.metrics, aux=aux)
         return dataclasses.replace(state, metrics=metrics)
 
-    @eqx.filter_jit
+    @jit_method
     def step(
         self,
         state: BilevelState,
@@ -300,7 +302,7 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
             self.problem.has_aux,
         )
 
-    @eqx.filter_jit
+    @jit_method
     def compute_hypergradient(
         self,
         state: BilevelState,
@@ -416,7 +418,7 @@ def _batch_shapes(train: AbstractBatches, key: Key) -> Batch:
     return eqx.filter_eval_shape(train.draw, first, first, key)
 
 
-def _check_settings(algorithm: AbstractAlgorithm) -> None:
+def _check_settings(algorithm: Any) -> None:
     what = "an `eqx_hpo.Problem(train_loss, val_loss)`"
     check_type("problem", algorithm.problem, Problem, what)
     check_positive_int("inner_steps", algorithm.inner_steps)
