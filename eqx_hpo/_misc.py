@@ -60,25 +60,30 @@ def tree_norm(tree: PyTree) -> Float[Array, ""]:
     It is finite if all entries are, and zero only if all are, even where their squares
     overflow or vanish: then all entries are scaled by the largest one first.
     """
-    leaves = [jnp.abs(x) for x in jtu.tree_leaves(tree) if x.size > 0]
+    leaves = [x for x in jtu.tree_leaves(tree) if x.size > 0]
     if len(leaves) == 0:
         return jnp.zeros(())
-    dtype = jnp.promote_types(_common_dtype(leaves), jnp.float32)
+    dtype = jnp.finfo(_common_dtype(leaves)).dtype
     # Scalars go through as one array: an operation for each would take long to compile.
-    scalars = [x.astype(dtype) for x in leaves if x.ndim == 0]
-    leaves = [x.astype(dtype) for x in leaves if x.ndim > 0]
+    scalars = [jnp.abs(x).astype(dtype) for x in leaves if x.ndim == 0]
+    leaves = [x for x in leaves if x.ndim > 0]
     leaves += [jnp.stack(scalars)] if scalars else []
-    add_up = lambda fn: ft.reduce(jnp.add, [jnp.sum(fn(x)) for x in leaves])
 
-    def scaled():
-        largest = ft.reduce(jnp.maximum, [jnp.max(x) for x in leaves])
-        scale = jnp.where(largest > 0, largest, jnp.ones((), dtype))
-        return scale * jnp.sqrt(add_up(lambda x: jnp.square(x / scale)))
+    def add_up(leaves, scale):
+        squares = [jnp.sum(jnp.square(jnp.abs(x).astype(dtype) / scale)) for x in leaves]
+        return ft.reduce(jnp.add, squares)
 
-    squares = add_up(jnp.square)
+    def scaled(leaves, _):
+        maxima = [jnp.max(jnp.abs(x)).astype(dtype) for x in leaves]
+        largest = ft.reduce(jnp.maximum, maxima)
+        scale = jnp.where(largest > 0, largest, 1)
+        return scale * jnp.sqrt(add_up(leaves, scale))
+
+    squares = add_up(leaves, 1)
     info = jnp.finfo(dtype)
     in_range = (squares > info.tiny / info.eps) & jnp.isfinite(squares)
-    return lax.cond(in_range, lambda: jnp.sqrt(squares), scaled)
+    direct = lambda _, squares: jnp.sqrt(squares)
+    return lax.cond(in_range, direct, scaled, leaves, squares)
 
 
 def _common_dtype(arrays: list[Array]) -> Any:

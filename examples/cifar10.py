@@ -199,12 +199,13 @@ def load_data(dataset: str, folder: str | None, size: int, seed: int) -> Data:
 def make_algorithms() -> dict[str, Any]:
     problem = hpo.Problem(train_loss, val_loss)
     args = (problem, optax.sgd(0.02, momentum=0.9), optax.adam(0.05))
-    nothing = hpo.T1T2(*args[:2], optax.set_to_zero(), inner_steps=INNER_STEPS)
+    options: Any = dict(inner_steps=INNER_STEPS)
+    nothing = hpo.T1T2(*args[:2], optax.set_to_zero(), **options)
     return {
         DEFAULT: nothing,
-        T1T2: hpo.T1T2(*args, inner_steps=INNER_STEPS),
-        GREEDY: hpo.Greedy(*args, inner_steps=INNER_STEPS),
-        DISTILL: hpo.HyperDistill(*args, inner_steps=INNER_STEPS),
+        T1T2: hpo.T1T2(*args, **options),
+        GREEDY: hpo.Greedy(*args, **options),
+        DISTILL: hpo.HyperDistill(*args, **options, estimation_period=50),
     }
 
 

@@ -89,7 +89,7 @@ def make_common(args: tuple, steps: int) -> dict[str, hpo.AbstractBilevelOptimiz
         "DrMAD": hpo.DrMAD(*args, **many),
         "Unrolled, last 5": hpo.Unrolled(*args, **many, truncation=min(5, steps)),
         "Unrolled": hpo.Unrolled(*args, **many),
-        "Unrolled, nested": hpo.Unrolled(*args, **many, recompute=2),
+        "Unrolled, recompute=2": hpo.Unrolled(*args, **many, recompute=2),
     }
 
 

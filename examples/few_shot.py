@@ -45,6 +45,7 @@ TASKS, VAL_TASKS, TEST_TASKS, CHUNK = 4, 100, 500, 100
 VAL_CHARACTERS, TEST_CHARACTERS = 12, 24  # the others are for learning
 SIZE, CHANNELS, LAYERS, POINTS = 16, 16, 4, 5
 OUTER_RATE, GREEDY_RATE, GREEDY_STEPS = 1e-3, 3e-3, 5
+PERIOD = 50  # episodes, after which the scale is fitted anew
 FIRST_ORDER, ONE_STEP, DISTILL = "first order", "T1-T2", "HyperDistill"
 
 
@@ -188,7 +189,9 @@ def make_methods(
     args = (problem, inner, optax.adam(OUTER_RATE))
     methods = {FIRST_ORDER: hpo.FirstOrder(*args), ONE_STEP: hpo.T1T2(*args)}
     for gamma in gammas:
-        distill = hpo.HyperDistill(*args, horizon=horizon, discount=gamma)
+        distill = hpo.HyperDistill(
+            *args, horizon=horizon, discount=gamma, estimation_period=PERIOD
+        )
         methods[f"{DISTILL} {gamma}"] = distill
     args = (problem, inner, optax.adam(GREEDY_RATE))
     greedy = hpo.Greedy(*args, inner_steps=GREEDY_STEPS, discount=0.9)

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
 EXAMPLES, FEATURES, NOISE = 100, 10, 1.0
 PENALTY = -2.0  # the logarithm of each
-DECAY, MOMENTUM = 0.9, 0.9
+DISCOUNT, MOMENTUM = 0.9, 0.9
 INNERS = {
     "sgd": optax.sgd(0.1),
     "momentum": optax.sgd(0.1, momentum=MOMENTUM),
@@ -89,7 +89,7 @@ def make_methods(
         return hpo.Greedy(
             *args,
             inner_steps=inner_steps,
-            discount=DECAY,
+            discount=DISCOUNT,
             momentum=momentum,
             final_gradient=final_gradient,
         )

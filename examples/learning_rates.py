@@ -151,9 +151,8 @@ def train_online(
 ) -> Course:
     """A rate for each layer, moved after each training step by a look one step back."""
     hyperparams = hpo.Positive(jnp.full(LAYERS, START))
-    solution = hpo.tune(
-        algorithm, model, hyperparams, batches, val, steps=steps, key=None, record_every=1
-    )
+    args = (algorithm, model, hyperparams, batches, val)
+    solution = hpo.tune(*args, steps=steps, key=None, record_every=1)
     history, every = solution.history, steps // POINTS
     losses = history.val_loss[every - 1 :: every]
     return Course(history.hyperparams, losses, solution.model)
@@ -163,11 +162,10 @@ def learn_schedule(
     algorithm: hpo.ForwardMode, model: Any, train: Any, val: Data, updates: int
 ) -> Float[Array, "steps layers"]:
     """A rate for each window and layer, moved after each complete training."""
-    hyperparams = hpo.Positive(jnp.full((WINDOWS, LAYERS), START))
-    solution = hpo.tune(
-        algorithm, model, hyperparams, train, val, steps=updates, key=None, restart_every=1
-    )
-    return jnp.repeat(solution.values, algorithm.inner_steps // WINDOWS, axis=0)
+    rates, every = jnp.full((WINDOWS, LAYERS), START), algorithm.inner_steps // WINDOWS
+    args = (algorithm, model, hpo.Schedule(hpo.Positive(rates), every), train, val)
+    solution = hpo.tune(*args, steps=updates, key=None, restart_every=1)
+    return jnp.repeat(solution.values, every, axis=0)
 
 
 def make_algorithms(steps: int, updates: int) -> tuple[hpo.T1T2, hpo.ForwardMode]:
@@ -175,9 +173,7 @@ def make_algorithms(steps: int, updates: int) -> tuple[hpo.T1T2, hpo.ForwardMode
     # Each update of the schedule sees another order of the batches. The falling rate
     # averages over them.
     outer = optax.adam(optax.cosine_decay_schedule(SCHEDULE_RATE, updates))
-    schedule = hpo.ForwardMode(
-        problem, make_inner, outer, inner_steps=steps, sharing=steps // WINDOWS
-    )
+    schedule = hpo.ForwardMode(problem, make_inner, outer, inner_steps=steps)
     return hpo.T1T2(problem, make_inner, optax.adam(ONLINE_RATE)), schedule
 
 

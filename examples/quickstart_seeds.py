@@ -12,7 +12,7 @@ import argparse
 import numpy as np
 import optax
 from image_data import load, NAMES
-from quickstart import compare, DEFAULT, make_optimizer, make_start
+from quickstart import compare, DEFAULT, make_algorithm, make_start
 
 
 STARTS = {  # decay, noise

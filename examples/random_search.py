@@ -51,8 +51,8 @@ class Model(NamedTuple):
 class Method(NamedTuple):
     algorithm: hpo.AbstractBilevelOptimizer
     steps: int
-    restart: int | None
-    history: int  # steps between two complete trainings
+    restart_every: int | None
+    record_every: int  # steps between two complete trainings
 
 
 class Point(NamedTuple):
@@ -116,9 +116,9 @@ def make_methods() -> dict[str, Method]:
     window = hpo.Unrolled(PROBLEM, INNER, outer(0.4, 40), inner_steps=STEPS // 5)
     one_step = hpo.T1T2(PROBLEM, INNER, outer(0.1, 300), inner_steps=10)
     return {
-        EXACT: Method(exact, steps=40, restart=1, history=1),
-        WINDOW: Method(window, steps=40, restart=None, history=4),
-        ONE_STEP: Method(one_step, steps=300, restart=None, history=30),
+        EXACT: Method(exact, steps=40, restart_every=1, record_every=1),
+        WINDOW: Method(window, steps=40, restart_every=None, record_every=4),
+        ONE_STEP: Method(one_step, steps=300, restart_every=None, record_every=30),
     }
 
 
@@ -159,10 +159,11 @@ def tune(
 ) -> list[Point]:
     # A run with a restart at each step is made of complete trainings already. Online,
     # the decays so far are taken to one, and the time that this takes counts.
-    retrain = (lambda x: train(x, data)) if method.restart is None else None
+    retrain = (lambda x: train(x, data)) if method.restart_every is None else None
     recorder = Recorder(retrain)
-    options: Any = dict(progress=False, callback=recorder, record_every=method.history)
-    options |= dict(steps=steps or method.steps, restart_every=method.restart)
+    options: Any = dict(progress=False, callback=recorder)
+    options |= dict(steps=steps or method.steps, record_every=method.record_every)
+    options["restart_every"] = method.restart_every
     hpo.tune(method.algorithm, MODEL, start, *data[:2], key=None, **options)
     return recorder.points
 
@@ -180,7 +181,7 @@ def warm_up(shape: tuple[int, int], methods: dict[str, Method], data: Any) -> No
     for sampler in ("random", "tpe"):
         search(sampler, shape, data, trials=2, seed=0)
     for method in methods.values():
-        tune(method, jnp.full(shape, LOW), data, steps=method.history)
+        tune(method, jnp.full(shape, LOW), data, steps=method.record_every)
     train(jnp.full(shape, LOW), data)
 
 

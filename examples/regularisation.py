@@ -140,12 +140,13 @@ def make_algorithms(steps: int) -> dict[str, Any]:
     problem = hpo.Problem(train_loss, val_loss)
     schedule = optax.cosine_decay_schedule(0.05, steps * INNER_STEPS)
     inner, outer = optax.sgd(schedule, momentum=0.9), optax.adam(0.03)
-    still = optax.set_to_zero()
+    args, still = (problem, inner, outer), optax.set_to_zero()
+    options: Any = dict(inner_steps=INNER_STEPS)
     return {
-        DEFAULT: hpo.T1T2(problem, inner, still, inner_steps=INNER_STEPS),
-        T1T2: hpo.T1T2(problem, inner, outer, inner_steps=INNER_STEPS),
-        DISTILL: hpo.HyperDistill(problem, inner, outer, inner_steps=INNER_STEPS),
-        GREEDY: hpo.Greedy(problem, inner, outer, inner_steps=INNER_STEPS),
+        DEFAULT: hpo.T1T2(problem, inner, still, **options),
+        T1T2: hpo.T1T2(*args, **options),
+        DISTILL: hpo.HyperDistill(*args, **options, estimation_period=50),
+        GREEDY: hpo.Greedy(*args, **options),
     }
 
 

@@ -256,7 +256,7 @@ def test_sinusoid(example, tmp_path, capsys, monkeypatch):
     for row in rows.values():
         assert row.errors.shape == (2,)
         assert np.all(np.isfinite(row.errors))
-    assert rows[f"{sinusoid.DISTILL} {sinusoid.DECAY}"].scale > 0
+    assert rows[f"{sinusoid.DISTILL} {sinusoid.DISCOUNT}"].scale > 0
     printed = capsys.readouterr().out
     assert "exact" in printed and "after 1 episodes" in printed
 
@@ -513,9 +513,9 @@ def test_random_search(example, tmp_path, capsys, monkeypatch):
 def test_darts(example, tmp_path, capsys, monkeypatch):
     darts = example("darts")
     monkeypatch.setattr(darts, "CELLS", 1)
-    make, second = darts.make_optimizers, darts.SECOND
+    make, second = darts.make_algorithms, darts.SECOND
     only = lambda inner: {second: make(inner)[second]}
-    monkeypatch.setattr(darts, "make_optimizers", only)
+    monkeypatch.setattr(darts, "make_algorithms", only)
     figure = tmp_path / "figure.png"
     (result,) = darts.main(size=100, steps=30, random=1, figure=str(figure))
     assert figure.stat().st_size > 10_000

@@ -124,8 +124,9 @@ class HyperDistill(AbstractAlgorithm):
         inner, train = levels.update(inner, hyperparams, index)
         val, alpha, direct = levels.validation_gradient(inner, hyperparams, index)
         assert scale is not None
-        indirect = tree_scale(scale * past.mass, pullback(alpha))
-        hypergradient = tree_add(direct, indirect)
+        # The product is linear in alpha. Scaled itself, it would be held twice.
+        alpha = tree_scale(scale * past.mass, alpha)
+        hypergradient = tree_add(direct, pullback(alpha))
         return Estimate(inner, Memory(past, fitted), hypergradient, train, val)
 
     def _fit_if_due(self, levels, inner, hyperparams, memory):
