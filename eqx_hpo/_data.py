@@ -169,8 +169,8 @@ def mix_batches(
     lengths = {shape[:1] for shape in shapes}
     size = shapes[0][0] if len(lengths) == 1 and lengths != {()} else 1
     count_key, order_key = jr.split(key)
-    count = jnp.floor(keep * size + jr.uniform(count_key, dtype=keep.dtype))
-    kept = _shuffle(jnp.arange(size), size, order_key) < count
+    share = keep * size + jr.uniform(count_key, dtype=keep.dtype)
+    kept = _shuffle(jnp.arange(size), size, order_key) < share.astype(int)
 
     def mix(x, y):
         mask = kept.reshape(-1, *[1] * (x.ndim - 1)) if size > 1 else kept[0]

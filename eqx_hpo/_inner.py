@@ -14,7 +14,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array, PyTree
 
 from ._custom_types import Hyperparams, InnerOptimiser, Model
-from ._misc import as_device_arrays
+from ._misc import as_device_arrays, usual_promotion
 from ._state import InnerState
 
 
@@ -23,7 +23,8 @@ def start_inner(
 ) -> InnerState:
     """Makes the inner state in which training starts."""
     params = eqx.filter(model, eqx.is_inexact_array)
-    opt_state = inner_transformation(inner, hyperparams).init(params)
+    with usual_promotion():
+        opt_state = inner_transformation(inner, hyperparams).init(params)
     return InnerState(params, as_device_arrays(opt_state), model_state)
 
 
@@ -51,9 +52,10 @@ def apply_inner(
     `grad`."""
     transformation = inner_transformation(inner, hyperparams)
     try:
-        updates, opt_state = flat_at_zero(transformation.update)(
-            grad, state.opt_state, state.params
-        )
+        with usual_promotion():
+            updates, opt_state = flat_at_zero(transformation.update)(
+                grad, state.opt_state, state.params
+            )
     except TypeError as e:
         if "value" not in str(e):
             raise

@@ -1,5 +1,6 @@
 """Tree arithmetic and dtype bookkeeping; nothing here knows about hyperparameters."""
 
+import contextlib
 import functools as ft
 from typing import Any
 
@@ -87,7 +88,18 @@ def tree_norm(tree: PyTree) -> Float[Array, ""]:
 
 
 def _common_dtype(arrays: list[Array]) -> Any:
-    return ft.reduce(jnp.promote_types, [x.dtype for x in arrays], jnp.float32)
+    """Finds the widest dtype, in single precision at least. Not by promotion, which a
+    strict setting of JAX forbids."""
+    bits = max([32, *[jnp.finfo(x.dtype).bits for x in arrays]])
+    if any(jnp.iscomplexobj(x) for x in arrays):
+        return jnp.complex64 if bits == 32 else jnp.complex128
+    return jnp.float32 if bits == 32 else jnp.float64
+
+
+def usual_promotion() -> contextlib.AbstractContextManager[None]:
+    """Promotes dtypes as usual even under the strict setting of JAX, which several
+    optimisers of Optax do not stand (Adam raises a number to the power of a counter)."""
+    return jax.numpy_dtype_promotion("standard")
 
 
 def as_device_arrays(tree: PyTree) -> PyTree:

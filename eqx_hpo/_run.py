@@ -93,6 +93,7 @@ class Run:
         train, val = self._train.next(), self._val.next()
         self._last_val = as_batches(val, "val", None)
         call = _advance_donating if donate else _advance_keeping
+        number = jnp.result_type(int).type  # as that of `state.step`
         start = time.monotonic()
         carry = (self.state, self._recorder.rows)
         (self.state, self._recorder.rows), status = call(
@@ -102,10 +103,10 @@ class Run:
                 train=train,
                 val=val,
                 key=self._key,
-                limit=np.int32(limit),
-                interval=np.int32(self._recorder.interval),
-                drained=np.int32(self._recorder.drained),
-                max_skipped=np.int32(self._max_skipped),
+                limit=number(limit),
+                interval=number(self._recorder.interval),
+                drained=number(self._recorder.drained),
+                max_skipped=number(self._max_skipped),
                 loops=self._pace.loops,
             ),
         )

@@ -210,13 +210,15 @@ def learn(
 ) -> Net:
     """The networks at the start and during learning."""
     hyperparams, model = split(net)
+    assert learner.horizon is not None
+    steps = learner.horizon // learner.inner_steps
     first = to_tasks(images[rows[0, 0]])
     state = learner.init(model, hyperparams, train=first.support, val=first.query)
 
     def run_episode(state, rows):
         tasks = to_tasks(images[rows])
         step = lambda state, _: (learner.step(state, *tasks), None)
-        return lax.scan(step, state, length=learner.horizon // learner.inner_steps)
+        return lax.scan(step, state, length=steps)
 
     def run_part(state, rows):
         state, _ = lax.scan(run_episode, state, rows)

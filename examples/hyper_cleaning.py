@@ -7,8 +7,8 @@ train image is tuned on a clean validation set.
 
 The problem of Generalized Greedy (table 2): ten steps of training from the start, then
 one update of the weights, again and again. The start is the same one each time, which
-is what `hpo.tune(..., restart_every=1)` does, or with `--fresh` a new draw each time. The
-table holds the mean and the standard deviation over the seeds:
+is what `hpo.tune(..., restart_every=1)` does, or with `--fresh` a new draw each time.
+The table holds the mean and the standard deviation over the seeds:
 
 - `val`, `test`: accuracy after ten steps with the final weights. With `--fresh` it is
   the mean of five new starts.
@@ -170,7 +170,9 @@ def make_methods() -> dict[str, hpo.AbstractBilevelOptimizer]:
     return {
         "T1-T2": hpo.T1T2(*args, **options),
         "greedy 0.9": hpo.Greedy(*args, **options, discount=0.9),
-        "greedy 0.9, momentum": hpo.Greedy(*args, **options, discount=0.9, momentum=0.9),
+        "greedy 0.9, momentum": hpo.Greedy(
+            *args, **options, discount=0.9, momentum=0.9
+        ),
         "implicit, 5 terms": hpo.Implicit(
             *args, **options, linear_solver=hpo.Neumann(5, 0.3), warm_start=False
         ),

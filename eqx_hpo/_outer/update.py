@@ -3,6 +3,8 @@
 import optax
 from jaxtyping import PyTree
 
+from .._misc import usual_promotion
+
 
 def outer_update(
     outer: optax.GradientTransformation,
@@ -18,5 +20,6 @@ def outer_update(
     **Returns:** the new `raw` and the new state of the optimiser.
     """
     outer = optax.with_extra_args_support(outer)
-    updates, opt_state = outer.update(gradient, opt_state, raw, grad=gradient)
+    with usual_promotion():
+        updates, opt_state = outer.update(gradient, opt_state, raw, grad=gradient)
     return optax.apply_updates(raw, updates), opt_state
