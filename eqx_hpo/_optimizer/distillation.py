@@ -21,7 +21,7 @@ from .._misc import (
     tree_scale,
     tree_zeros,
 )
-from .._state import InnerState
+from .._state import float_scalar, InnerState
 from .drmad import end_cotangent, point_on_line, pull_back
 
 
@@ -118,8 +118,8 @@ def fit_scale(
         v = pull_back_at(levels, past, point, hyperparams, index)(alpha)
         v = levels.mean(v)
         # The norm of v cancels in the product of the two.
-        xy = xy + mass * tree_dot(v, exact)
-        xx = xx + (mass * tree_norm(v)) ** 2
+        xy = xy + mass * float_scalar(tree_dot(v, exact))
+        xx = xx + (mass * float_scalar(tree_norm(v))) ** 2
         return (index - 1, adjoint, exact, past, xy, xx), None
 
     zeros = jtu.tree_map(jnp.zeros_like, eqx.filter(hyperparams, eqx.is_inexact_array))
