@@ -13,6 +13,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
 
+_FEW = 2**16  # numbers up to which a second pass costs less than a branch
+
+
 def is_array_or_numpy(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray, np.generic))
 
@@ -80,6 +83,8 @@ def tree_norm(tree: PyTree) -> Float[Array, ""]:
         scale = jnp.where(largest > 0, largest, 1)
         return scale * jnp.sqrt(add_up(leaves, scale))
 
+    if sum(x.size for x in leaves) < _FEW:
+        return scaled(leaves, None)
     squares = add_up(leaves, 1)
     info = jnp.finfo(dtype)
     in_range = (squares > info.tiny / info.eps) & jnp.isfinite(squares)

@@ -4,12 +4,12 @@ The whole new state is checked: parameters, both optimiser states, memory, model
 Three things keep this cheap. The checks of arrays of one shape are a single reduction,
 which reads what it checks and stores nothing. Their outcomes are stacked before they are
 joined: XLA would copy a chain of `and`s into each selection, and compile in the square
-of the number of arrays. And the outer update is computed twice, in two branches: once to
-be checked, when nothing is kept, and once to be written over the old values. Computed
+of the number of arrays. And a large outer update is computed twice, in two branches: once
+to be checked, when nothing is kept, and once to be written over the old values. Computed
 once, old and new values would wait for the outcome side by side.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -27,12 +27,15 @@ from .._outer import outer_update
 from .._state import BilevelState, Estimate, float_scalar, inner_state, Metrics
 
 
+# A new array, and the old one or `None`.
+_Pairs: TypeAlias = list[tuple[Any, Any]]
+
 # An outer update with one of these is no elementwise pass, and is computed once.
 _DEAR = {"while", "scan", "dot_general", "sort", "top_k", "fft", "pure_callback"}
 _DEAR |= {"eigh", "qr", "svd", "lu", "cholesky", "triangular_solve"}
 
 _GROUP = 8  # arrays whose checks are one reduction
-_LARGE = 2**16  # numbers in an array whose check should store nothing
+_LARGE = 2**16  # numbers from which on memory counts for more than branches do
 
 
 def next_state(
@@ -62,9 +65,11 @@ def next_state(
     old_noise = eqx.filter(partition_raw(state.hyperparams)[1], eqx.is_array)
     old = (inner_state(state), state.memory)
     new = match_dtypes((estimate.inner, estimate.memory), old)
-    is_good = _all_finite([*_pairs(new, old), *_pairs((losses, gradient))])
     is_good, raw, outer_opt_state = _update_outer(
-        outer, gradient, raw, state.outer_opt_state, is_good
+        outer,
+        gradient,
+        (raw, state.outer_opt_state),
+        [*_pairs(new, old), *_pairs((losses, gradient))],
     )
     (inner, memory), noise = tree_where(is_good, (new, noise), (old, old_noise))
     untrained = eqx.filter(state.model, eqx.is_inexact_array, inverse=True)
@@ -92,54 +97,52 @@ def next_state(
 def _update_outer(
     outer: optax.GradientTransformation,
     gradient: PyTree,
-    raw: PyTree,
-    opt_state: PyTree,
-    is_good: Bool[Array, ""],
+    old: tuple[PyTree, PyTree],
+    pairs: _Pairs,
 ) -> tuple[Bool[Array, ""], PyTree, PyTree]:
-    """Moves `raw` if `is_good` and if the result is finite too; tells whether it was."""
-    old = (raw, opt_state)
+    """Moves the `raw` arrays, if `pairs` and the result are finite; `old` holds them and
+    the state of the optimiser.
+
+    **Returns:** whether all was finite; the new arrays; the new state.
+    """
+    leaves, treedef = jtu.tree_flatten(old)
+    gradients = jtu.tree_leaves(gradient)
 
     def update(gradient, old):
         raw, opt_state = old
         return match_dtypes(outer_update(outer, gradient, opt_state, raw), old)
 
-    # Traced once, whatever the number of branches that it stands in.
+    # Traced once, even where it is computed twice.
     closed = jax.make_jaxpr(update)(gradient, old)
-    leaves, treedef = jtu.tree_flatten(old)
-    arguments = (jtu.tree_leaves(gradient), leaves)
-
-    def move(gradient, old):
-        return jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *gradient, *old)
-
-    def check(gradient, old):
-        return _all_finite(_pairs(move(gradient, old), old))
-
-    def move_if_finite(gradient, old):
-        new = move(gradient, old)
-        is_good = _all_finite(_pairs(new, old))
-        return is_good, tree_where(is_good, new, old)
-
-    false = jnp.array(False)
-    if holds_primitive(closed.jaxpr, _DEAR):
-        keep = lambda gradient, old: (false, old)
-        is_good, leaves = lax.cond(is_good, move_if_finite, keep, *arguments)
+    move = lambda gradients, leaves: jax.core.eval_jaxpr(
+        closed.jaxpr, closed.consts, *gradients, *leaves
+    )
+    is_small = sum(x.size for x in leaves) < _LARGE
+    if is_small or holds_primitive(closed.jaxpr, _DEAR):
+        moved = move(gradients, leaves)
+        is_good = _all_finite([*pairs, *_pairs(moved, leaves)])
+        leaves = tree_where(is_good, moved, leaves)
     else:
-        is_good = lax.cond(is_good, check, lambda gradient, old: false, *arguments)
-        leaves = lax.cond(is_good, move, lambda gradient, old: old, *arguments)
-    raw, opt_state = jtu.tree_unflatten(treedef, leaves)
-    return is_good, raw, opt_state
+        check = lambda gradients, leaves: _all_finite(
+            _pairs(move(gradients, leaves), leaves)
+        )
+        refuse = lambda gradients, leaves: jnp.array(False)
+        keep = lambda gradients, leaves: leaves
+        is_good = lax.cond(_all_finite(pairs), check, refuse, gradients, leaves)
+        leaves = lax.cond(is_good, move, keep, gradients, leaves)
+    return is_good, *jtu.tree_unflatten(treedef, leaves)
 
 
-def _pairs(new: PyTree, old: PyTree = None) -> list[tuple[Array, Array | None]]:
+def _pairs(new: PyTree, old: PyTree = None) -> _Pairs:
     leaves = jtu.tree_leaves(new)
     others = [None] * len(leaves) if old is None else jtu.tree_leaves(old)
     return list(zip(leaves, others, strict=True))
 
 
-def _all_finite(pairs: list[tuple[Array, Array | None]]) -> Bool[Array, ""]:
+def _all_finite(pairs: _Pairs) -> Bool[Array, ""]:
     """Tells whether all numbers of the first arrays are finite, or an infinity that the
     second has in the same place: a mask of the model, the start of a running minimum."""
-    groups: dict[tuple[int, ...], list[tuple[Array, Array | None]]] = {}
+    groups: dict[tuple[int, ...], _Pairs] = {}
     for x, old in pairs:
         if eqx.is_inexact_array(x) and x.size > 0:
             groups.setdefault(x.shape, []).append((x, old))
@@ -158,7 +161,7 @@ def _is_finite(x: Array, old: Array | None) -> Bool[Array, "..."]:
     return jnp.isfinite(x) if old is None else jnp.isfinite(x) | (x == old)
 
 
-def _reduce(group: list[tuple[Array, Array | None]]) -> Bool[Array, ""]:
+def _reduce(group: _Pairs) -> Bool[Array, ""]:
     flags = [_is_finite(*pair) for pair in group]
     if len(flags) == 1:
         if flags[0].size < _LARGE:

@@ -1,7 +1,7 @@
 """Each algorithm as one would write it by hand for a single problem, guard included.
 
-A step maps `(carry, train, val)` to a new carry. They are the yardstick of the library:
-plain JAX and Optax, no options, the same mathematics.
+They are the yardstick of the library: plain JAX and Optax, few options, the same
+mathematics. `assemble` makes a step of them, from `(carry, train, val)` to a new carry.
 """
 
 import jax
@@ -57,19 +57,18 @@ def all_finite(tree):
 
 
 class Hand:
-    """What all hand-written steps of a workload have in common."""
+    """The pieces that all hand-written algorithms of a workload share."""
 
     def __init__(self, workload: Workload, rule: str = "mixed"):
         self.w = workload
         self.gradient = make_gradient(workload.train_loss, rule)
 
-    def start(self, memory=None):
-        w = self.w
-        inner_state = w.inner(w.raw).init(w.params)
-        inner = (w.params, inner_state)
-        counters = (jnp.zeros((), int), jnp.zeros((), int))
-        metrics = jnp.zeros(3)
-        return inner, (w.raw, w.outer.init(w.raw)), memory, counters, metrics
+    def scan(self, body, carry, length):
+        unroll = length if self.w.unroll else 1
+        return lax.scan(body, carry, length=length, unroll=unroll)
+
+    def start(self):
+        return self.w.params, self.w.inner(self.w.raw).init(self.w.params)
 
     def move(self, inner, raw, batch):
         params, state = inner
@@ -81,13 +80,13 @@ class Hand:
         if steps == 0:
             return inner
         body = lambda inner, _: (self.move(inner, raw, batch)[0], None)
-        return lax.scan(body, inner, length=steps)[0]
+        return self.scan(body, inner, steps)[0]
 
     def validate(self, inner, raw, val):
         return jax.value_and_grad(self.w.val_loss, (0, 1))(inner[0], raw, val)
 
     def pulled(self, reach, raw):
-        """What `reach(raw)` leads to, and the pull-back from its weights."""
+        """Where `reach(raw)` leads, and the pull-back from its weights."""
 
         def fn(raw):
             (params, state), loss = reach(raw)
@@ -96,59 +95,83 @@ class Hand:
         params, pullback, (state, loss) = jax.vjp(fn, raw, has_aux=True)
         return (params, state), pullback, loss
 
-    def finish(self, carry, inner, memory, hypergradient, losses):
+
+def assemble(workload, estimate, inner, memory=None):
+    """Makes a step of an estimate: outer update, guard, counters. Returns the step and
+    the first carry."""
+
+    def step(carry, train, val):
         old_inner, (raw, outer_state), old_memory, (step, skipped), _ = carry
-        norm = optax.tree.norm(hypergradient)
+        inner, memory, gradient, losses = estimate(
+            old_inner, raw, old_memory, train, val
+        )
+        norm = optax.tree.norm(gradient)
+        updates, new_outer_state = workload.outer.update(gradient, outer_state, raw)
+        new_raw = optax.apply_updates(raw, updates)
         old = (old_inner, (raw, outer_state), old_memory)
-        updates, outer_state = self.w.outer.update(hypergradient, outer_state, raw)
-        new = (inner, (optax.apply_updates(raw, updates), outer_state), memory)
+        new = (inner, (new_raw, new_outer_state), memory)
         ok = all_finite((new, losses, norm))
         kept = jtu.tree_map(lambda n, o: jnp.where(ok, n, o), new, old)
         counters = (step + 1, jnp.where(ok, 0, skipped + 1))
         return *kept, counters, jnp.stack([*losses, norm])
 
+    counters = (jnp.zeros((), int), jnp.zeros((), int))
+    outer = (workload.raw, workload.outer.init(workload.raw))
+    return step, (inner, outer, memory, counters, jnp.zeros(3))
+
+
+def over_tasks(workload, algorithm, tasks, **options):
+    """The mean of an algorithm's estimates over the leading axis of the data."""
+    estimate, inner, memory = algorithm(workload, **options)
+
+    def mean_estimate(inner, raw, memory, train, val):
+        mapped = jax.vmap(estimate, in_axes=(0, None, 0, 0, 0))
+        inner, memory, gradients, losses = mapped(inner, raw, memory, train, val)
+        mean = lambda tree: jtu.tree_map(lambda x: jnp.mean(x, axis=0), tree)
+        return inner, memory, mean(gradients), mean(losses)
+
+    copy = lambda x: jnp.broadcast_to(x, (tasks, *x.shape))
+    inner, memory = jtu.tree_map(copy, (inner, memory))
+    return assemble(workload, mean_estimate, inner, memory)
+
+
+# Each algorithm: an estimate, with the inner state and the memory that it starts from.
+
 
 def t1t2(workload, rule="mixed", inner_steps=1):
     hand = Hand(workload, rule)
 
-    def step(carry, train, val):
-        inner, (raw, _), *_ = carry
+    def estimate(inner, raw, memory, train, val):
         before = hand.run(inner, raw, train, inner_steps - 1)
         after, pullback, loss = hand.pulled(
             lambda raw: hand.move(before, raw, train), raw
         )
         val_loss, (alpha, direct) = hand.validate(after, raw, val)
-        total = add(direct, pullback(alpha)[0])
-        return hand.finish(carry, after, None, total, (loss, val_loss))
+        return after, memory, add(direct, pullback(alpha)[0]), (loss, val_loss)
 
-    return step, hand.start()
+    return estimate, hand.start(), None
 
 
 def unrolled(workload, rule="mixed", inner_steps=4):
     hand = Hand(workload, rule)
 
-    def step(carry, train, val):
-        inner, (raw, _), *_ = carry
-
+    def estimate(inner, raw, memory, train, val):
         def reach(raw):
             body = lambda inner, _: hand.move(inner, raw, train)
-            inner_end, losses = lax.scan(body, inner, length=inner_steps)
-            return inner_end, losses[-1]
+            end, losses = hand.scan(body, inner, inner_steps)
+            return end, losses[-1]
 
         after, pullback, loss = hand.pulled(reach, raw)
         val_loss, (alpha, direct) = hand.validate(after, raw, val)
-        total = add(direct, pullback(alpha)[0])
-        return hand.finish(carry, after, None, total, (loss, val_loss))
+        return after, memory, add(direct, pullback(alpha)[0]), (loss, val_loss)
 
-    return step, hand.start()
+    return estimate, hand.start(), None
 
 
 def greedy(workload, rule="mixed", inner_steps=4, discount=0.9):
     hand = Hand(workload, rule)
 
-    def step(carry, train, val):
-        inner, (raw, _), *_ = carry
-
+    def estimate(inner, raw, memory, train, val):
         def advance(inner, total):
             inner, pullback, loss = hand.pulled(
                 lambda raw: hand.move(inner, raw, train), raw
@@ -160,45 +183,45 @@ def greedy(workload, rule="mixed", inner_steps=4, discount=0.9):
 
         body = lambda x, _: (advance(*x)[:2], None)
         start = (inner, jtu.tree_map(jnp.zeros_like, raw))
-        before, total = lax.scan(body, start, length=inner_steps - 1)[0]
+        before, total = hand.scan(body, start, inner_steps - 1)[0]
         inner, total, direct, losses = advance(before, total)
-        return hand.finish(carry, inner, None, add(total, direct), losses)
+        return inner, memory, add(total, direct), losses
 
-    return step, hand.start()
+    return estimate, hand.start(), None
 
 
 def hyperdistill(workload, rule="mixed", discount=0.9, scale=1.0):
     hand = Hand(workload, rule)
 
-    def step(carry, train, val):
-        (params, state), (raw, _), (average, mass), *_ = carry
+    def estimate(inner, raw, memory, train, val):
+        (params, state), (average, mass) = inner, memory
         mass = 1 + discount * mass
         keep = 1 - 1 / mass
         average = jtu.tree_map(lambda a, p: keep * a + (1 - keep) * p, average, params)
-        after, loss = hand.move((params, state), raw, train)
+        after, loss = hand.move(inner, raw, train)
         _, pullback, _ = hand.pulled(
             lambda raw: hand.move((average, state), raw, train), raw
         )
         val_loss, (alpha, direct) = hand.validate(after, raw, val)
         (product,) = pullback(alpha)
         total = jtu.tree_map(lambda d, p: d + scale * mass * p, direct, product)
-        return hand.finish(carry, after, (average, mass), total, (loss, val_loss))
+        return after, (average, mass), total, (loss, val_loss)
 
     memory = (jtu.tree_map(jnp.zeros_like, workload.params), jnp.zeros(()))
-    return step, hand.start(memory)
+    return estimate, hand.start(), memory
 
 
 def drmad(workload, rule="mixed", inner_steps=4):
     hand = Hand(workload, rule)
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
 
-    def step(carry, train, val):
-        first, (raw, _), *_ = carry
+    def estimate(first, raw, memory, train, val):
         body = lambda inner, _: hand.move(inner, raw, train)
-        last, losses = lax.scan(body, first, length=inner_steps)
+        last, losses = hand.scan(body, first, inner_steps)
         val_loss, (alpha, direct) = hand.validate(last, raw, val)
 
         def mix(x, y, index):
-            if not jnp.issubdtype(x.dtype, jnp.inexact):
+            if not is_float(x):
                 return x + (y - x) * index // inner_steps
             share = index / inner_steps
             return (1 - share) * x + share * y
@@ -206,52 +229,46 @@ def drmad(workload, rule="mixed", inner_steps=4):
         def back(carry, _):
             index, cotangent, total = carry
             point = jtu.tree_map(lambda x, y: mix(x, y, index), first, last)
-            floats, treedef = jtu.tree_flatten(point)
-            exact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in floats]
+            leaves, treedef = jtu.tree_flatten(point)
 
             def move(moving, raw):
                 rest = iter(moving)
-                leaves = [next(rest) if e else x for e, x in zip(exact, floats)]
-                new = hand.move(jtu.tree_unflatten(treedef, leaves), raw, train)[0]
-                return [x for x, e in zip(jtu.tree_leaves(new), exact) if e]
+                moved = [next(rest) if is_float(x) else x for x in leaves]
+                new = hand.move(jtu.tree_unflatten(treedef, moved), raw, train)[0]
+                return [x for x in jtu.tree_leaves(new) if is_float(x)]
 
-            moving = [x for x, e in zip(floats, exact) if e]
+            moving = [x for x in leaves if is_float(x)]
             _, pullback = jax.vjp(move, moving, raw)
             cotangent, product = pullback(cotangent)
             return (index - 1, cotangent, add(total, product)), None
 
         zeros = jtu.tree_map(jnp.zeros_like, last[1])
-        end = [
-            x
-            for x in jtu.tree_leaves((alpha, zeros))
-            if jnp.issubdtype(x.dtype, jnp.inexact)
-        ]
+        end = [x for x in jtu.tree_leaves((alpha, zeros)) if is_float(x)]
         start = (jnp.array(inner_steps - 1), end, direct)
-        (_, _, total), _ = lax.scan(back, start, length=inner_steps)
-        return hand.finish(carry, last, None, total, (losses[-1], val_loss))
+        (_, _, total), _ = hand.scan(back, start, inner_steps)
+        return last, memory, total, (losses[-1], val_loss)
 
-    return step, hand.start()
+    return estimate, hand.start(), None
 
 
 def first_order(workload, inner_steps=1):
     hand = Hand(workload, "reverse")
 
-    def step(carry, train, val):
-        inner, (raw, _), *_ = carry
+    def estimate(inner, raw, memory, train, val):
         before = hand.run(inner, raw, train, inner_steps - 1)
         after, loss = hand.move(before, raw, train)
         val_loss, direct = jax.value_and_grad(workload.val_loss, 1)(after[0], raw, val)
-        return hand.finish(carry, after, None, direct, (loss, val_loss))
+        return after, memory, direct, (loss, val_loss)
 
-    return step, hand.start()
+    return estimate, hand.start(), None
 
 
 def training(workload, inner_steps=1):
-    """Plain training steps, for ratios to them."""
+    """Plain training steps, and the inner state that they start from."""
     hand = Hand(workload, "reverse")
 
     def step(inner, train, val):
         del val
         return hand.run(inner, workload.raw, train, inner_steps)
 
-    return step, hand.start()[0]
+    return step, hand.start()

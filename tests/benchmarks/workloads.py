@@ -38,6 +38,7 @@ class Workload:
     val: Any
     inner: Callable[[Any], optax.GradientTransformation]
     outer: optax.GradientTransformation
+    unroll: bool = False  # convolutions are slow in loops on CPUs
 
 
 def _cross_entropy(logits, labels):
@@ -55,7 +56,7 @@ def _images(key, size):
     return jr.normal(x_key, (size, 784)), jr.randint(y_key, (size,), 0, 10)
 
 
-def _classifier(model, raw, train_loss, train, val, inner) -> Workload:
+def _classifier(model, raw, train_loss, train, val, inner, unroll=False) -> Workload:
     params, static = eqx.partition(model, eqx.is_inexact_array)
 
     def losses(params, batch):
@@ -71,6 +72,7 @@ def _classifier(model, raw, train_loss, train, val, inner) -> Workload:
         val=val,
         inner=lambda raw: inner,
         outer=optax.adam(0.01),
+        unroll=unroll,
     )
 
 
@@ -137,6 +139,7 @@ def convolutions() -> Workload:
         train=_images(keys[1], 64),
         val=_images(keys[2], 64),
         inner=optax.sgd(0.1, momentum=0.9),
+        unroll=True,
     )
 
 
