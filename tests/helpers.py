@@ -1,5 +1,8 @@
 """What several test files use."""
 
+import pathlib
+from typing import Any
+
 import equinox as eqx
 import eqx_hpo as hpo
 import jax
@@ -10,11 +13,23 @@ import optax
 from eqx_hpo._hyperparameter import partition_raw
 
 
+ROOT = pathlib.Path(__file__).parent.parent
 RULES = {
     "reverse_over_reverse": hpo.ReverseOverReverse(),
     "forward_over_reverse": hpo.ForwardOverReverse(),
     "finite_difference": hpo.FiniteDifference(),
 }
+
+
+def _algorithm_of_the_page() -> Any:
+    """The algorithm that the page on extending shows."""
+    page = ROOT / "docs" / "api" / "extending.md"
+    block = page.read_text().partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(block, names)
+    return names["Averaged"]
+
+
 # Every algorithm, as a function of (problem, inner, outer).
 ALGORITHMS = {
     "first_order": hpo.FirstOrder,
@@ -29,6 +44,7 @@ ALGORITHMS = {
     ),
     "unrolled_4": lambda *args: hpo.Unrolled(*args, inner_steps=4),
     "unrolled_4_2": lambda *args: hpo.Unrolled(*args, inner_steps=4, truncation=2),
+    "of_the_page": _algorithm_of_the_page(),
 }
 
 

@@ -96,13 +96,53 @@ def _functions():
             yield name, value
 
 
+def _inherited(doc: str) -> list[str]:
+    """The attributes of the classes whose arguments a docstring refers to."""
+    names = []
+    for cls in re.findall(r"those of\s+\[`eqx_hpo\.(\w+)`\]", doc):
+        attributes = inspect.getdoc(getattr(hpo, cls)) or ""
+        section = attributes.partition("**Attributes:**")[2]
+        names += re.findall(r"^- `(.+?)`", section, re.M)
+        names += _inherited(attributes)
+    return [name for x in names for name in re.findall(r"\w+", x)]
+
+
 @pytest.mark.parametrize("name, fn", list(_functions()))
 def test_documented_arguments_are_the_signature(name, fn):
     doc = inspect.getdoc(fn) or ""
-    if "those of" in doc:
-        pytest.skip("refers to another docstring")
     parameters = [p for p in inspect.signature(fn).parameters if p != "self"]
-    assert sorted(_documented(doc)) == sorted(parameters)
+    documented, inherited = _documented(doc), _inherited(doc)
+    for method in re.findall(r"those of `(\w+)`", doc):
+        owner = getattr(hpo, name.partition(".")[0])
+        signature = inspect.signature(getattr(owner, method))
+        inherited += list(signature.parameters)
+    assert set(documented) <= set(parameters)
+    if inherited:
+        assert set(parameters) <= {*documented, *inherited}
+    else:
+        assert sorted(documented) == sorted(parameters)
+
+
+def _algorithms():
+    names = [name for name in PUBLIC if inspect.isclass(getattr(hpo, name))]
+    classes = [getattr(hpo, name) for name in names]
+    return [
+        cls
+        for cls in classes
+        if issubclass(cls, hpo.AbstractBilevelOptimizer) and not inspect.isabstract(cls)
+    ]
+
+
+@pytest.mark.parametrize("cls", _algorithms(), ids=lambda cls: cls.__name__)
+def test_algorithms_document_their_arguments_and_their_source(cls):
+    assert "**Arguments:**" in (cls.__init__.__doc__ or "")
+    is_named = re.search(r"\d{4}", inspect.getdoc(cls) or "")
+    assert is_named or cls is hpo.FirstOrder
+
+
+def test_no_super():
+    for path in PACKAGE.rglob("*.py"):
+        assert "super()" not in path.read_text(), path
 
 
 def test_each_public_name_is_in_exactly_one_api_page():
@@ -120,13 +160,14 @@ def test_each_public_name_is_in_exactly_one_api_page():
     "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
 )
 def test_sizes(path):
+    """Habits: far more than these is a sign that a file or a function has two jobs."""
     source = path.read_text()
-    assert source.count("\n") <= 300
+    assert source.count("\n") <= 450
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
             doc = ast.get_docstring(node, clean=False) or ""
             length = (node.end_lineno or 0) - node.lineno - doc.count("\n")
-            assert length <= 50, node.name
+            assert length <= 60, node.name
     assert "equinox.internal" not in source
 
 

@@ -79,6 +79,8 @@ class Hand:
     def run(self, inner, raw, batch, steps):
         if steps == 0:
             return inner
+        if steps == 1:
+            return self.move(inner, raw, batch)[0]
         body = lambda inner, _: (self.move(inner, raw, batch)[0], None)
         return self.scan(body, inner, steps)[0]
 
