@@ -21,8 +21,8 @@ _VERSION = 1
 def save(path: str | os.PathLike[str], state: BilevelState) -> None:
     """Writes a state to a file.
 
-    The file is first written under another name and then moved in place, so that a
-    run which dies meanwhile leaves the last good file.
+    The file is first written under another name and then moved in place. A run that
+    dies meanwhile leaves the last good file.
 
     **Arguments:**
 
@@ -100,7 +100,7 @@ def _check_specs(saved: dict[str, str], like: dict[str, str]) -> None:
 
 
 def _specs(state: BilevelState) -> dict[str, str]:
-    """The shape and dtype of each array, by its place in the state."""
+    """Lists the shape and dtype of each array, by its place in the state."""
     leaves = jtu.tree_leaves_with_path(state)
     return {
         jtu.keystr(path): f"{x.dtype}{list(x.shape)}"

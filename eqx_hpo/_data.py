@@ -24,7 +24,7 @@ class AbstractBatches(eqx.Module):
 
     @abc.abstractmethod
     def draw(self, index: IntScalar, position: IntScalar, key: Key) -> Batch:
-        """The batch of one inner step.
+        """Draws the batch of one inner step.
 
         **Arguments:**
 
@@ -37,7 +37,7 @@ class AbstractBatches(eqx.Module):
 
 
 class SameBatch(AbstractBatches):
-    """The same batch at every inner step: what a plain pytree of arrays stands for."""
+    """The same batch at every inner step. A plain pytree of arrays stands for it."""
 
     batch: Batch
 
@@ -149,7 +149,7 @@ def as_batches(data: Any, name: str, inner_steps: int | None) -> AbstractBatches
 
 
 def examples(batch: Batch) -> Batch:
-    """The part of a batch that `mix_batches` can mix: its arrays, or their shapes,
+    """Takes the part of a batch that `mix_batches` can mix: its arrays, or their shapes,
     without PRNG keys."""
     return eqx.filter(batch, _is_number)
 
@@ -160,8 +160,8 @@ def mix_batches(
     """Keeps a share of the examples of `old`, at random places, and puts those of `new`
     in all other places.
 
-    The number of examples stays the same, and a batch that is mixed with itself stays
-    as it is. A number that is not whole is rounded up or down at random, so that it is
+    The number of examples stays the same, and a batch that is mixed with itself does
+    not change. A number that is not whole is rounded up or down at random, which is
     right on average. Batches whose arrays have no leading axis in common are one
     example each.
     """
@@ -204,7 +204,7 @@ def _leading_axis(data: PyTree[Any], name: str) -> int:
 def _shuffle(
     rows: Int[Array, " batch"], size: int, key: PRNGKeyArray
 ) -> Int[Array, " batch"]:
-    """Where a pseudo-random permutation of `range(size)` sends `rows`.
+    """Sends `rows` through a pseudo-random permutation of `range(size)`.
 
     A swap-or-not network (Hoang, Morris, Rogaway, CRYPTO 2012): each round pairs the
     points by reflection at a random centre and swaps each pair or not by a hash. It

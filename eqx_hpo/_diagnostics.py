@@ -55,7 +55,7 @@ class ComparisonRow(eqx.Module):
 
 
 class Comparison(eqx.Module):
-    """What [`eqx_hpo.compare_hypergradients`][] found. Prints as a table.
+    """The result of [`eqx_hpo.compare_hypergradients`][]. It prints as a table.
 
     **Attributes:**
 
@@ -82,7 +82,8 @@ class Comparison(eqx.Module):
         return "\n".join(lines)
 
     def draw(self) -> Any:
-        """A `matplotlib.figure.Figure` of cosine, relative error, time and memory."""
+        """Draws cosine, relative error, time and memory; returns a
+        `matplotlib.figure.Figure`."""
         from matplotlib.figure import Figure
 
         panels = {
@@ -277,9 +278,7 @@ def _flops(algorithm, state, data, key) -> float:
     def estimate(arrays):
         state, (train, val), key = eqx.combine(arrays, static)
         hyperparams = state.hyperparams
-        out = raw_estimate(
-            algorithm, state, hyperparams, train, val, key, unroll=steps
-        )
+        out = raw_estimate(algorithm, state, hyperparams, train, val, key, unroll=steps)
         return eqx.filter(out, eqx.is_array)
 
     analysis = jax.jit(estimate).lower(arrays).compile().cost_analysis()
@@ -287,7 +286,7 @@ def _flops(algorithm, state, data, key) -> float:
 
 
 def _compare(got: PyTree, exact: PyTree) -> tuple[float, float]:
-    """The cosine and the relative error."""
+    """Computes the cosine and the relative error."""
     norms = tree_norm(got) * tree_norm(exact)
     error = tree_norm(jtu.tree_map(jnp.subtract, got, exact))
     return float(tree_dot(got, exact) / norms), float(error / tree_norm(exact))

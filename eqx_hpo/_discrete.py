@@ -38,8 +38,8 @@ class AbstractDiscrete(AbstractHyperparameter):
 
     @abc.abstractmethod
     def discretise(self) -> Float[Array, "..."]:
-        """The discrete value that is meant, in the shape and dtype of the relaxed
-        one."""
+        """Returns the discrete value that is meant, in the shape and dtype of the
+        relaxed one."""
 
 
 class AbstractRelaxed(AbstractDiscrete):
@@ -52,7 +52,7 @@ class AbstractRelaxed(AbstractDiscrete):
 
     @abc.abstractmethod
     def sample_noise(self, key: PRNGKeyArray) -> Float[Array, "..."]:
-        """New noise, of the shape of `raw`."""
+        """Draws new noise, of the shape of `raw`."""
 
 
 class Choice(AbstractRelaxed):
@@ -230,7 +230,7 @@ def discretise(hyperparams: Hyperparams) -> Hyperparams:
     - `hyperparams`: any pytree.
 
     **Returns:** the same pytree with plain arrays in place of placeholders, of the
-    shapes and dtypes of the unwrapped ones, so that both fit a loss.
+    shapes and dtypes of the unwrapped ones: both fit a loss.
     """
     choose = lambda x: x.discretise() if isinstance(x, AbstractDiscrete) else x
     return unwrap(jtu.tree_map(choose, hyperparams, is_leaf=is_placeholder))
@@ -265,7 +265,8 @@ def refresh(hyperparams: Hyperparams, key: Key, step: IntScalar) -> Hyperparams:
 
 
 def without_noise(hyperparams: Hyperparams) -> Hyperparams:
-    """The same at the centre of the noise, for a report that is not random."""
+    """Moves all placeholders to the centre of their noise, for a report that is not
+    random."""
 
     def silence(x):
         if not isinstance(x, AbstractRelaxed) or x.noise is None:

@@ -34,8 +34,8 @@ def exact_hypergradient(
     calls: int,
     reference: Reference,
 ) -> Hyperparams:
-    """The derivative of the last validation loss of `calls` calls of `step`, whose
-    inner steps all have the hyperparameters of `state`, by reverse mode or by central
+    """Differentiates the last validation loss of `calls` calls of `step`, whose inner
+    steps all have the hyperparameters of `state`, by reverse mode or by central
     differences. Step `i` draws with `fold_in(key, i)`."""
     raw, _ = partition_raw(state.hyperparams)
     differentiate = _central_differences if reference == "differences" else _by_autodiff

@@ -34,7 +34,7 @@ class AbstractHyperparameter(paramax.AbstractUnwrappable[Array]):
 
     @abc.abstractmethod
     def unwrap(self) -> Float[Array, "..."]:
-        """The constrained value, of the shape of `raw`."""
+        """Returns the constrained value, of the shape of `raw`."""
 
 
 class Real(AbstractHyperparameter):
@@ -176,7 +176,11 @@ class Schedule(paramax.AbstractUnwrappable[Array]):
         check_positive_int("every", every)
         if not isinstance(value, AbstractHyperparameter):
             value = as_float(value, "Schedule")
-        shape = value.raw.shape if isinstance(value, AbstractHyperparameter) else value.shape
+        shape = (
+            value.raw.shape
+            if isinstance(value, AbstractHyperparameter)
+            else value.shape
+        )
         axes = 2 if isinstance(value, Simplex) else 1
         if len(shape) < axes or shape[0] == 0:
             raise ValueError(

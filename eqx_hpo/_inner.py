@@ -68,8 +68,8 @@ def apply_inner(
 
 
 def flat_at_zero(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """The same function of arrays, but the derivative of its square roots is zero where
-    their argument is.
+    """Makes the derivative of the square roots in a function zero where their argument
+    is. Its values stay the same.
 
     Adam and its kin take the root of an average of squared gradients. Where a weight
     never had a gradient, the slope of that root is infinite while its argument does not

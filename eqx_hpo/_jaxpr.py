@@ -77,7 +77,8 @@ def _live_through_scan(params: dict[str, Any], outputs: list[bool]) -> list[bool
     while True:
         inputs = _live_inputs(params["jaxpr"].jaxpr, [*carry, *rest])
         grown = [
-            x or y for x, y in zip(carry, inputs[consts : consts + carries], strict=True)
+            x or y
+            for x, y in zip(carry, inputs[consts : consts + carries], strict=True)
         ]
         if grown == carry:
             return [*inputs[:consts], *carry, *inputs[consts + carries :]]

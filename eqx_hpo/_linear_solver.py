@@ -25,13 +25,12 @@ class Neumann(lx.AbstractLinearSolver):
 
     $$A^{-1} v \approx a \sum_{j=0}^{\text{terms}-1} (I - a A)^j v,$$
 
-    the same as as many steps of gradient descent at rate $a$ on the system. Converges
-    where all eigenvalues of $aA$ lie between 0 and 2; a component with eigenvalue
-    $\mu$ of $A$ has then the relative error $(1 - a \mu)^\text{terms}$. Where the last
-    term is larger than the first, as for eigenvalues below 0, the result is
-    `breakdown`.
+    which is as many steps of gradient descent at rate $a$ on the system. It converges
+    where all eigenvalues of $aA$ lie between 0 and 2. A component with eigenvalue $\mu$
+    of $A$ then has the relative error $(1 - a \mu)^\text{terms}$. Where the last term is
+    larger than the first, as for eigenvalues below 0, the result is `breakdown`.
 
-    Takes the option `y0`, a first estimate: the series is then that of what is left,
+    The option `y0` is a first estimate: the series is then that of the remainder,
     $v - A y_0$.
 
     ??? cite "Reference"

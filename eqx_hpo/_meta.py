@@ -42,6 +42,7 @@ T = TypeVar("T")
 _AXIS = "tasks"
 _ROW: Any = eqx.if_array(0)
 
+
 class _Start(eqx.Module):
     """Where the tasks start from: `inner` is the inner state of a single one, without
     the optimiser's; `known` tells whether an episode has begun."""
@@ -288,9 +289,7 @@ class MetaLearner(AbstractBilevelOptimizer):
 
         def restart(row):
             single = _with_rows(state, row)
-            return _rows(
-                self.algorithm.restart(single, model, model_state=model_state)
-            )
+            return _rows(self.algorithm.restart(single, model, model_state=model_state))
 
         rows = eqx.filter_vmap(restart, in_axes=_ROW, out_axes=_ROW)(_rows(state))
         zero = jnp.zeros_like(state.episode_step)
@@ -313,9 +312,7 @@ class MetaLearner(AbstractBilevelOptimizer):
         def estimate(row, train, val, key):
             single = _with_rows(state, row)
             mean = lambda tree: lax.pmean(tree, _AXIS)
-            x = raw_estimate(
-                self.algorithm, single, hyperparams, train, val, key, mean
-            )
+            x = raw_estimate(self.algorithm, single, hyperparams, train, val, key, mean)
             of_task = (x.inner, x.memory.episode, x.train, x.val, x.diagnostics)
             return (of_task, x.hypergradient), x.memory.lasting
 

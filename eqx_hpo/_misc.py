@@ -74,7 +74,9 @@ def tree_norm(tree: PyTree) -> Float[Array, ""]:
     leaves += [jnp.stack(scalars)] if scalars else []
 
     def add_up(leaves, scale):
-        squares = [jnp.sum(jnp.square(jnp.abs(x).astype(dtype) / scale)) for x in leaves]
+        squares = [
+            jnp.sum(jnp.square(jnp.abs(x).astype(dtype) / scale)) for x in leaves
+        ]
         return ft.reduce(jnp.add, squares)
 
     def scaled(leaves, _):

@@ -59,7 +59,7 @@ def evaluate_train(
     batch: Batch,
     key: Key,
 ) -> tuple[FloatScalar, PyTree, Any]:
-    """The train loss as `(loss, model_state, aux)`."""
+    """Computes the train loss as `(loss, model_state, aux)`."""
     first = _first_argument(model, model_state)
     out = problem.train_loss(first, hyperparams, batch, key)
     if model_state is None:
@@ -84,7 +84,7 @@ def evaluate_val(
     batch: Batch,
     key: Key,
 ) -> tuple[FloatScalar, Any]:
-    """The validation loss as `(loss, aux)`."""
+    """Computes the validation loss as `(loss, aux)`."""
     first = _first_argument(model, model_state)
     out = problem.val_loss(first, hyperparams, batch, key)
     if model_state is None:

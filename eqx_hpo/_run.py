@@ -114,7 +114,7 @@ class Run:
             self.step, self.skipped = jax.device_get(status).tolist()
             self._pace.adapt(time.monotonic() - start, limit)
         else:
-            # Waits for the step before, so that one is always under way.
+            # Waits for the step before this one: one is always under way.
             if self._status is not None:
                 self.skipped = int(jax.device_get(self._status)[1])
             self._status = status

@@ -126,7 +126,10 @@ def search(
                     break
                 if study.tell(trial, run.state):
                     best = own_copy(run.state, run.state)
-                if callback is not None and callback(own_copy(run.state, run.state)) is True:
+                if (
+                    callback is not None
+                    and callback(own_copy(run.state, run.state)) is True
+                ):
                     result = RESULTS.stopped
                     break
     except KeyboardInterrupt:
@@ -188,7 +191,7 @@ class _Space:
             raise ValueError("`low` holds no hyperparameters to search for.")
 
     def place(self, params: dict[str, float]) -> Hyperparams:
-        """The hyperparameters with the coordinates of a trial."""
+        """Makes the hyperparameters that have the coordinates of a trial."""
         numbers = iter([params[name] for name in self.ranges])
         leaves = []
         for shape, dtype in self._shapes:
@@ -255,8 +258,7 @@ def _join(
     like: BilevelState,
     study: _Study,
 ) -> Solution:
-    """The solution at the last step with the best trial in its place, in a state as
-    `tune` takes it."""
+    """Puts the best trial in the place of the last one, in a state that `tune` takes."""
     tried, failed, result = len(study.failed), sum(study.failed), last.result
     # Without the row of a trial that was cut short.
     history = jtu.tree_map(lambda x: x[:tried], last.history)

@@ -187,9 +187,7 @@ def compare_discretised(
     )
 
 
-def describe(
-    result: Any, state: BilevelState, discretised: Discretised | None
-) -> str:
+def describe(result: Any, state: BilevelState, discretised: Discretised | None) -> str:
     """Puts the result of a run in words."""
     step, skipped = int(state.step), int(state.skipped)
     if result == RESULTS.successful:

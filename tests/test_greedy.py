@@ -26,7 +26,9 @@ def _case():
     return case, {**case.hyperparams, "rate": hpo.Positive(0.05)}
 
 
-def _by_hand(case, inner, hyperparams, trains, vals, discount, momentum=0.0, final=False):
+def _by_hand(
+    case, inner, hyperparams, trains, vals, discount, momentum=0.0, final=False
+):
     """Eq. 6 with explicit weights of each term, from a stored trajectory."""
     problem, length = case.problem, len(trains)
     raw, constants = partition_raw(hyperparams)
@@ -64,7 +66,9 @@ def _by_hand(case, inner, hyperparams, trains, vals, discount, momentum=0.0, fin
 def test_zero_discount_is_t1t2(inner, inner_steps):
     case, hyperparams = _case()
     greedy, t1t2 = (
-        algorithm(case.problem, INNER[inner], OUTER, inner_steps=inner_steps, **discount)
+        algorithm(
+            case.problem, INNER[inner], OUTER, inner_steps=inner_steps, **discount
+        )
         for algorithm, discount in [(hpo.Greedy, {"discount": 0.0}), (hpo.T1T2, {})]
     )
     state = greedy.init(case.model, hyperparams)

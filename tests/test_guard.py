@@ -88,7 +88,9 @@ def test_a_statistic_that_overflows_is_not_kept():
     def val_loss(model, h, batch, key):
         return jnp.sum((model[0] - batch) ** 2)
 
-    algorithm = hpo.T1T2(hpo.Problem(train_loss, val_loss), optax.sgd(0.1), optax.sgd(0.1))
+    algorithm = hpo.T1T2(
+        hpo.Problem(train_loss, val_loss), optax.sgd(0.1), optax.sgd(0.1)
+    )
     one = jnp.ones(2, jnp.float32)
     state = algorithm.init(one, one, model_state=jnp.array(1.0, jnp.float32))
     after = algorithm.step(state, 1e30 * one, one)
@@ -195,7 +197,9 @@ def test_noise_of_a_skipped_step_is_not_kept():
 def test_the_norm_reported_is_finite_where_its_square_is_not():
     loss = lambda w, h, batch, key: jnp.sum((w - h) ** 2)
     steep = lambda w, h, batch, key: 1e25 * jnp.sum(h)
-    algorithm = hpo.FirstOrder(hpo.Problem(loss, steep), optax.sgd(0.1), optax.sgd(1e-30))
+    algorithm = hpo.FirstOrder(
+        hpo.Problem(loss, steep), optax.sgd(0.1), optax.sgd(1e-30)
+    )
     one = jnp.ones(4, jnp.float32)
     after = algorithm.step(algorithm.init(one, one), None, None)
     assert int(after.skipped) == 0

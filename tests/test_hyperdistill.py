@@ -27,7 +27,9 @@ def test_no_memory_and_no_scale_is_one_step(inner, inner_steps):
     hyperparams = {**case.hyperparams, "rate": hpo.Positive(0.05)}
     args = (case.problem, INNER[inner], OUTER)
     one_step = hpo.T1T2(*args, inner_steps=inner_steps)
-    algorithm = hpo.HyperDistill(*args, inner_steps=inner_steps, discount=0.0, scale=1.0)
+    algorithm = hpo.HyperDistill(
+        *args, inner_steps=inner_steps, discount=0.0, scale=1.0
+    )
     train = hpo.Minibatch(case.train, 5)
     state = algorithm.init(case.model, hyperparams, train=train)
     expected = one_step.init(case.model, hyperparams)
@@ -91,7 +93,9 @@ def test_composition_of_the_distilled_batch(discount):
         return jnp.sum((model - hyperparams) ** 2)
 
     problem = hpo.Problem(val_loss, val_loss)
-    algorithm = hpo.HyperDistill(problem, optax.sgd(0.1), OUTER, discount=discount, scale=1.0)
+    algorithm = hpo.HyperDistill(
+        problem, optax.sgd(0.1), OUTER, discount=discount, scale=1.0
+    )
     # Which step and which place an example comes from.
     stamp = lambda t: (jnp.full((size, 2), t), jnp.arange(size))
     first = hpo.Stacked(jax.tree.map(lambda x: x[None], stamp(0)))

@@ -314,7 +314,8 @@ def test_a_state_of_another_problem_raises():
 
 
 @pytest.mark.parametrize(
-    "name", ["steps", "restart_every", "record_every", "checkpoint_every", "max_skipped"]
+    "name",
+    ["steps", "restart_every", "record_every", "checkpoint_every", "max_skipped"],
 )
 def test_bad_options(name):
     with pytest.raises(ValueError, match=f"`{name}`"):
@@ -364,7 +365,14 @@ def test_convolutions_run_a_step_a_call(getkey):
 
     algorithm = hpo.T1T2(hpo.Problem(loss, loss), optax.sgd(0.1), optax.sgd(0.1))
     solution = hpo.tune(
-        algorithm, conv, jnp.array(0.1), images, images, steps=5, key=None, record_every=2
+        algorithm,
+        conv,
+        jnp.array(0.1),
+        images,
+        images,
+        steps=5,
+        key=None,
+        record_every=2,
     )
     state = algorithm.init(conv, jnp.array(0.1))
     for _ in range(5):

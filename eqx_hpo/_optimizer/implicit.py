@@ -62,9 +62,9 @@ class Implicit(AbstractAlgorithm):
     `second_order` is the rule for the mixed product $x^\top \partial^2 C_1 / \partial
     \theta \partial \lambda$. Products with the Hessian are exact in any case.
 
-    The Hessian is that of the batch of the last inner step, so that with small batches
-    it is a noisy one, and may be indefinite. It is never formed unless the solver does
-    so. A model's state (`eqx.nn.State`) is held fixed.
+    The Hessian is that of the batch of the last inner step. With small batches it is
+    noisy, and may be indefinite. It is never formed unless the solver does so. A model's
+    state (`eqx.nn.State`) is held fixed.
 
     With `inner=optax.set_to_zero()` the model stays as it is: for weights that another
     solver has put into `state.model`.
@@ -213,8 +213,8 @@ hyperparameters,
     `lineax.BiCGStab` for an indefinite one; `lineax.Cholesky()` or `lineax.LU()` for
     few weights; [`eqx_hpo.Neumann`][] or [`eqx_hpo.Nystrom`][]. `lineax.CG` takes a
     curvature below 100 times the rounding unit times the number of weights for zero and
-    gives NaN, so that for many weights in single precision (0.3 for 26,000 of them) it
-    is no choice.
+    gives NaN. In single precision that is a curvature of 0.3 for 26,000 weights: use
+    another solver there.
 - `damping`: the number $\rho$, at least zero, that is added to the diagonal.
 - `warm_start`: whether the solver starts from the solution of the step before, where
     it takes a first estimate.
@@ -224,8 +224,8 @@ hyperparameters,
 
 
 def failed_solve(diagnostics: Any) -> RESULTS | None:
-    """The result of a linear solve that was not successful, the first one over tasks;
-    `None` if there is none."""
+    """Returns the result of a linear solve that was not successful, the first one over
+    tasks; `None` if there is none."""
     if not isinstance(diagnostics, ImplicitReport):
         return None
     failed = jnp.atleast_1d(diagnostics.result != RESULTS.successful)
@@ -238,8 +238,8 @@ def failed_solve(diagnostics: Any) -> RESULTS | None:
 def _ritz_values(
     operator: lx.AbstractLinearOperator, start: PyTree, steps: int
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The smallest and the largest eigenvalue of a symmetric operator as far as
-    `steps` steps of Lanczos' method see them; NaN if there are none."""
+    """Estimates the smallest and the largest eigenvalue of a symmetric operator by
+    `steps` steps of Lanczos' method; NaN if there are none."""
     dtype = jnp.result_type(*jtu.tree_leaves(start))
     if steps == 0:
         return jnp.array(jnp.nan, dtype), jnp.array(jnp.nan, dtype)
@@ -271,5 +271,5 @@ def _ritz_values(
 
 
 def _divide(x: Array, y: Array) -> Array:
-    """Zero where `y` is."""
+    """Divides, with zero for the result where `y` is zero."""
     return jnp.where(y == 0, 0, x / jnp.where(y == 0, 1, y))

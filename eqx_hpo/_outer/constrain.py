@@ -23,8 +23,8 @@ Where = Callable[[PyTree], Any] | None
 def project(
     projection: Callable[..., PyTree], *args: Any, where: Where = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Projects the hyperparameters onto a set after each update. To stand last in
-    `optax.chain`, so that they are feasible whatever comes before.
+    """Projects the hyperparameters onto a set after each update. Place this last in
+    `optax.chain`: then they are feasible whatever comes before.
 
     ```python
     simplex = hpo.project(optax.projections.projection_simplex)
@@ -67,10 +67,10 @@ def mirror(where: Where = None) -> optax.GradientTransformationExtraArgs:
 
     $$w_i \leftarrow \frac{w_i e^{u_i}}{\sum_j w_j e^{u_j}}$$
 
-    along the last axis. To stand last in `optax.chain`. Against
+    along the last axis. Place this last in `optax.chain`. Unlike
     [`eqx_hpo.project`][]`(optax.projections.projection_simplex)` it moves along the
-    simplex at every point, and a weight becomes zero only by underflow, and then stays
-    so.
+    simplex at every point. A weight becomes zero only by underflow, and then stays
+    zero.
 
     **Arguments:**
 
@@ -100,7 +100,8 @@ def update_by(
     where: Where,
     check: Callable[[PyTree], None] = lambda part: None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation that replaces where an update leads to by `step(old, new)`."""
+    """Makes a transformation that replaces where an update leads to by `step(old,
+    new)`."""
     select = as_selector(where)
 
     def init(params):
@@ -122,7 +123,7 @@ def replace_moved(
     updates: PyTree,
     params: PyTree | None,
 ) -> PyTree:
-    """The updates, with those of the selected parts leading to `step(old, new)`."""
+    """Changes the updates of the selected parts to lead to `step(old, new)`."""
     if params is None:
         raise ValueError(
             f"`{name}` needs the parameters: call `update(updates, state, params)`."
@@ -135,7 +136,8 @@ def replace_moved(
 
 
 def as_selector(where: Where) -> Callable[[PyTree], list[Any]]:
-    """What gives the parts of a tree that `where` selects; the whole, if `None`."""
+    """Makes the function that returns the parts of a tree that `where` selects; the
+    whole, if `None`."""
 
     def select(tree):
         # The whole may be a tuple too, and is still one part.

@@ -30,8 +30,8 @@ class AbstractPenalty(eqx.Module):
 
     @abc.abstractmethod
     def prox(self, x: Float[Array, "..."], step: ArrayLike) -> Float[Array, "..."]:
-        r"""The proximal operator, $\\arg\\min_z h(z) + \\frac{1}{2\\,\\text{step}}
-        \\lVert z - x \\rVert^2$."""
+        r"""Computes the proximal operator, $\arg\min_z h(z) + \frac{1}{2\,\text{step}}
+        \lVert z - x \rVert^2$."""
 
 
 class L1(AbstractPenalty):

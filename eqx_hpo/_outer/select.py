@@ -45,11 +45,10 @@ def select_top_k(
     ```
 
     After an optimiser, as here, its moments still follow all hyperparameters. Put it
-    before [`eqx_hpo.project`][] and [`eqx_hpo.proximal`][]; the latter still shrinks
-    those that are not selected, so `k` should not be much smaller than the number that
-    shall stay away from zero. The search for the
-    threshold costs about thirty counts over the scores: linear, and without
-    communication under sharding but for the counts.
+    before [`eqx_hpo.project`][] and [`eqx_hpo.proximal`][]. The latter still shrinks
+    those that are not selected, so choose a `k` not much smaller than the number that
+    should stay away from zero. The search for the threshold costs about thirty counts
+    over the scores: it is linear, and under sharding it communicates the counts alone.
 
     **Arguments:**
 
@@ -67,7 +66,7 @@ def select_top_k(
         the hyperparameters. A group is ranked by the Euclidean norm over its members,
         or by the magnitude of its summed decrease.
     - `rotate`: the share of `k`, from 0 to 1, that is taken in turn instead of by rank
-        (rounded up), so that each hyperparameter is moved now and then.
+        (rounded up): each hyperparameter is then moved now and then.
 
     **Returns:** an `optax.GradientTransformationExtraArgs`. It sees the hypergradient
     by the argument `grad` of `update`, which every algorithm of this library passes;
@@ -158,7 +157,7 @@ def _scores(
 
 
 def _row_norm(x: Float[Array, "... n"]) -> Float[Array, "..."]:
-    # Scaled, so that squares neither overflow nor vanish.
+    # Scaled: the squares neither overflow nor vanish.
     largest = jnp.max(jnp.abs(x), axis=-1)
     scale = jnp.where(largest > 0, largest, 1)
     return scale * jnp.sqrt(jnp.sum(jnp.square(x / scale[..., None]), axis=-1))

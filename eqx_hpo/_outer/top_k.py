@@ -69,8 +69,9 @@ def _bisect(
     dtype: Any,
     width: int,
 ) -> Bits:
-    """The largest `x` of `width` bits for which `count(x)` fits `target`, bit by bit
-    from the highest down; or, as soon as there is one, one for which it is `target`."""
+    """Finds the largest `x` of `width` bits for which `count(x)` fits `target`, bit by
+    bit from the highest down; or, as soon as there is one, one for which it is
+    `target`."""
     one = jnp.ones((), dtype)
     highest = jnp.array(width - 1, dtype)
 
@@ -96,8 +97,8 @@ def _count(masks: list[Bool[Array, "..."]]) -> UInt[Array, ""]:
 
 
 def _indices(arrays: list[Shaped[Array, "..."]]) -> list[UInt[Array, "..."]]:
-    """The flat index of each entry within the whole list. Made of iotas, which need no
-    communication under sharding."""
+    """Makes the flat index of each entry within the whole list. It is made of iotas,
+    which need no communication under sharding."""
     out, offset = [], 0
     for x in arrays:
         index = jnp.full(x.shape, offset, jnp.uint32)

@@ -14,8 +14,8 @@ def outer_update(
 ) -> tuple[PyTree, PyTree]:
     """Moves `raw` once.
 
-    The hypergradient is passed on as the extra argument `grad` too, so that a
-    transformation late in a chain can still see it.
+    The hypergradient is passed on as the extra argument `grad` too. A transformation
+    late in a chain can still see it there.
 
     **Returns:** the new `raw` and the new state of the optimiser.
     """

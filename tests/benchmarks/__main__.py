@@ -173,7 +173,9 @@ def measure(letter: str, name: str, repeats: int) -> dict[str, Any]:
 
 def show(row: dict[str, Any]) -> str:
     of = lambda key, digits: (
-        f"{row[key]:{9 if digits else 8}.{digits}f}" if row[key] is not None else " " * 9
+        f"{row[key]:{9 if digits else 8}.{digits}f}"
+        if row[key] is not None
+        else " " * 9
     )
     by_hand_total, total = (
         sum(row[f"trace, lower, compile{x}"]) for x in (" by hand", "")

@@ -286,7 +286,9 @@ def deep(leaves: int) -> Workload:
     batch = (x, x[:, :1])
 
     def val_loss(params, raw, batch):
-        return jnp.mean((jax.vmap(eqx.combine(params, static))(batch[0]) - batch[1]) ** 2)
+        return jnp.mean(
+            (jax.vmap(eqx.combine(params, static))(batch[0]) - batch[1]) ** 2
+        )
 
     return Workload(
         train_loss=lambda params, raw, batch: (
