@@ -149,8 +149,8 @@ def as_batches(data: Any, name: str, inner_steps: int | None) -> AbstractBatches
 
 
 def examples(batch: Batch) -> Batch:
-    """Takes the part of a batch that `mix_batches` can mix: its arrays, or their shapes,
-    without PRNG keys."""
+    """Takes the part of a batch that `mix_batches` can mix: its arrays, or their
+    shapes, without PRNG keys."""
     return eqx.filter(batch, _is_number)
 
 

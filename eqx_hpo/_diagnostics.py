@@ -39,8 +39,8 @@ class ComparisonRow(eqx.Module):
     - `relative_error`: the norm of the difference, over that of the exact one.
     - `seconds`: for each inner step, the median over calls of `step`.
     - `flops`: of the estimate, for each inner step, as XLA counts them with the loops
-        over inner steps unrolled: NaN for more than 32 inner steps. The loop of a linear
-        solver counts as one pass.
+        over inner steps unrolled: NaN for more than 32 inner steps. The loop of a
+        linear solver counts as one pass.
     - `temporaries`: the temporary memory of a step in bytes, as XLA plans it.
 
     `cosine` and `relative_error` are NaN if the step was skipped.

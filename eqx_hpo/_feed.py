@@ -83,7 +83,8 @@ class Feed:
 
 
 def is_loader(data: Any) -> bool:
-    """Tells whether `data` is a Python iterator or iterable, and no pytree of arrays."""
+    """Tells whether `data` is a Python iterator or iterable, and no pytree of
+    arrays."""
     leaf = jtu.all_leaves([data])
     is_array = hasattr(data, "shape") and hasattr(data, "dtype")
     return leaf and not is_array and isinstance(data, Iterable)

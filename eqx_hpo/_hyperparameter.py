@@ -2,8 +2,8 @@
 
 A placeholder holds an unconstrained array `raw`, which the outer optimiser moves, and
 unwraps to the constrained value that the losses see. Everything else in it (bounds) is
-constant. A `Schedule` holds a placeholder, or an array, with an entry for each window of
-inner steps.
+constant. A `Schedule` holds a placeholder, or an array, with an entry for each window
+of inner steps.
 """
 
 import abc
@@ -142,16 +142,16 @@ class Simplex(AbstractHyperparameter):
 class Schedule(paramax.AbstractUnwrappable[Array]):
     r"""A hyperparameter that changes in the course of an episode: inner step $t$ uses
     entry `t // every` of `value`, and all steps after the last window use the last
-    entry. The losses and `inner` see that entry alone, without the leading axis, and the
-    validation loss sees the one of the last inner step.
+    entry. The losses and `inner` see that entry alone, without the leading axis, and
+    the validation loss sees the one of the last inner step.
 
     ```python
     rate = hpo.Schedule(hpo.Positive(jnp.full(10, 0.1)), every=50)
     ```
 
-    An episode begins with `init` and with each `restart`. An algorithm moves the entries
-    of the windows that its hypergradient reaches: [`eqx_hpo.ForwardMode`][] all windows
-    of the episode so far, [`eqx_hpo.Unrolled`][] those of its inner steps, and
+    An episode begins with `init` and with each `restart`. An algorithm moves the
+    entries of the windows that its hypergradient reaches: [`eqx_hpo.ForwardMode`][] all
+    windows of the episode so far, [`eqx_hpo.Unrolled`][] those of its inner steps, and
     [`eqx_hpo.T1T2`][] the present one.
 
     ??? cite "Reference"
@@ -170,8 +170,8 @@ class Schedule(paramax.AbstractUnwrappable[Array]):
             runs over the windows.
         - `every`: how many inner steps in a row share an entry.
 
-        **Raises:** a `ValueError` if `value` has no leading axis, or if `every` is not a
-        positive integer.
+        **Raises:** a `ValueError` if `value` has no leading axis, or if `every` is not
+        a positive integer.
         """
         check_positive_int("every", every)
         if not isinstance(value, AbstractHyperparameter):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun, Literal
 from jaxtyping import Array, PyTree
 
 from ._custom_types import Hyperparams, InnerOptimiser, Model
@@ -113,9 +113,9 @@ def _evaluate_equation(eqn: Any, inputs: list[Any]) -> list[Any]:
     if name.startswith("custom_"):
         # How such an equation is bound differs between versions of JAX, which knows.
         operands = [v for v in eqn.invars if not isinstance(v, Literal)]
-        alone = Jaxpr((), operands, eqn.outvars, [eqn], debug_info=None)
+        alone = ClosedJaxpr(Jaxpr((), operands, eqn.outvars, [eqn]), ())
         given = [x for v, x in zip(eqn.invars, inputs) if not isinstance(v, Literal)]
-        return jax.core.eval_jaxpr(alone, (), *given)
+        return jaxpr_as_fun(alone)(*given)
     out = eqn.primitive.bind(*inputs, **params)
     return out if eqn.primitive.multiple_results else [out]
 

@@ -85,8 +85,8 @@ def jit_without_waiting(fn: Callable[..., Any], donate_first: bool) -> Callable:
 
 @contextlib.contextmanager
 def own_error_text() -> Iterator[None]:
-    """Raises the error of an `eqx.error_if` with its own text, where JAX would raise one
-    about a failed callback."""
+    """Raises the error of an `eqx.error_if` with its own text, where JAX would raise
+    one about a failed callback."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as e:

@@ -1,8 +1,8 @@
 """The two levels of a problem within one step, as pure functions of arrays.
 
 An algorithm sees nothing else. It moves the inner level by `update`, by `advance` (one
-update and its pull-back) or by `run` (many updates), and asks for the validation loss by
-`validate`. All are differentiable in the inner state and in the hyperparameters; the
+update and its pull-back) or by `run` (many updates), and asks for the validation loss
+by `validate`. All are differentiable in the inner state and in the hyperparameters; the
 training gradient is differentiated by the second-order rule.
 """
 
@@ -15,7 +15,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import PRNGKeyArray, PyTree
 

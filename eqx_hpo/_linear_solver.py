@@ -27,8 +27,8 @@ class Neumann(lx.AbstractLinearSolver):
 
     which is as many steps of gradient descent at rate $a$ on the system. It converges
     where all eigenvalues of $aA$ lie between 0 and 2. A component with eigenvalue $\mu$
-    of $A$ then has the relative error $(1 - a \mu)^\text{terms}$. Where the last term is
-    larger than the first, as for eigenvalues below 0, the result is `breakdown`.
+    of $A$ then has the relative error $(1 - a \mu)^\text{terms}$. Where the last term
+    is larger than the first, as for eigenvalues below 0, the result is `breakdown`.
 
     The option `y0` is a first estimate: the series is then that of the remainder,
     $v - A y_0$.

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 from ._checks import as_share, check_positive_int, check_type
-from ._custom_types import Batch, Hyperparams, Key, Model
+from ._custom_types import Batch, Hyperparams, InnerOptimiser, Key, Model
 from ._data import AbstractBatches, as_batches, Stacked
 from ._discrete import refresh
 from ._jit import jit_method
@@ -74,8 +74,8 @@ class MetaLearner(AbstractBilevelOptimizer):
     hyperparameters after each `inner_steps` of them. When the next step begins, Reptile
     moves the initialisation towards the mean of the trained weights, $\phi \leftarrow
     \phi - \eta (\phi - \bar\theta_T)$, and all tasks start there anew, with a fresh
-    inner optimiser and a fresh memory of the episode. The caller gives new tasks once an
-    episode: `state.step` counts the calls. The outer optimiser goes on.
+    inner optimiser and a fresh memory of the episode. The caller gives new tasks once
+    an episode: `state.step` counts the calls. The outer optimiser goes on.
 
     The axis of the tasks may be sharded over devices.
 
@@ -89,6 +89,7 @@ class MetaLearner(AbstractBilevelOptimizer):
     algorithm: AbstractAlgorithm
     reptile: Float[Array, ""]
     problem: Problem
+    inner: InnerOptimiser
     outer: optax.GradientTransformation
     tasks: int = eqx.field(static=True)
     horizon: int | None = eqx.field(static=True)
@@ -119,6 +120,7 @@ class MetaLearner(AbstractBilevelOptimizer):
         check_positive_int("tasks", tasks)
         what = "an algorithm for one model, such as `T1T2`"
         check_type("algorithm", algorithm, AbstractAlgorithm, what)
+        assert isinstance(algorithm, AbstractAlgorithm)
         if horizon is not None:
             check_positive_int("horizon", horizon)
             if horizon % algorithm.inner_steps != 0:
@@ -131,6 +133,7 @@ class MetaLearner(AbstractBilevelOptimizer):
         self.horizon = horizon
         self.reptile = as_share("reptile", 0.0 if reptile is None else reptile)
         self.problem = algorithm.problem
+        self.inner = algorithm.inner
         self.outer = algorithm.outer
         self.inner_steps = algorithm.inner_steps
         self.val_at_each_step = algorithm.val_at_each_step
@@ -148,8 +151,8 @@ class MetaLearner(AbstractBilevelOptimizer):
         """
         if self.horizon is None:
             raise ValueError(
-                "There is no shared initialisation without episodes: give `MetaLearner` "
-                "a `horizon`."
+                "There is no shared initialisation without episodes: give "
+                "`MetaLearner` a `horizon`."
             )
         start, _ = self._next_start(state)
         untrained = eqx.filter(state.model, eqx.is_inexact_array, inverse=True)

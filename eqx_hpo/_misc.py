@@ -105,7 +105,8 @@ def _common_dtype(arrays: list[Array]) -> Any:
 
 def usual_promotion() -> contextlib.AbstractContextManager[None]:
     """Promotes dtypes as usual even under the strict setting of JAX, which several
-    optimisers of Optax do not stand (Adam raises a number to the power of a counter)."""
+    optimisers of Optax do not stand (Adam raises a number to the power of a
+    counter)."""
     return jax.numpy_dtype_promotion("standard")
 
 

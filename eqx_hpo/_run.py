@@ -337,9 +337,10 @@ def _advance(carry: tuple[BilevelState, Record], inputs: _Inputs):
         count, arrays, _ = carry
         return (count < inputs.limit) & (arrays.skipped < inputs.max_skipped)
 
-    carry = (jnp.array(0), arrays, rows)
+    start = (jnp.array(0), arrays, rows)
     loops = inputs.loops
-    _, arrays, rows = lax.while_loop(proceed, body, carry) if loops else body(carry)
+    end = lax.while_loop(proceed, body, start) if loops else body(start)
+    _, arrays, rows = end
     status = jnp.stack([arrays.step, arrays.skipped])
     return (eqx.combine(arrays, static), rows), status
 

@@ -103,6 +103,7 @@ def search(
     check_start(algorithm, key, None)
     what = "an algorithm for one model, such as `T1T2`"
     check_type("algorithm", algorithm, AbstractAlgorithm, what)
+    assert isinstance(algorithm, AbstractAlgorithm)
     check_positive_int("trials", trials)
     check_positive_int("steps", steps)
     space = _Space(canonical(low), canonical(high))
@@ -258,7 +259,8 @@ def _join(
     like: BilevelState,
     study: _Study,
 ) -> Solution:
-    """Puts the best trial in the place of the last one, in a state that `tune` takes."""
+    """Puts the best trial in the place of the last one, in a state that `tune`
+    takes."""
     tried, failed, result = len(study.failed), sum(study.failed), last.result
     # Without the row of a trial that was cut short.
     history = jtu.tree_map(lambda x: x[:tried], last.history)

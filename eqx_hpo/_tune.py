@@ -119,7 +119,8 @@ def tune(
         after.append((interval, lambda: callback(run.state)))
     try:
         with ProgressBar(steps, progress) as bar:
-            # A callback may keep the state that it gets: no later step may overwrite it.
+            # A callback may keep the state that it gets: no later step may overwrite
+            # it.
             donate = callback is None
             result = drive(run, run.step + steps, before, after, bar, donate)
     finally:

@@ -1,7 +1,7 @@
 """What a step writes into the state: everything, or nothing."""
 
 import functools as ft
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import eqx_hpo as hpo
@@ -108,8 +108,8 @@ class _Counts(hpo.AbstractAlgorithm):
     second_order: hpo.AbstractSecondOrder = hpo.ReverseOverReverse()
     inner_steps: int = eqx.field(static=True, default=1)
     unroll: int | None = eqx.field(static=True, default=None)
-    through = "update"
-    val_at_each_step = False
+    through: ClassVar[Any] = "update"
+    val_at_each_step: ClassVar[bool] = False
 
     def init_memory(self, inner, hyperparams, batch):
         return hpo.Memory(lasting=jnp.array(1e38, jnp.float32))

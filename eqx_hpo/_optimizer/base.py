@@ -62,6 +62,9 @@ class AbstractBilevelOptimizer(eqx.Module):
     **Attributes:**
 
     - `problem`: the two losses.
+    - `inner`: an `optax.GradientTransformation` that trains the model, or a function
+        from the unwrapped hyperparameters to one, for learning rates and the like:
+        `inner=lambda h: optax.sgd(h.learning_rate)`.
     - `outer`: an `optax.GradientTransformation` on the `raw` arrays of the
         hyperparameters.
     - `inner_steps`: the number of inner steps in a call of `step`.
@@ -70,6 +73,7 @@ class AbstractBilevelOptimizer(eqx.Module):
     """
 
     problem: eqx.AbstractVar[Problem]
+    inner: eqx.AbstractVar[InnerOptimiser]
     outer: eqx.AbstractVar[optax.GradientTransformation]
     inner_steps: eqx.AbstractVar[int]
     val_at_each_step: eqx.AbstractVar[bool]
@@ -177,9 +181,6 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
 
     **Attributes:** besides those of [`eqx_hpo.AbstractBilevelOptimizer`][],
 
-    - `inner`: an `optax.GradientTransformation` that trains the model, or a function
-        from the unwrapped hyperparameters to one, for learning rates and the like:
-        `inner=lambda h: optax.sgd(h.learning_rate)`.
     - `second_order`: the rule for derivatives of the training gradient.
     - `unroll`: how many inner steps a compiled loop holds in its body. By default one,
         or on CPUs all (of at most 64) if a loss holds a convolution: loops slow it.
@@ -188,10 +189,9 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
         `None`, none. `init` warns of hyperparameters that it cannot reach.
     """
 
-    inner: eqx.AbstractVar[InnerOptimiser]
     second_order: eqx.AbstractVar[AbstractSecondOrder]
     unroll: eqx.AbstractVar[int | None]
-    through: eqx.AbstractVar[Through]
+    through: eqx.AbstractClassVar[Through]
 
     def __check_init__(self):
         _check_settings(self)
@@ -221,7 +221,8 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
         self, inner: InnerState, hyperparams: Hyperparams, batch: Batch
     ) -> Memory:
         """Makes the memory before the first step. At a restart its `episode` is made
-        again, with `None` for `batch`; the parts that are `None` then stay as they were.
+        again, with `None` for `batch`; the parts that are `None` then stay as they
+        were.
 
         **Arguments:**
 

@@ -70,8 +70,8 @@ def pull_back_at(
     hyperparams: Hyperparams,
     index: IntScalar,
 ) -> Pullback:
-    """Makes the pull-back through inner step `index` from its `(params, model_state)` to
-    the hyperparameters, with the weights and the batch of `past`."""
+    """Makes the pull-back through inner step `index` from its `(params, model_state)`
+    to the hyperparameters, with the weights and the batch of `past`."""
     inner = dataclasses.replace(inner, params=past.weights)
     if past.batch is not None:
         batch = eqx.combine(past.batch, levels.train_batch(index))
@@ -88,8 +88,8 @@ def fit_scale(
     horizon: int,
     unroll: int,
 ) -> tuple[FloatScalar, FloatScalar]:
-    r"""Computes the two sums of the least-squares fit $s = \sum_u x_u y_u / \sum_u x_u^2$
-    (algorithm 4), with $x_u = \lVert v_u \rVert S_u$ and $y_u = f_u \cdot g_u$.
+    r"""Computes the two sums of the least-squares fit $s = \sum_u x_u y_u / \sum_u
+    x_u^2$ (algorithm 4), with $x_u = \lVert v_u \rVert S_u$ and $y_u = f_u \cdot g_u$.
 
     Trains for `horizon` steps from `inner`, then walks back on the line: $v_u$ is the
     product at the distilled past of the last $u$ points, of direction $f_u$, and $g_u$

@@ -30,9 +30,9 @@ class ForwardMode(AbstractAlgorithm):
 
     The derivative $Z_t$ of the inner state is carried from call to call, until
     `restart`. So the horizon has no limit, and memory, $O(PH)$, does not grow with the
-    number of steps. The estimate is exact as long as the hyperparameters stay where they
-    are. Where they move at each call, earlier steps count as if they had been taken with
-    the present hyperparameters.
+    number of steps. The estimate is exact as long as the hyperparameters stay where
+    they are. Where they move at each call, earlier steps count as if they had been
+    taken with the present hyperparameters.
 
     Use it for few hyperparameters: each costs about two training gradients for each
     inner step. It suits long schedules ([`eqx_hpo.Schedule`][]).

@@ -38,8 +38,8 @@ class Greedy(AbstractMemoryless):
     batches are fresh at each inner step where the data give them.
 
     A discount of zero is [`eqx_hpo.T1T2`][]. `Greedy` is made for training that goes on
-    from call to call. Where the model is restarted at each call, $\alpha_t$ early on the
-    way may point elsewhere than $\alpha_T$.
+    from call to call. Where the model is restarted at each call, $\alpha_t$ early on
+    the way may point elsewhere than $\alpha_T$.
 
     ??? cite "Reference"
 

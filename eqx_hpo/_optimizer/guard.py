@@ -2,11 +2,11 @@
 
 The whole new state is checked: parameters, both optimiser states, memory, model state.
 Three things keep this cheap. The checks of arrays of one shape are a single reduction,
-which reads what it checks and stores nothing. Their outcomes are stacked before they are
-joined: XLA would copy a chain of `and`s into each selection, and compile in the square
-of the number of arrays. And a large outer update is computed twice, in two branches: once
-to be checked, when nothing is kept, and once to be written over the old values. Computed
-once, old and new values would wait for the outcome side by side.
+which reads what it checks and stores nothing. Their outcomes are stacked before they
+are joined: XLA would copy a chain of `and`s into each selection, and compile in the
+square of the number of arrays. And a large outer update is computed twice, in two
+branches: once to be checked, when nothing is kept, and once to be written over the old
+values. Computed once, old and new values would wait for the outcome side by side.
 """
 
 from typing import Any, TypeAlias
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
 from jax import lax
+from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Bool, PyTree
 
 from .._custom_types import Hyperparams, IntScalar
@@ -100,8 +101,8 @@ def _update_outer(
     old: tuple[PyTree, PyTree],
     pairs: _Pairs,
 ) -> tuple[Bool[Array, ""], PyTree, PyTree]:
-    """Moves the `raw` arrays, if `pairs` and the result are finite; `old` holds them and
-    the state of the optimiser.
+    """Moves the `raw` arrays, if `pairs` and the result are finite; `old` holds them
+    and the state of the optimiser.
 
     **Returns:** whether all was finite; the new arrays; the new state.
     """
@@ -114,9 +115,7 @@ def _update_outer(
 
     # Traced once, even where it is computed twice.
     closed = jax.make_jaxpr(update)(gradient, old)
-    move = lambda gradients, leaves: jax.core.eval_jaxpr(
-        closed.jaxpr, closed.consts, *gradients, *leaves
-    )
+    move = lambda gradients, leaves: jaxpr_as_fun(closed)(*gradients, *leaves)
     is_small = sum(x.size for x in leaves) < _LARGE
     if is_small or holds_primitive(closed.jaxpr, _DEAR):
         moved = move(gradients, leaves)
@@ -141,7 +140,8 @@ def _pairs(new: PyTree, old: PyTree = None) -> _Pairs:
 
 def _all_finite(pairs: _Pairs) -> Bool[Array, ""]:
     """Tells whether all numbers of the first arrays are finite, or an infinity that the
-    second has in the same place: a mask of the model, the start of a running minimum."""
+    second has in the same place: a mask of the model, the start of a running
+    minimum."""
     groups: dict[tuple[int, ...], _Pairs] = {}
     for x, old in pairs:
         if eqx.is_inexact_array(x) and x.size > 0:

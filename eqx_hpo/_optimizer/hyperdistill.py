@@ -49,9 +49,9 @@ class HyperDistill(AbstractAlgorithm):
 
     Plain arrays are the same batch at every step, so $D^*_t$ is that batch, and the
     state does not hold it. A loop of your own with a new batch for each call passes it
-    as [`eqx_hpo.Stacked`][], to `init` too. A new example takes the place that it had in
-    its batch; a number of examples that is not whole is rounded up or down at random.
-    Arrays without a leading axis in common count as a single example.
+    as [`eqx_hpo.Stacked`][], to `init` too. A new example takes the place that it had
+    in its batch; a number of examples that is not whole is rounded up or down at
+    random. Arrays without a leading axis in common count as a single example.
 
     An episode begins with `init` and with each `restart`; the scale lives on. Within
     [`eqx_hpo.MetaLearner`][] it is fitted to the mean over the tasks.

@@ -63,8 +63,8 @@ class Implicit(AbstractAlgorithm):
     \theta \partial \lambda$. Products with the Hessian are exact in any case.
 
     The Hessian is that of the batch of the last inner step. With small batches it is
-    noisy, and may be indefinite. It is never formed unless the solver does so. A model's
-    state (`eqx.nn.State`) is held fixed.
+    noisy, and may be indefinite. It is never formed unless the solver does so. A
+    model's state (`eqx.nn.State`) is held fixed.
 
     With `inner=optax.set_to_zero()` the model stays as it is: for weights that another
     solver has put into `state.model`.

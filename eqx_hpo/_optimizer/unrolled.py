@@ -84,8 +84,8 @@ Unrolled.__init__.__doc__ = r"""**Arguments:** besides those of
 - `truncation`: how many of the last inner steps are differentiated; all by default.
     The steps before them are taken as if they did not depend on the hyperparameters.
 - `recompute`: how often each inner step may be computed again on the way back. With
-    $d$ of them about $d K^{1/d}$ inner states are held. 0 stores everything that the way
-    back needs, 1 the inner state before each step, 2 the square root of that, and with 5
-    a trajectory of 100,000 steps needs 50 states. Batches are drawn again in any case,
-    never stored.
+    $d$ of them about $d K^{1/d}$ inner states are held. 0 stores everything that the
+    way back needs, 1 the inner state before each step, 2 the square root of that, and
+    with 5 a trajectory of 100,000 steps needs 50 states. Batches are drawn again in any
+    case, never stored.
 """

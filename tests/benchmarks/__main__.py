@@ -2,11 +2,11 @@
 
     python -m tests.benchmarks --workloads CPNTML --json table.json
 
-Columns: milliseconds of a step, by hand and by the library; the median ratio of the two,
-over repeats in which they take turns; the same step in plain training steps for each
-inner step; megabytes of XLA's temporaries, and of all that a donated step holds but for
-the data; and CPU seconds to trace, lower and compile. `workloads.py` says what the
-letters stand for; `by_hand.py` holds the other side.
+Columns: milliseconds of a step, by hand and by the library; the median ratio of the
+two, over repeats in which they take turns; the same step in plain training steps for
+each inner step; megabytes of XLA's temporaries, and of all that a donated step holds
+but for the data; and CPU seconds to trace, lower and compile. `workloads.py` says what
+the letters stand for; `by_hand.py` holds the other side.
 """
 
 import argparse
@@ -43,13 +43,13 @@ ALGORITHMS: dict[str, tuple[Callable, dict[str, Any], Callable, int]] = {
     "T1T2 reverse": (
         by_hand.t1t2,
         {"rule": "reverse"},
-        lambda *args: hpo.T1T2(*args, hpo.ReverseOverReverse()),
+        lambda *args: hpo.T1T2(*args, second_order=hpo.ReverseOverReverse()),
         1,
     ),
     "T1T2 difference": (
         by_hand.t1t2,
         {"rule": "difference"},
-        lambda *args: hpo.T1T2(*args, hpo.FiniteDifference()),
+        lambda *args: hpo.T1T2(*args, second_order=hpo.FiniteDifference()),
         1,
     ),
     "Greedy": (by_hand.greedy, {}, lambda *a: hpo.Greedy(*a, inner_steps=4), 4),

@@ -3,9 +3,9 @@
 | name | model | hyperparameters |
 |---|---|---|
 | C | MLP 784-256-10, full batch of 5000 | a weight for each example |
-| P | MLP 784-1024-1024-10, batch of 256 | a log decay for each of 1.86 million weights |
+| P | MLP 784-1024-1024-10, batch of 256 | a log decay for each of 1.9 million weights |
 | N | three convolutions and a linear layer, batch of 64 | a log decay for each array |
-| T | transformer of four layers, width 128, Adam | a log decay and a log rate for each matrix |
+| T | transformer, four layers of width 128, Adam | log decay and rate of each matrix |
 | S | linear regression with 16 features | a log decay for each feature |
 | M | ten tasks of sine waves, MLP 1-40-40-1 | the two hidden layers |
 | L | MLP of 10, 100 or 300 arrays of width 16 | a log decay for each array |
