@@ -5,6 +5,7 @@ estimate of the wrapped algorithm over the rows. The algorithm sees one task at 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -40,7 +41,6 @@ from ._state import (
 T = TypeVar("T")
 
 _AXIS = "tasks"
-_ROW: Any = eqx.if_array(0)
 
 
 class _Start(eqx.Module):
@@ -233,9 +233,7 @@ class MetaLearner(AbstractBilevelOptimizer):
             return None
         batches = as_batches(data, name, self.inner_steps)
         self._check_task_axis(name, batches)
-        axis = _task_axis(batches)
-        take = lambda x: jnp.take(x, 0, axis=axis) if eqx.is_array(x) else x
-        return jtu.tree_map(take, as_device_arrays(data))
+        return _first_row(as_device_arrays(data), _task_axis(batches))
 
     def _check_task_axis(self, name: str, batches: AbstractBatches) -> None:
         axis = _task_axis(batches)
@@ -292,9 +290,10 @@ class MetaLearner(AbstractBilevelOptimizer):
 
         def restart(row):
             single = _with_rows(state, row)
-            return _rows(self.algorithm.restart(single, model, model_state=model_state))
+            fresh = self.algorithm.restart(single, model, model_state=model_state)
+            return _rows(fresh), None
 
-        rows = eqx.filter_vmap(restart, in_axes=_ROW, out_axes=_ROW)(_rows(state))
+        rows, _ = self._over_tasks(restart, (0,))(_rows(state))
         zero = jnp.zeros_like(state.episode_step)
         return dataclasses.replace(_with_rows(state, rows), episode_step=zero)
 
@@ -312,19 +311,19 @@ class MetaLearner(AbstractBilevelOptimizer):
             self._check_task_axis(name, x)
         start, state = _without_start(state)
 
+        mean = lambda tree: lax.pmean(tree, _AXIS) if self.tasks > 1 else tree
+
         def estimate(row, train, val, key):
             single = _with_rows(state, row)
-            mean = lambda tree: lax.pmean(tree, _AXIS)
             x = raw_estimate(self.algorithm, single, hyperparams, train, val, key, mean)
             of_task = (x.inner, x.memory.episode, x.train, x.val, x.diagnostics)
             return (of_task, x.hypergradient), x.memory.lasting
 
-        (of_tasks, hypergradients), lasting = eqx.filter_vmap(
-            estimate,
-            in_axes=(_ROW, *[eqx.if_array(_task_axis(x)) for x in batches], _ROW),
-            out_axes=(_ROW, None),
-            axis_name=_AXIS,
-        )(_rows(state), *batches, self._task_keys(key))
+        data_axes = [_task_axis(x) for x in batches]
+        mapped = self._over_tasks(estimate, (0, *data_axes, 0))
+        (of_tasks, hypergradients), lasting = mapped(
+            _rows(state), *batches, self._task_keys(key)
+        )
         inner, episode, train_report, val_report, diagnostics = of_tasks
         mean = lambda tree: jtu.tree_map(lambda x: jnp.mean(x, axis=0), tree)
         return Estimate(
@@ -335,6 +334,25 @@ class MetaLearner(AbstractBilevelOptimizer):
             val=(mean(val_report[0]), val_report[1]),
             diagnostics=diagnostics,
         )
+
+    def _over_tasks(self, fn: Callable[..., Any], axes: tuple[int, ...]) -> Any:
+        """Maps a function that returns `(what each task has its own of, what they
+        share)`; `axes` are those of the tasks in its arguments."""
+        if self.tasks > 1:
+            in_axes = tuple(eqx.if_array(axis) for axis in axes)
+            out_axes = (eqx.if_array(0), None)
+            return eqx.filter_vmap(
+                fn, in_axes=in_axes, out_axes=out_axes, axis_name=_AXIS
+            )
+
+        def single(*args):
+            # Not mapped, which would round products otherwise.
+            firsts = [_first_row(x, axis) for x, axis in zip(args, axes)]
+            own, shared = fn(*firsts)
+            add = lambda x: x[None] if eqx.is_array(x) else x
+            return jtu.tree_map(add, own), shared
+
+        return single
 
     def _task_keys(self, key: Key) -> Shaped[Array, "tasks ..."] | None:
         """Makes a key for each task; a single task has the key itself."""
@@ -379,8 +397,9 @@ def _without_start(state: BilevelState) -> tuple[_Start | None, BilevelState]:
     return start, dataclasses.replace(state, memory=memory)
 
 
-def _first_row(tree: T) -> T:
-    return jtu.tree_map(lambda x: x[0] if eqx.is_array(x) else x, tree)
+def _first_row(tree: T, axis: int = 0) -> T:
+    take = lambda x: x[(slice(None),) * axis + (0,)]
+    return jtu.tree_map(lambda x: take(x) if eqx.is_array(x) else x, tree)
 
 
 def _task_axis(batches: AbstractBatches) -> int:

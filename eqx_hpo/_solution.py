@@ -24,8 +24,8 @@ class RESULTS(lx.RESULTS):  # pyright: ignore
         "inf) for too many steps in a row. None of those steps changed the model or "
         "the hyperparameters. Likely causes: a learning rate of the inner or of the "
         "outer optimiser that is too large; a hyperparameter that has run away (look "
-        "at `history.hyperparams`); a logarithm, root or division at zero in a loss; or "
-        "data that are not finite."
+        "at `history.hyperparams`); a logarithm, root or division at zero in a loss; "
+        "or data that are not finite."
     )
     interrupted = "The run was interrupted from the keyboard."
     stopped = "The callback asked to stop."
