@@ -4,8 +4,8 @@ The whole new state is checked: parameters, both optimiser states, memory, model
 Three things keep this cheap. The checks of arrays of one shape are a single reduction,
 which reads what it checks and stores nothing. Their outcomes are stacked before they
 are joined: XLA would copy a chain of `and`s into each selection, and compile in the
-square of the number of arrays. And a large outer update is computed twice, in two
-branches: once to be checked, when nothing is kept, and once to be written over the old
+square of the number of arrays. And a large outer update is computed twice: once inside
+a branch to be checked, when nothing is kept, and once to be written over the old
 values. Computed once, old and new values would wait for the outcome side by side.
 """
 
@@ -117,18 +117,16 @@ def _update_outer(
     closed = jax.make_jaxpr(update)(gradient, old)
     move = lambda gradients, leaves: jaxpr_as_fun(closed)(*gradients, *leaves)
     is_small = sum(x.size for x in leaves) < _LARGE
+    moved = move(gradients, leaves)
     if is_small or holds_primitive(closed.jaxpr, _DEAR):
-        moved = move(gradients, leaves)
         is_good = _all_finite([*pairs, *_pairs(moved, leaves)])
-        leaves = tree_where(is_good, moved, leaves)
     else:
         check = lambda gradients, leaves: _all_finite(
             _pairs(move(gradients, leaves), leaves)
         )
         refuse = lambda gradients, leaves: jnp.array(False)
-        keep = lambda gradients, leaves: leaves
         is_good = lax.cond(_all_finite(pairs), check, refuse, gradients, leaves)
-        leaves = lax.cond(is_good, move, keep, gradients, leaves)
+    leaves = tree_where(is_good, moved, leaves)
     return is_good, *jtu.tree_unflatten(treedef, leaves)
 
 
