@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array, PyTree
 
 from ._custom_types import Hyperparams, InnerOptimiser, Model
@@ -110,13 +110,10 @@ def _evaluate_equation(eqn: Any, inputs: list[Any]) -> list[Any]:
     if name == "cond":
         branches = [ft.partial(_evaluate_closed, b) for b in params["branches"]]
         return lax.switch(inputs[0], branches, *inputs[1:])
-    if name.startswith("custom_"):
-        # How such an equation is bound differs between versions of JAX, which knows.
-        operands = [v for v in eqn.invars if not isinstance(v, Literal)]
-        alone = ClosedJaxpr(Jaxpr((), operands, eqn.outvars, [eqn]), ())
-        given = [x for v, x in zip(eqn.invars, inputs) if not isinstance(v, Literal)]
-        return jaxpr_as_fun(alone)(*given)
-    out = eqn.primitive.bind(*inputs, **params)
+    # Functions with a rule of their own are passed in other forms by older JAX.
+    bound = eqn.primitive.get_bind_params(params)
+    functions, bound = bound if isinstance(bound, tuple) else ((), bound)
+    out = eqn.primitive.bind(*functions, *inputs, **bound)
     return out if eqn.primitive.multiple_results else [out]
 
 

@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.overhead
 
-The time of a call of `step` from Python beside `eqx.filter_jit` of the same function, by
-the number of arrays of the model; of a step inside `tune` beside a bare `lax.scan`, on
-the 16 features of workload S; and what many short episodes cost from start to end.
+The time of a call of `step` from Python beside `eqx.filter_jit` of the same function,
+by the number of arrays of the model; of a step inside `tune` beside a bare `lax.scan`,
+on the 16 features of workload S; and what many short episodes cost from start to end.
 """
 
 import statistics
@@ -31,7 +31,7 @@ def as_problem(workload: workloads.Workload) -> hpo.Problem:
 
 def call_times(leaves: int, repeats: int = 200) -> tuple[float, float]:
     """Microseconds of a call of `step`, and of `eqx.filter_jit` of the same function.
-    The model does not compute, so that the time is that of the call."""
+    The model computes next to nothing: the time is that of the call."""
     params = [jax.numpy.ones(2) for _ in range(leaves)]
     train_loss = lambda params, raw, batch, key: raw * sum(x[0] for x in params[:2])
     val_loss = lambda params, raw, batch, key: params[0][0] ** 2
