@@ -7,6 +7,7 @@ must not wait; it raises those errors where it waits anyhow.
 
 import contextlib
 import functools as ft
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, cast, ParamSpec, TypeVar
 
@@ -86,7 +87,10 @@ def jit_without_waiting(fn: Callable[..., Any], donate_first: bool) -> Callable:
 @contextlib.contextmanager
 def own_error_text() -> Iterator[None]:
     """Raises the error of an `eqx.error_if` with its own text, where JAX would raise
-    one about a failed callback."""
+    one about a failed callback, and log it."""
+    logger, quiet = logging.getLogger("jax._src.callback"), logging.Filter()
+    quiet.filter = lambda record: "callback failed" not in record.getMessage()
+    logger.addFilter(quiet)
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as e:
@@ -95,6 +99,8 @@ def own_error_text() -> Iterator[None]:
             raise
         message = text.partition("\n\n\n---")[0].strip()
         raise eqx.EquinoxRuntimeError(message) from None
+    finally:
+        logger.removeFilter(quiet)
 
 
 def _split(tree: Any) -> tuple[_Static, list[Any]]:

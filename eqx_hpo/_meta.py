@@ -121,6 +121,11 @@ class MetaLearner(AbstractBilevelOptimizer):
         what = "an algorithm for one model, such as `T1T2`"
         check_type("algorithm", algorithm, AbstractAlgorithm, what)
         assert isinstance(algorithm, AbstractAlgorithm)
+        if horizon is None and reptile is not None:
+            raise ValueError(
+                "`reptile` moves the start of episodes, and there are none without a "
+                "`horizon`. Give a `horizon` too, or leave `reptile` out."
+            )
         if horizon is not None:
             check_positive_int("horizon", horizon)
             if horizon % algorithm.inner_steps != 0:

@@ -362,7 +362,7 @@ def test_each_hyperparameter_without_a_hypergradient_is_named_once():
     init = lambda algorithm: algorithm.init(
         case.model, hyperparams, train=case.train, val=case.val
     )
-    with pytest.warns(UserWarning, match="neither the training update") as record:
+    with pytest.warns(UserWarning, match="Neither the training update") as record:
         state = init(algorithm)
     (message,) = [str(w.message) for w in record]
     names = [name for name in hyperparams if f"`hyperparams['{name}']`" in message]

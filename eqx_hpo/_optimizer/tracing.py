@@ -105,15 +105,15 @@ def warn_if_unreached(
     names += f" and {len(dead) - 10} more" if len(dead) > 10 else ""
     if through is None:
         reason = (
-            "the validation loss does not depend on them, and this algorithm looks at "
+            "The validation loss does not depend on them, and this algorithm looks at "
             "nothing else"
         )
     else:
         reason = (
-            f"neither the training {through} nor the validation loss depends on them"
+            f"Neither the training {through} nor the validation loss depends on them"
         )
     warnings.warn(
-        f"These hyperparameters get a hypergradient of zero: {names}. For {reason}. "
+        f"These hyperparameters get a hypergradient of zero: {names}. {reason}. "
         "Use them in a loss without `stop_gradient`, or in `inner=lambda h: ...`, or "
         "take them out of `hyperparams`.",
         stacklevel=2,
