@@ -1,5 +1,7 @@
 import math
+from typing import Any, ClassVar
 
+import equinox as eqx
 import eqx_hpo as hpo
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,11 @@ OUTER = optax.adam(0.1)
 @pytest.fixture(autouse=True)
 def count_flops_once(request, monkeypatch):
     """They need a second compilation, so that a single test has them."""
-    if request.function is not test_exact_algorithms_are_exact_however_they_cut_it:
+    counted = (
+        test_exact_algorithms_are_exact_however_they_cut_it,
+        test_an_algorithm_with_its_own_init,
+    )
+    if request.function not in counted:
         monkeypatch.setattr(_diagnostics, "_LARGEST_UNROLL", 0)
 
 
@@ -217,3 +223,38 @@ def test_convolutions_are_unrolled_on_cpus():
     for algorithm, loops in ((algorithm, False), (rolled, True)):
         step = lambda state: algorithm.step(state, batch, batch)
         assert ("stablehlo.while" in jax.jit(step).lower(state).as_text()) == loops
+
+
+class _OwnInit(hpo.AbstractAlgorithm):
+    """Has an `__init__` of its own, and so no `dataclasses.replace`."""
+
+    problem: hpo.Problem
+    inner: Any
+    outer: Any
+    second_order: hpo.AbstractSecondOrder
+    inner_steps: int = eqx.field(static=True)
+    unroll: int | None = eqx.field(static=True)
+    through: ClassVar[Any] = "update"
+    val_at_each_step: ClassVar[bool] = False
+
+    def __init__(self, problem):
+        self.problem = problem
+        self.inner, self.outer = optax.sgd(0.1), optax.sgd(0.1)
+        self.second_order = hpo.ReverseOverReverse()
+        self.inner_steps, self.unroll = 3, None
+
+    def init_memory(self, inner, hyperparams, batch):
+        return hpo.Memory()
+
+    def init_diagnostics(self):
+        return None
+
+    def estimate(self, levels, inner, hyperparams, memory):
+        exact = hpo.Unrolled(self.problem, self.inner, self.outer, inner_steps=3)
+        return exact.estimate(levels, inner, hyperparams, memory)
+
+
+def test_an_algorithm_with_its_own_init():
+    got = _compare([_OwnInit(ridge().problem)], ridge())
+    assert got.rows[0].relative_error < 1e-12
+    assert got.rows[0].flops > 0

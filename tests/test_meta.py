@@ -247,6 +247,8 @@ def test_bad_arguments():
         hpo.MetaLearner(plain, 0, horizon=6)
     with pytest.raises(ValueError, match="`reptile` must be a number from 0 to 1"):
         hpo.MetaLearner(plain, 2, horizon=6, reptile=-1.0)
+    with pytest.raises(ValueError, match="`reptile` moves the start of episodes"):
+        hpo.MetaLearner(plain, 2, reptile=0.5)
     algorithm = hpo.MetaLearner(plain, 2, horizon=6)
     with pytest.raises(ValueError, match="an algorithm for one model"):
         hpo.MetaLearner(algorithm, 2, horizon=6)

@@ -221,3 +221,35 @@ def test_a_loss_may_close_over_tracers(rule_name, getkey):
     expected = run(xs[0])
     assert jnp.allclose(jax.jit(jax.vmap(run))(xs)[0], expected, rtol=1e-10)
     assert jnp.allclose(jax.jit(run)(xs[0]), expected, rtol=1e-10)
+
+
+def test_another_epsilon_compiles_nothing_anew():
+    """It is a leaf: a scan over steps may carry it, and `vmap` may map it."""
+    loss = lambda w, h, batch, key: jnp.sum((w - h) ** 4)
+    problem = hpo.Problem(loss, lambda w, h, batch, key: jnp.sum(w**2))
+    traces = 0
+
+    @jax.jit
+    def hypergradient(epsilon):
+        nonlocal traces
+        traces += 1
+        rule = hpo.FiniteDifference(epsilon)
+        algorithm = hpo.Unrolled(
+            problem, optax.sgd(0.01), optax.sgd(0.1), rule, inner_steps=3
+        )
+        state = algorithm.init(jnp.ones(2), jnp.zeros(2))
+        return algorithm.compute_hypergradient(state, None, None)
+
+    coarse, fine = hypergradient(0.5), hypergradient(1e-4)
+    assert traces == 1
+    assert relative_error(coarse, fine) > 1e-3
+    both = jax.vmap(hypergradient)(jnp.array([0.5, 1e-4]))
+    assert relative_error(both, jnp.stack([coarse, fine])) < 1e-12
+    leaves = jtu.tree_leaves(hpo.FiniteDifference())
+    assert len(leaves) == 1 and eqx.is_array(leaves[0])
+
+
+@pytest.mark.parametrize("epsilon", [0.0, -1.0, jnp.inf, None, jnp.ones(2)])
+def test_epsilon_is_a_finite_number(epsilon):
+    with pytest.raises(ValueError, match="`epsilon` must be a number above zero"):
+        hpo.FiniteDifference(epsilon)
