@@ -9,6 +9,8 @@ a branch to be checked, when nothing is kept, and once to be written over the ol
 values. Computed once, old and new values would wait for the outcome side by side.
 """
 
+import functools as ft
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import equinox as eqx
@@ -36,7 +38,7 @@ _DEAR = {"while", "scan", "dot_general", "sort", "top_k", "fft", "pure_callback"
 _DEAR |= {"eigh", "qr", "svd", "lu", "cholesky", "triangular_solve"}
 
 _GROUP = 8  # arrays whose checks are one reduction
-_LARGE = 2**16  # numbers from which on memory counts for more than branches do
+_LARGE = 2**20  # numbers from which on memory counts for more than branches do
 
 
 def next_state(
@@ -116,16 +118,18 @@ def _update_outer(
     # Traced once, even where it is computed twice.
     closed = jax.make_jaxpr(update)(gradient, old)
     move = lambda gradients, leaves: jaxpr_as_fun(closed)(*gradients, *leaves)
-    is_small = sum(x.size for x in leaves) < _LARGE
     moved = move(gradients, leaves)
-    if is_small or holds_primitive(closed.jaxpr, _DEAR):
-        is_good = _all_finite([*pairs, *_pairs(moved, leaves)])
+    if _is_small(leaves) or holds_primitive(closed.jaxpr, _DEAR):
+        is_good = _all_finite(lambda pairs: pairs, [*pairs, *_pairs(moved, leaves)])
     else:
-        check = lambda gradients, leaves: _all_finite(
-            _pairs(move(gradients, leaves), leaves)
+        again = lambda gradients, leaves: _pairs(move(gradients, leaves), leaves)
+        is_good = lax.cond(
+            _all_finite(lambda pairs: pairs, pairs),
+            lambda *operands: _all_finite(again, *operands),
+            lambda *operands: jnp.array(False),
+            gradients,
+            leaves,
         )
-        refuse = lambda gradients, leaves: jnp.array(False)
-        is_good = lax.cond(_all_finite(pairs), check, refuse, gradients, leaves)
     leaves = tree_where(is_good, moved, leaves)
     return is_good, *jtu.tree_unflatten(treedef, leaves)
 
@@ -136,18 +140,42 @@ def _pairs(new: PyTree, old: PyTree = None) -> _Pairs:
     return list(zip(leaves, others, strict=True))
 
 
-def _all_finite(pairs: _Pairs) -> Bool[Array, ""]:
+def _all_finite(
+    make_pairs: Callable[..., _Pairs], *operands: PyTree
+) -> Bool[Array, ""]:
     """Tells whether all numbers of the first arrays are finite, or an infinity that the
-    second has in the same place: a mask of the model, the start of a running
-    minimum."""
+    second has in the same place: a mask of the model, the start of a running minimum.
+
+    `make_pairs(*operands)` makes the pairs, again where they are looked at again: the
+    question for infinities that stay is put only if there are any.
+    """
+    pairs = make_pairs(*operands)
+    if _is_small([x for x, _ in pairs]):
+        return _join(pairs, _reduce_with_old)
+    return lax.cond(
+        _join(pairs, _reduce),
+        lambda *operands: jnp.array(True),
+        lambda *operands: _join(make_pairs(*operands), _reduce_with_old),
+        *operands,
+    )
+
+
+def _is_small(arrays: list[Any]) -> bool:
+    return sum(jnp.size(x) for x in arrays) < _LARGE
+
+
+def _join(
+    pairs: _Pairs, reduce: Callable[[_Pairs], Bool[Array, ""]]
+) -> Bool[Array, ""]:
     groups: dict[tuple[int, ...], _Pairs] = {}
     for x, old in pairs:
         if eqx.is_inexact_array(x) and x.size > 0:
             groups.setdefault(x.shape, []).append((x, old))
-    flags = [_is_finite(*pair) for pair in groups.pop((), [])]
-    for group in groups.values():
-        for i in range(0, len(group), _GROUP):
-            flags.append(_reduce(group[i : i + _GROUP]))
+    flags = [
+        reduce(group[i : i + _GROUP])
+        for group in groups.values()
+        for i in range(0, len(group), _GROUP)
+    ]
     if len(flags) == 0:
         return jnp.array(True)
     # The barriers keep the chain out of what reads its end.
@@ -155,18 +183,20 @@ def _all_finite(pairs: _Pairs) -> Bool[Array, ""]:
     return lax.optimization_barrier(jnp.all(stacked))
 
 
-def _is_finite(x: Array, old: Array | None) -> Bool[Array, "..."]:
-    return jnp.isfinite(x) if old is None else jnp.isfinite(x) | (x == old)
+def _reduce_with_old(group: _Pairs) -> Bool[Array, ""]:
+    finite = [
+        jnp.isfinite(x) if old is None else jnp.isfinite(x) | (x == old)
+        for x, old in group
+    ]
+    return jnp.all(ft.reduce(jnp.logical_and, finite))
 
 
 def _reduce(group: _Pairs) -> Bool[Array, ""]:
-    flags = [_is_finite(*pair) for pair in group]
+    """Reduces several operands in one loop. XLA would split the reduction of a single
+    one in two, and store what it reads."""
+    flags = [jnp.isfinite(x) for x, _ in group]
     if len(flags) == 1:
-        if flags[0].size < _LARGE:
-            return jnp.all(flags[0])
-        # XLA splits the reduction of a single operand in two, and then stores that
-        # operand. A second one, that all pass, avoids this.
-        flags.append(~jnp.isnan(group[0][0]))
+        flags.append(~jnp.isnan(group[0][0]))  # all that pass the first pass this
     both: Any = lambda xs, ys: tuple(x & y for x, y in zip(xs, ys))
     true = (jnp.array(True),) * len(flags)
     axes = tuple(range(flags[0].ndim))
