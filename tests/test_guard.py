@@ -11,6 +11,8 @@ import jax.random as jr
 import jax.tree_util as jtu
 import optax
 import pytest
+from eqx_hpo import _misc
+from eqx_hpo._optimizer import guard
 
 from .helpers import ALGORITHMS, arrays, equal
 from .problems import ridge
@@ -29,8 +31,14 @@ def _kept(before, after) -> bool:
     )
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-@pytest.mark.parametrize("bad", ["train", "val"])
+@pytest.mark.parametrize(
+    "name, bad",
+    [
+        pytest.param(name, bad, marks=[] if bad == "train" else pytest.mark.slow)
+        for name in ALGORITHMS
+        for bad in ("train", "val")
+    ],
+)
 def test_data_that_are_not_finite_change_nothing(name, bad):
     case = ridge()
     algorithm = ALGORITHMS[name](case.problem, optax.adam(0.1), optax.adam(0.1))
@@ -47,12 +55,20 @@ def test_data_that_are_not_finite_change_nothing(name, bad):
     assert int(again.episode_step) == 2 * taken and int(again.step) == 3
 
 
+@pytest.fixture(params=["small", "large"])
+def size(request, monkeypatch):
+    """Large states go another way than small ones, to the same end."""
+    if request.param == "large":
+        monkeypatch.setattr(guard, "_LARGE", 0)
+        monkeypatch.setattr(_misc, "_FEW", 0)
+
+
 def _quadratic(w, h, batch, key):
     return jnp.sum((w * batch - h) ** 2)
 
 
 @pytest.mark.parametrize("where", ["inner", "outer"])
-def test_a_second_moment_that_overflows_is_not_kept(where):
+def test_a_second_moment_that_overflows_is_not_kept(where, size):
     """All losses and gradients are finite, and the parameters do not move by more than
     a rate: only the optimiser's state would be infinite, and freeze the run."""
     scale = jnp.float32(1e25)
@@ -135,7 +151,7 @@ def test_a_memory_that_overflows_is_not_kept():
     assert _kept(state, algorithm.step(state, case.train, case.val))
 
 
-def test_an_infinity_that_stays_is_none_of_a_steps_making():
+def test_an_infinity_that_stays_is_none_of_a_steps_making(size):
     """A mask inside the model, and the start of a running minimum."""
 
     def train_loss(model, h, batch, key):
@@ -167,7 +183,7 @@ def _outer_updates():
 
 
 @pytest.mark.parametrize("name", ["adam", "top_k"])
-def test_an_update_that_overflows_is_not_kept(name):
+def test_an_update_that_overflows_is_not_kept(name, size):
     """Whether it is computed once, since it loops, or twice."""
     blow_up = optax.stateless(
         lambda updates, _: jtu.tree_map(lambda x: 1e38 * jnp.sign(x), updates)
@@ -194,7 +210,7 @@ def test_noise_of_a_skipped_step_is_not_kept():
     assert jnp.any(after.hyperparams.noise != state.hyperparams.noise)
 
 
-def test_the_norm_reported_is_finite_where_its_square_is_not():
+def test_the_norm_reported_is_finite_where_its_square_is_not(size):
     loss = lambda w, h, batch, key: jnp.sum((w - h) ** 2)
     steep = lambda w, h, batch, key: 1e25 * jnp.sum(h)
     algorithm = hpo.FirstOrder(
@@ -204,3 +220,13 @@ def test_the_norm_reported_is_finite_where_its_square_is_not():
     after = algorithm.step(algorithm.init(one, one), None, None)
     assert int(after.skipped) == 0
     assert jnp.allclose(after.metrics.hypergradient_norm, 2e25, rtol=1e-6)
+
+
+def test_large_states_without_overflow_go_on(size):
+    case = ridge()
+    algorithm = hpo.T1T2(case.problem, optax.adam(0.1), optax.adam(0.1))
+    state = algorithm.init(case.model, case.hyperparams)
+    for _ in range(3):
+        state = algorithm.step(state, case.train, case.val)
+    assert int(state.skipped) == 0 and int(state.episode_step) == 3
+    assert jnp.all(state.hyperparams["penalty"] != case.hyperparams["penalty"])

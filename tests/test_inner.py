@@ -50,8 +50,14 @@ def _differences(inner, steps, width=1e-6):
     return np.array([(at(i, 1) - at(i, -1)) / (2 * width) for i in range(3)])
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
-@pytest.mark.parametrize("algorithm", [hpo.Unrolled, hpo.ForwardMode])
+@pytest.mark.parametrize(
+    "name, algorithm",
+    [
+        pytest.param(name, algorithm, marks=[] if "clip" in name else pytest.mark.slow)
+        for name in OPTIMISERS
+        for algorithm in (hpo.Unrolled, hpo.ForwardMode)
+    ],
+)
 def test_entries_without_a_gradient_spread_no_nan(name, algorithm):
     inner = OPTIMISERS[name]
     algorithm = algorithm(PROBLEM, inner, optax.sgd(0.1), inner_steps=3)
