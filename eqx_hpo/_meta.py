@@ -316,11 +316,12 @@ class MetaLearner(AbstractBilevelOptimizer):
             self._check_task_axis(name, x)
         start, state = _without_start(state)
 
-        mean = lambda tree: lax.pmean(tree, _AXIS) if self.tasks > 1 else tree
-
         def estimate(row, train, val, key):
             single = _with_rows(state, row)
-            x = raw_estimate(self.algorithm, single, hyperparams, train, val, key, mean)
+            shared = lambda tree: lax.pmean(tree, _AXIS) if self.tasks > 1 else tree
+            x = raw_estimate(
+                self.algorithm, single, hyperparams, train, val, key, shared
+            )
             of_task = (x.inner, x.memory.episode, x.train, x.val, x.diagnostics)
             return (of_task, x.hypergradient), x.memory.lasting
 

@@ -119,6 +119,24 @@ def test_vmap_over_seeds_and_learning_rates(getkey):
         assert relative_error(jtu.tree_map(lambda x: x[i], batched), single) < 1e-12
 
 
+@pytest.mark.parametrize("name", ["t1t2", "implicit_3", "hyperdistill"])
+def test_a_first_state_may_be_donated(name):
+    case = ridge()
+    algorithm = ALGORITHMS[name](case.problem, optax.adam(0.1), optax.adam(0.1))
+    copy = lambda tree: jtu.tree_map(jnp.copy, tree)
+    state = algorithm.init(copy(case.model), copy(case.hyperparams))
+    leaves, static = eqx.partition(state, eqx.is_array)
+
+    def step(leaves):
+        new = algorithm.step(eqx.combine(leaves, static), case.train, case.val)
+        return eqx.filter(new, eqx.is_array)
+
+    donating = jax.jit(step, donate_argnums=0)
+    for _ in range(2):
+        leaves = donating(leaves)
+    assert int(leaves.step) == 2 and int(leaves.skipped) == 0
+
+
 def test_vmap_over_learning_rates_of_the_optimiser(getkey):
     """The rate is a tracer in the closure of the Optax transformation."""
     case = ridge()

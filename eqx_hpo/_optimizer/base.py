@@ -252,11 +252,13 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
         hyperparams = canonical(hyperparams)
         _check_model(model)
         model, model_state = as_device_arrays((model, model_state))
-        zero, nan = jnp.zeros((), int), float_scalar(jnp.nan)
         plain = unwrap_values(hyperparams)
-        inner = start_inner(self.inner, at_inner_step(plain, zero), model, model_state)
+        first = at_inner_step(plain, jnp.zeros((), int))
+        inner = start_inner(self.inner, first, model, model_state)
         batches = as_batches(train, "train", self.inner_steps)
         raw, _ = partition_raw(hyperparams)
+        # No two of these share memory, which a caller may donate.
+        nans = [float_scalar(jnp.nan) for _ in range(3)]
         state = BilevelState(
             model=model,
             hyperparams=hyperparams,
@@ -266,12 +268,10 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
                 self.init_memory(inner, plain, _batch_shapes(batches, key))
             ),
             model_state=model_state,
-            step=zero,
-            episode_step=zero,
-            skipped=zero,
-            metrics=Metrics(
-                nan, nan, nan, None, as_device_arrays(self.init_diagnostics())
-            ),
+            step=jnp.zeros((), int),
+            episode_step=jnp.zeros((), int),
+            skipped=jnp.zeros((), int),
+            metrics=Metrics(*nans, None, as_device_arrays(self.init_diagnostics())),
         )
         if train is None or val is None:
             return state
