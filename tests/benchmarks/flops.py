@@ -1,7 +1,7 @@
 """Floating-point operations and temporary memory of one `T1T2` step, as XLA counts
 them, over those of one training and one validation gradient.
 
-    python tests/benchmarks/flops.py
+    python -m tests.benchmarks.flops
 """
 
 from collections.abc import Callable

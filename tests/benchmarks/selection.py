@@ -1,7 +1,7 @@
 """Time to select the 5% largest of a million coordinates, against a sort and
 `jax.lax.top_k`.
 
-    python tests/benchmarks/selection.py
+    python -m tests.benchmarks.selection
 """
 
 import statistics
