@@ -557,8 +557,9 @@ def test_scale(example, tmp_path, capsys):
         assert all(np.all(x > 0) for x in row.seconds.values())
     small, large = (row.megabytes for row in rows)
     for name in small:
-        # In proportion to H, and a few copies of the weights.
-        assert 8 < large[name] / small[name] < 11
+        # In proportion to H, and a few copies of the weights. Larger states take a way
+        # that saves up to three of them.
+        assert 7 < large[name] / small[name] < 11
         assert large[name] < 20 * 4 * rows[1].decays / 1e6
     assert large["plain"] < large["T1T2"] <= large["Greedy"] < large["HyperDistill"]
 
