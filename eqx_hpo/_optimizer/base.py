@@ -271,7 +271,13 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
             step=jnp.zeros((), int),
             episode_step=jnp.zeros((), int),
             skipped=jnp.zeros((), int),
-            metrics=Metrics(*nans, None, as_device_arrays(self.init_diagnostics())),
+            metrics=Metrics(
+                train_loss=nans[0],
+                val_loss=nans[1],
+                hypergradient_norm=nans[2],
+                aux=None,
+                diagnostics=as_device_arrays(self.init_diagnostics()),
+            ),
         )
         if train is None or val is None:
             return state

@@ -75,8 +75,9 @@ def measure(steps: int, recompute: int) -> tuple[float, float]:
         start = time.perf_counter()
         jax.block_until_ready(run())
         seconds.append(time.perf_counter() - start)
-    megabytes = compiled.memory_analysis().temp_size_in_bytes / 1e6
-    return megabytes, seconds[1] / seconds[0]
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes / 1e6, seconds[1] / seconds[0]
 
 
 def difference(steps: int, recompute: int) -> float:
