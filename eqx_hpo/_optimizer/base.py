@@ -259,6 +259,7 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
         raw, _ = partition_raw(hyperparams)
         # No two of these share memory, which a caller may donate.
         nans = [float_scalar(jnp.nan) for _ in range(3)]
+        diagnostics = as_device_arrays(self.init_diagnostics())
         state = BilevelState(
             model=model,
             hyperparams=hyperparams,
@@ -271,13 +272,7 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
             step=jnp.zeros((), int),
             episode_step=jnp.zeros((), int),
             skipped=jnp.zeros((), int),
-            metrics=Metrics(
-                train_loss=nans[0],
-                val_loss=nans[1],
-                hypergradient_norm=nans[2],
-                aux=None,
-                diagnostics=as_device_arrays(self.init_diagnostics()),
-            ),
+            metrics=Metrics(nans[0], nans[1], nans[2], None, diagnostics),
         )
         if train is None or val is None:
             return state
