@@ -15,6 +15,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import PRNGKeyArray, PyTree
 
@@ -29,9 +30,9 @@ from ._custom_types import (
 from ._data import AbstractBatches
 from ._hyperparameter import at_inner_step
 from ._inner import apply_inner
-from ._misc import match_dtypes, tree_zeros
+from ._misc import as_single, holds_half, match_dtypes, tree_zeros
 from ._problem import evaluate_train, evaluate_val, Problem
-from ._second_order import AbstractSecondOrder
+from ._second_order import AbstractSecondOrder, FiniteDifference
 from ._state import BilevelState, InnerState
 
 
@@ -41,6 +42,33 @@ _TRAIN, _VAL, _ALGORITHM = 0, 1, 2
 # The pull-back of an inner step: from a cotangent of its `(params, model_state)` to one
 # of the hyperparameters.
 Pullback = Callable[[tuple[PyTree, PyTree]], Hyperparams]
+
+
+class TracedLoss(eqx.Module):
+    """A loss as a function of arrays, traced in the precision of the model, and by
+    `in_single_precision` in single precision too."""
+
+    traced: Callable[..., Any]
+    single: Callable[..., Any] | None
+    original: Callable[..., Any]
+
+    def __call__(self, params: PyTree, *args: Any) -> Any:
+        is_traced = self.single is None or holds_half((params, args[1]))
+        traced = self.traced if is_traced else self.single
+        return traced(params, *args)  # pyright: ignore[reportOptionalCall]
+
+    def in_single_precision(
+        self, params: PyTree, model_state: PyTree, hyperparams: Hyperparams, *rest: Any
+    ) -> "TracedLoss":
+        """Traces the loss for arguments whose parameters and hyperparameters are cast
+        to single precision; a loss that cannot be evaluated so stays as it is."""
+        params, hyperparams = jtu.tree_map(as_single, (params, hyperparams))
+        args = (params, model_state, hyperparams, *rest)
+        try:
+            single = eqx.filter_closure_convert(self.original, *args)
+        except Exception:
+            return self
+        return dataclasses.replace(self, single=single)
 
 
 class Levels(eqx.Module):
@@ -61,8 +89,8 @@ class Levels(eqx.Module):
     - `unroll`: how many updates a scan of `run` holds in its body.
     """
 
-    train_loss: Callable[..., Any]
-    val_loss: Callable[..., Any]
+    train_loss: TracedLoss
+    val_loss: TracedLoss
     inner: InnerOptimiser
     second_order: AbstractSecondOrder
     train: AbstractBatches
@@ -117,13 +145,16 @@ class Levels(eqx.Module):
         aux)`, which is not differentiated.
         """
         hyperparams = self._at(hyperparams, index)
+        levels = self
+        if isinstance(self.second_order, FiniteDifference):
+            levels = self.in_single_precision(state, hyperparams)
         # A rule sees three groups: what it differentiates in (`params` and `rest`), all
         # other arrays (`args`), which a custom VJP must get as arguments, and what is
         # no array (`static`), which may stay in the closure.
         rest, fixed = eqx.partition(
             (hyperparams, state.model_state), eqx.is_inexact_array
         )
-        args, static = eqx.partition((self, fixed, index), eqx.is_array)
+        args, static = eqx.partition((levels, fixed, index), eqx.is_array)
 
         def loss(params, rest, args):
             levels, fixed, index = eqx.combine(args, static)
@@ -243,6 +274,24 @@ class Levels(eqx.Module):
         value, (alpha, direct) = eqx.filter_value_and_grad(loss, has_aux=True)(x)
         return value, alpha, direct
 
+    def in_single_precision(
+        self, state: InnerState, hyperparams: Hyperparams
+    ) -> "Levels":
+        """Makes levels whose `gradient` takes parameters and hyperparameters in single
+        precision as well, if these are in half precision.
+
+        **Arguments:** those of `evaluate`.
+        """
+        if not holds_half((state.params, hyperparams)):
+            return self
+        index = jnp.array(0)
+        hyperparams = self._at(hyperparams, index)
+        batch, key = eqx.filter_eval_shape(self._draw, self.train, index, _TRAIN)
+        traced = self.train_loss.in_single_precision(
+            state.params, state.model_state, hyperparams, batch, key
+        )
+        return dataclasses.replace(self, train_loss=traced)
+
     def train_batch(self, index: IntScalar) -> Batch:
         """Draws the batch $D_t$ of the train data that inner step `index` uses."""
         return self._draw(self.train, index, _TRAIN)[0]
@@ -283,8 +332,8 @@ def make_levels(
     """
     params, static = eqx.partition(state.model, eqx.is_inexact_array)
     levels = Levels(
-        problem.train_loss,  # until they are traced, below
-        problem.val_loss,
+        TracedLoss(problem.train_loss, None, problem.train_loss),  # traced below
+        TracedLoss(problem.val_loss, None, problem.val_loss),
         inner,
         second_order,
         train,
@@ -301,7 +350,7 @@ def make_levels(
         fn = lambda params, *args: evaluate(problem, eqx.combine(params, static), *args)
         batch, loss_key = eqx.filter_eval_shape(levels._draw, batches, index, level)
         args = (params, state.model_state, hyperparams, batch, loss_key)
-        return eqx.filter_closure_convert(fn, *args)
+        return TracedLoss(eqx.filter_closure_convert(fn, *args), None, fn)
 
     return dataclasses.replace(
         levels,

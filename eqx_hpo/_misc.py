@@ -125,6 +125,20 @@ def as_device_arrays(tree: PyTree) -> PyTree:
     return jtu.tree_map(convert, tree)
 
 
+def as_single(x: Any) -> Any:
+    """Casts an array in half precision to single precision."""
+    return x.astype(jnp.float32) if _is_half(x) else x
+
+
+def holds_half(tree: PyTree) -> bool:
+    """Tells whether an array of `tree` is in half precision."""
+    return any(_is_half(x) for x in jtu.tree_leaves(tree))
+
+
+def _is_half(x: Any) -> bool:
+    return eqx.is_inexact_array(x) and jnp.finfo(x.dtype).bits < 32
+
+
 def match_dtypes(tree: PyTree, like: PyTree) -> PyTree:
     """Casts the arrays of `tree` to the (strong) dtypes of `like`."""
 

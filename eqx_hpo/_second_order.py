@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ._checks import as_number
 from ._custom_types import FloatScalar
-from ._misc import tree_add, tree_norm
+from ._misc import as_single, holds_half, tree_add, tree_norm
 
 
 # loss(params, rest, args) -> (loss, (carried, report)). `params`, `rest` and `carried`
@@ -35,11 +35,11 @@ LossFn: TypeAlias = Callable[
 GradientFn: TypeAlias = Callable[
     [PyTree, PyTree, PyTree], tuple[PyTree, PyTree, tuple[FloatScalar, Any]]
 ]
-# product(gradients, params, v, settings): the derivative of `gradients` at `params`
-# along `v`, by a rule with these settings
-_Product: TypeAlias = Callable[
-    [Callable[[PyTree], PyTree], PyTree, PyTree, Any], PyTree
-]
+# gradients(params, rest) -> (d loss / d params, d loss / d rest)
+_Gradients: TypeAlias = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+# product(gradients, params, rest, v, settings): the derivative of `gradients` along `v`
+# in `params`, by a rule with these settings
+_Product: TypeAlias = Callable[[_Gradients, PyTree, PyTree, PyTree, Any], PyTree]
 
 
 class AbstractSecondOrder(eqx.Module):
@@ -97,11 +97,17 @@ class ForwardOverReverse(AbstractSecondOrder):
     """
 
     def differentiate(self, loss: LossFn) -> GradientFn:
-        def product(gradients, params, v, settings):
+        def product(gradients, params, rest, v, settings):
             del settings
-            return jax.jvp(gradients, (params,), (v,))[1]
+            return jax.jvp(lambda params: gradients(params, rest), (params,), (v,))[1]
 
         return _with_product(loss, product)
+
+
+def _as_epsilon(epsilon: Any) -> Float[Array, ""] | None:
+    if isinstance(epsilon, str) and epsilon == "auto":
+        return None
+    return as_number("epsilon", epsilon, zero=False)
 
 
 class FiniteDifference(AbstractSecondOrder):
@@ -114,39 +120,73 @@ class FiniteDifference(AbstractSecondOrder):
     Two gradients whatever the number of hyperparameters, and nothing but first-order
     derivatives of the loss. Both use the same batch and the same key. Liu et al.,
     *DARTS: Differentiable Architecture Search*, ICLR 2019, eq. 8.
+
+    Both gradients of a model in half precision are evaluated in single precision: their
+    difference is smaller than the rounding of half precision. If the loss cannot be
+    evaluated so, they stay in half precision, and the error grows to 0.1 and more.
     """
 
-    epsilon: Float[Array, ""] = eqx.field(
-        default=0.01, converter=lambda x: as_number("epsilon", x, zero=False)
-    )
+    epsilon: Float[Array, ""] | None = eqx.field(default="auto", converter=_as_epsilon)
 
     def differentiate(self, loss: LossFn) -> GradientFn:
-        def product(gradients, params, v, epsilon):
-            norm = tree_norm(v)
-            # v / ||v||, and zero for v = 0: then both gradients are the same.
-            inverse = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), 0)
-
-            # In the dtype of the norm: a half-precision scale might overflow.
-            times = lambda x, scale: (x.astype(norm.dtype) * scale).astype(x.dtype)
-
-            def at(epsilon):
-                step = epsilon * inverse
-                move = lambda p, x: p + times(x, step).astype(p.dtype)
-                return gradients(jtu.tree_map(move, params, v))
-
-            epsilon = epsilon.astype(norm.dtype)
-            up, down = at(epsilon), at(-epsilon)
-            scale = norm / (2 * epsilon)
-            return jtu.tree_map(lambda u, d: times(u - d, scale), up, down)
-
-        return _with_product(loss, product, self.epsilon)
+        return _with_product(loss, _central_difference, self.epsilon)
 
 
-FiniteDifference.__init__.__doc__ = """**Arguments:**
+FiniteDifference.__init__.__doc__ = r"""**Arguments:**
 
-- `epsilon`: the length of the step in the space of the model's parameters. In float32
-    the relative error is about 3e-4 at 0.01 and grows to 2e-3 at 0.001.
+- `epsilon`: the length of the step in the space of the model's parameters: a number, or
+    `"auto"` for $(u \sqrt{P} / 2)^{1/3}$ with the machine precision $u$ and the number
+    of parameters $P$: 0.01 for 400 and 0.04 for a million parameters in single
+    precision. It weighs the error of rounding, which falls with the length, against
+    that of higher derivatives, which grows with it.
 """
+
+
+def _central_difference(gradients, params, rest, v, epsilon):
+    args = _in_single_precision(gradients, params, rest)
+    norm = tree_norm(v)
+    # v / ||v||, and zero for v = 0: then both gradients are the same.
+    inverse = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), 0)
+    if epsilon is None:
+        epsilon = _balanced_epsilon(args[0])
+    epsilon = jnp.asarray(epsilon, norm.dtype)
+
+    def times(x, scale):
+        # At least in the dtype of the norm: half precision might overflow.
+        dtype = jnp.promote_types(x.dtype, norm.dtype)
+        return x.astype(dtype) * scale.astype(dtype)
+
+    def at(epsilon):
+        step = epsilon * inverse
+        move = lambda p, x: p + times(x, step).astype(p.dtype)
+        return gradients(jtu.tree_map(move, args[0], v), args[1])
+
+    up, down = at(epsilon), at(-epsilon)
+    scale = norm / (2 * epsilon)
+    slope = lambda u, d, x: times(u - d, scale).astype(x.dtype)
+    return jtu.tree_map(slope, up, down, (params, rest))
+
+
+def _in_single_precision(
+    gradients: _Gradients, params: PyTree, rest: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Casts half precision to single precision, if `gradients` takes it."""
+    args = (params, rest)
+    if not holds_half(args):
+        return args
+    single = jtu.tree_map(as_single, args)
+    try:
+        jax.eval_shape(gradients, *single)
+    except Exception:
+        return args
+    return single
+
+
+def _balanced_epsilon(params: PyTree) -> float:
+    leaves = jtu.tree_leaves(params)
+    size = max(1, sum(x.size for x in leaves))
+    unit = max([float(jnp.finfo(x.dtype).eps) for x in leaves], default=1.0)
+    return (unit * size**0.5 / 2) ** (1 / 3)
 
 
 def _gradient(loss: LossFn, params: PyTree, rest: PyTree, args: PyTree):
@@ -173,10 +213,10 @@ def _with_product(loss: LossFn, product: _Product, settings: Any = None) -> Grad
         params, rest, args, settings = residuals
         v, carried_cotangent, _ = cotangents
 
-        def gradients(params):
+        def gradients(params, rest):
             return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, rest, args)[0]
 
-        out = product(gradients, params, v, settings)
+        out = product(gradients, params, rest, v, settings)
         if len(jtu.tree_leaves(carried_cotangent)) > 0:
             carried = lambda params, rest: loss(params, rest, args)[1][0]
             _, pullback = jax.vjp(carried, params, rest)

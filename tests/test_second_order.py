@@ -245,7 +245,7 @@ def test_another_epsilon_compiles_nothing_anew():
     assert relative_error(coarse, fine) > 1e-3
     both = jax.vmap(hypergradient)(jnp.array([0.5, 1e-4]))
     assert relative_error(both, jnp.stack([coarse, fine])) < 1e-12
-    leaves = jtu.tree_leaves(hpo.FiniteDifference())
+    leaves = jtu.tree_leaves(hpo.FiniteDifference(0.01))
     assert len(leaves) == 1 and eqx.is_array(leaves[0])
 
 
