@@ -217,7 +217,12 @@ def _saddle(values):
 def test_an_indefinite_hessian_is_reported(values, solver):
     target = jnp.array([1.0, -1.0, 0.1])  # the solution itself has positive curvature
     algorithm = hpo.Implicit(
-        _saddle(values), STAY, STAY, inner_steps=1, linear_solver=SOLVERS[solver]
+        _saddle(values),
+        STAY,
+        STAY,
+        inner_steps=1,
+        linear_solver=SOLVERS[solver],
+        curvature_steps=5,
     )
     state = algorithm.init(jnp.zeros(3), jnp.zeros(3))
     after = algorithm.step(state, None, target)
@@ -232,7 +237,12 @@ def test_an_indefinite_hessian_is_reported(values, solver):
 def test_a_hessian_that_is_only_semidefinite_is_no_saddle():
     values = [2.0, 1.0, 0.0]
     algorithm = hpo.Implicit(
-        _saddle(values), STAY, STAY, inner_steps=1, linear_solver=SOLVERS["cg"]
+        _saddle(values),
+        STAY,
+        STAY,
+        inner_steps=1,
+        linear_solver=SOLVERS["cg"],
+        curvature_steps=5,
     )
     state = algorithm.init(jnp.zeros(3), jnp.zeros(3))
     after = algorithm.step(state, None, jnp.array([1.0, -1.0, 0.0]))
@@ -307,3 +317,138 @@ def test_bad_settings(kwargs, match):
     kwargs = {"linear_solver": lx.LU(), "inner_steps": 1, **kwargs}
     with pytest.raises((ValueError, TypeError), match=match):
         hpo.Implicit(ridge().problem, STAY, STAY, **kwargs)
+
+
+def test_conjugate_gradients_in_single_precision_at_any_scale_of_the_loss():
+    """Lineax takes curvatures below 100 rounding units for each weight for zero: with
+    1010 weights all of this problem."""
+    keys = jr.split(jr.key(0), 3)
+    with jax.enable_x64(False):
+        x = jnp.abs(jr.normal(keys[0], (300, 100), jnp.float32)) / 10
+        labels = jr.randint(keys[1], (300,), 0, 10)
+
+        def cross_entropy(model, batch):
+            weights, bias = model
+            x, labels = batch
+            scores = jax.nn.log_softmax(x @ weights + bias)
+            return -jnp.mean(jnp.take_along_axis(scores, labels[:, None], 1))
+
+        def hypergradient(scale, solver):
+            def train_loss(model, h, batch, key):
+                square = sum(jnp.sum(x**2) for x in model)
+                decay = 0.5 * jnp.exp(h) * square
+                return scale * (cross_entropy(model, batch) + decay)
+
+            val_loss = lambda model, h, batch, key: cross_entropy(model, batch)
+            algorithm = hpo.Implicit(
+                hpo.Problem(train_loss, val_loss),
+                optax.sgd(0.5 / scale, momentum=0.9),
+                STAY,
+                inner_steps=500,
+                linear_solver=solver,
+            )
+            model = (jnp.zeros((100, 10), jnp.float32), jnp.zeros(10, jnp.float32))
+            state = algorithm.init(model, jnp.asarray(jnp.log(3e-3), jnp.float32))
+            data = (x[:200], labels[:200]), (x[200:], labels[200:])
+            return algorithm.compute_hypergradient(state, *data)
+
+        expected = hypergradient(1.0, lx.GMRES(1e-5, 1e-5))
+        assert abs(expected) > 0.01
+        for scale in (1.0, 1e-6):
+            got = hypergradient(scale, lx.CG(1e-5, 1e-5))
+            assert jnp.allclose(got, expected, rtol=2e-3)
+
+
+def test_complex_weights():
+    """Against the same problem in real and imaginary parts."""
+    keys = jr.split(jr.key(0), 4)
+    matrix = jr.normal(keys[0], (6, 3)) + 1j * jr.normal(keys[1], (6, 3))
+    target = jr.normal(keys[2], (6,)) + 1j * jr.normal(keys[3], (6,))
+
+    def train_loss(w, h, batch, key):
+        fit = jnp.mean(jnp.abs(matrix @ w - target) ** 2)
+        return fit + jnp.sum(jnp.exp(h) * jnp.abs(w) ** 2) + jnp.sum(jnp.abs(w) ** 4)
+
+    val_loss = lambda w, h, batch, key: jnp.sum(jnp.abs(w - 1 + 0.5j) ** 2)
+
+    def in_parts(loss):
+        return lambda parts, *args: loss(parts[0] + 1j * parts[1], *args)
+
+    h = jnp.array([-1.0, -2.0, 0.3])
+    w = jnp.array([0.1 + 0.2j, 0.3 - 0.1j, -0.2j])
+    parts = jnp.stack([w.real, w.imag])
+    args = dict(inner_steps=1, linear_solver=lx.CG(1e-12, 1e-12))
+    complex_ = hpo.Implicit(hpo.Problem(train_loss, val_loss), STAY, STAY, **args)
+    real = hpo.Implicit(
+        hpo.Problem(in_parts(train_loss), in_parts(val_loss)), STAY, STAY, **args
+    )
+    got = complex_.compute_hypergradient(complex_.init(w, h), (), ())
+    expected = real.compute_hypergradient(real.init(parts, h), (), ())
+    assert relative_error(got, expected) < 1e-10
+    after = complex_.step(complex_.init(w, h), (), ())
+    assert int(after.skipped) == 0
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision(dtype):
+    """The system is that of the same weights in single precision."""
+    case = ridge()
+    cast = lambda tree, dtype: jax.tree.map(lambda x: x.astype(dtype), tree)
+    half = [
+        cast(x, dtype) for x in (case.model, case.hyperparams, case.train, case.val)
+    ]
+    algorithm = hpo.Implicit(
+        case.problem, STAY, STAY, inner_steps=1, linear_solver=lx.CG(1e-4, 1e-4)
+    )
+    got, expected = [
+        algorithm.compute_hypergradient(algorithm.init(model, h), train, val)
+        for model, h, train, val in (half, [cast(x, jnp.float32) for x in half])
+    ]
+    assert got["penalty"].dtype == dtype
+    assert relative_error(got, expected) < 4 * float(jnp.finfo(dtype).eps)
+    state = algorithm.step(algorithm.init(*half[:2]), *half[2:])
+    assert int(state.skipped) == 0
+
+
+def test_the_report_costs_nothing_unless_asked_for():
+    case = ridge(features=200, examples=300)
+    products = []
+    for curvature_steps in (None, 0, 3):
+        algorithm, state = _at_the_minimum(
+            case, hpo.Neumann(1, 0.1), curvature_steps=curvature_steps
+        )
+        step = lambda state, algorithm=algorithm: jax.tree.leaves(
+            eqx.filter(algorithm.step(state, case.train, case.val), eqx.is_array)
+        )
+        compiled = jax.jit(step).lower(state).compile()
+        cost: dict = compiled.cost_analysis() or {}
+        products.append(cost["flops"] / (4 * 300 * 200))  # in passes through the data
+        report = algorithm.step(state, case.train, case.val).metrics.diagnostics
+        asked = curvature_steps is not None
+        assert jnp.isfinite(report.residual) == asked
+        assert jnp.isfinite(report.curvature) == asked
+        assert jnp.isfinite(report.gradient_norm)
+    # By hand: the training gradient, that of the validation loss, the mixed product.
+    assert products[0] < 3.2
+    assert products[1] > products[0] + 0.9
+    assert products[2] > products[1] + 0.9
+
+
+def test_the_message_names_the_solver_that_failed():
+    # The Hessian is singular, and alpha is not in its range.
+    algorithm = hpo.Implicit(
+        _saddle([1.0, 0.0]), STAY, STAY, inner_steps=1, linear_solver=lx.LU()
+    )
+    solution = hpo.tune(
+        algorithm,
+        jnp.zeros(2),
+        jnp.zeros(2),
+        None,
+        jnp.ones(2),
+        steps=30,
+        key=None,
+        progress=False,
+    )
+    assert solution.result == hpo.RESULTS.nonfinite
+    assert "linear solver `LU` failed" in solution.message
+    assert "learning rate" not in solution.message

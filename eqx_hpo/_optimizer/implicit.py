@@ -1,25 +1,25 @@
 """Hypergradients by the implicit function theorem, through any linear solver."""
 
-import dataclasses
 from typing import Any, ClassVar
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 import optax
+from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._checks import as_number, check_not_negative_int
-from .._custom_types import Batch, Hyperparams, InnerOptimiser, IntScalar, Through
+from .._custom_types import Batch, Hyperparams, InnerOptimiser, Through
 from .._levels import Levels
 from .._misc import tree_add, tree_dot, tree_norm, tree_scale
 from .._problem import Problem
-from .._second_order import AbstractSecondOrder, ForwardOverReverse, ReverseOverReverse
+from .._second_order import AbstractSecondOrder, ForwardOverReverse
 from .._solution import RESULTS
 from .._state import Estimate, float_scalar, InnerState, Memory
 from .base import AbstractAlgorithm
+from .hessian import as_covector, as_vector, Point
 
 
 class ImplicitReport(eqx.Module):
@@ -35,6 +35,9 @@ class ImplicitReport(eqx.Module):
         seen. Below zero it proves that the model is not at a minimum.
     - `gradient_norm`: the norm of the training gradient, zero at a minimum.
     - `solver_steps`: how many steps the linear solver took; zero for a direct one.
+    - `solver`: the name of the linear solver.
+
+    `residual` and `curvature` are NaN unless `curvature_steps` asks for them.
     """
 
     result: RESULTS
@@ -42,6 +45,7 @@ class ImplicitReport(eqx.Module):
     curvature: Float[Array, ""]
     gradient_norm: Float[Array, ""]
     solver_steps: Int[Array, ""]
+    solver: str = eqx.field(static=True)
 
 
 class Implicit(AbstractAlgorithm):
@@ -86,13 +90,14 @@ class Implicit(AbstractAlgorithm):
         kw_only=True, default=0.0, converter=lambda x: as_number("damping", x)
     )
     warm_start: bool = eqx.field(static=True, kw_only=True, default=True)
-    curvature_steps: int = eqx.field(static=True, kw_only=True, default=5)
+    curvature_steps: int | None = eqx.field(static=True, kw_only=True, default=None)
     unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
     through: ClassVar[Through] = "gradient"
     val_at_each_step: ClassVar[bool] = False
 
     def __check_init__(self):
-        check_not_negative_int("curvature_steps", self.curvature_steps)
+        if self.curvature_steps is not None:
+            check_not_negative_int("curvature_steps", self.curvature_steps)
         if not isinstance(self.inner, optax.GradientTransformation):
             raise ValueError(
                 "`inner` must be an `optax.GradientTransformation` here, not a "
@@ -114,12 +119,13 @@ class Implicit(AbstractAlgorithm):
         del hyperparams, batch
         if not self.warm_start:
             return Memory()
-        return Memory(episode=jtu.tree_map(jnp.zeros_like, inner.params))
+        zeros = jtu.tree_map(jnp.zeros_like, as_vector(inner.params))
+        return Memory(episode=zeros)
 
     def init_diagnostics(self) -> ImplicitReport:
-        nan = float_scalar(jnp.nan)
-        none = jnp.zeros((), int)
-        return ImplicitReport(RESULTS.successful, nan, nan, nan, none)  # pyright: ignore
+        nans = [float_scalar(jnp.nan) for _ in range(3)]
+        none, name = jnp.zeros((), int), type(self.linear_solver).__name__
+        return ImplicitReport(RESULTS.successful, *nans, none, name)  # pyright: ignore
 
     def estimate(
         self,
@@ -131,20 +137,17 @@ class Implicit(AbstractAlgorithm):
         inner, train = levels.run(inner, hyperparams, 0, self.inner_steps)
         last = jnp.asarray(self.inner_steps - 1)
         val, (alpha, _), direct = levels.validation_gradient(inner, hyperparams, last)
-        hessian, gradient = self._hessian(levels, inner, hyperparams, last)
+        point = Point(levels, inner, last)
+        hessian, gradient = point.hessian(hyperparams, self.damping)
+        alpha = as_covector(alpha)
+        options = {"y0": memory.episode} if self.warm_start else {}
+        if _has_absolute_test(self.linear_solver):
+            options["preconditioner"] = _scaling(hessian, alpha)
         solved = lx.linear_solve(
-            hessian,
-            alpha,
-            self.linear_solver,
-            options={"y0": memory.episode} if self.warm_start else {},
-            throw=False,
+            hessian, alpha, self.linear_solver, options=options, throw=False
         )
         x = solved.value
-        _, pullback = eqx.filter_vjp(
-            lambda hyperparams: levels.gradient(inner, hyperparams, last)[0],
-            hyperparams,
-        )
-        (indirect,) = pullback(jtu.tree_map(jnp.negative, x))
+        indirect = point.mixed_product(hyperparams, jtu.tree_map(jnp.negative, x))
         return Estimate(
             inner=inner,
             memory=Memory(episode=x) if self.warm_start else memory,
@@ -154,28 +157,6 @@ class Implicit(AbstractAlgorithm):
             diagnostics=self._report(hessian, solved, alpha, gradient),
         )
 
-    def _hessian(
-        self,
-        levels: Levels,
-        inner: InnerState,
-        hyperparams: Hyperparams,
-        index: IntScalar,
-    ) -> tuple[lx.AbstractLinearOperator, PyTree]:
-        """Makes the damped Hessian of the train loss, and its gradient."""
-        levels = dataclasses.replace(levels, second_order=ReverseOverReverse())
-
-        def at(params):
-            state = dataclasses.replace(inner, params=params)
-            return levels.gradient(state, hyperparams, index)[0]
-
-        gradient, product = jax.linearize(at, inner.params)
-        operator = lx.FunctionLinearOperator(
-            lambda v: tree_add(product(v), tree_scale(self.damping, v)),
-            jax.eval_shape(lambda: inner.params),
-            lx.positive_semidefinite_tag,
-        )
-        return operator, gradient
-
     def _report(
         self,
         hessian: lx.AbstractLinearOperator,
@@ -183,23 +164,27 @@ class Implicit(AbstractAlgorithm):
         alpha: PyTree,
         gradient: PyTree,
     ) -> ImplicitReport:
-        product = hessian.mv(solved.value)
-        residual = tree_norm(jtu.tree_map(jnp.subtract, product, alpha))
-        along = _divide(tree_dot(solved.value, product), tree_norm(solved.value) ** 2)
-        smallest, largest = _ritz_values(hessian, alpha, self.curvature_steps)
-        curvature = jnp.fmin(along, smallest)
-        rounding = 100 * jnp.finfo(curvature.dtype).eps
-        indefinite = curvature < -rounding * jnp.fmax(jnp.abs(along), largest)
         result = RESULTS.promote(solved.result)
-        result = RESULTS.where(
-            (result == RESULTS.successful) & indefinite, RESULTS.indefinite, result
-        )
+        residual = curvature = jnp.array(jnp.nan)
+        if self.curvature_steps is not None:
+            product = hessian.mv(solved.value)
+            residual = tree_norm(jtu.tree_map(jnp.subtract, product, alpha))
+            residual = _divide(residual, tree_norm(alpha))
+            square = tree_norm(solved.value) ** 2
+            along = _divide(tree_dot(solved.value, product), square)
+            smallest, largest = _ritz_values(hessian, alpha, self.curvature_steps)
+            curvature = jnp.fmin(along, smallest)
+            rounding = 100 * jnp.finfo(curvature.dtype).eps
+            indefinite = curvature < -rounding * jnp.fmax(jnp.abs(along), largest)
+            indefinite &= result == RESULTS.successful
+            result = RESULTS.where(indefinite, RESULTS.indefinite, result)
         return ImplicitReport(
             result=result,
-            residual=float_scalar(_divide(residual, tree_norm(alpha))),
+            residual=float_scalar(residual),
             curvature=float_scalar(curvature),
             gradient_norm=float_scalar(tree_norm(gradient)),
             solver_steps=jnp.asarray(solved.stats.get("num_steps", 0), int),
+            solver=type(self.linear_solver).__name__,
         )
 
 
@@ -211,28 +196,50 @@ hyperparameters,
     declared positive semidefinite: `lineax.CG(rtol, atol)` first of all (with
     `rtol=0, atol=0, max_steps=n` for `n` steps without a test); `lineax.GMRES` or
     `lineax.BiCGStab` for an indefinite one; `lineax.Cholesky()` or `lineax.LU()` for
-    few weights; [`eqx_hpo.Neumann`][] or [`eqx_hpo.Nystrom`][]. `lineax.CG` takes a
-    curvature below 100 times the rounding unit times the number of weights for zero and
-    gives NaN. In single precision that is a curvature of 0.3 for 26,000 weights: use
-    another solver there.
+    few weights; [`eqx_hpo.Neumann`][] or [`eqx_hpo.Nystrom`][].
 - `damping`: the number $\rho$, at least zero, that is added to the diagonal.
 - `warm_start`: whether the solver starts from the solution of the step before, where
     it takes a first estimate.
-- `curvature_steps`: how many further products with the Hessian look for negative
-    curvature (Lanczos' method, from $\alpha$). With 0 only that along $x$ is known.
+- `curvature_steps`: how many products with the Hessian look for negative curvature
+    (Lanczos' method, from $\alpha$). One more tells the residual and the curvature
+    along $x$. With 0 it is that one alone; with `None` none at all, and the report
+    holds what costs nothing.
 """
 
 
-def failed_solve(diagnostics: Any) -> RESULTS | None:
+def _has_absolute_test(solver: lx.AbstractLinearSolver) -> bool:
+    """Tells whether a solver takes curvatures below a fixed number for zero."""
+    if isinstance(solver, lx.Normal):
+        solver = solver.inner_solver
+    return isinstance(solver, lx.CG)
+
+
+def _scaling(
+    operator: lx.AbstractLinearOperator, vector: PyTree
+) -> lx.AbstractLinearOperator:
+    """Makes a multiple of the identity which, as a preconditioner, changes no iterate
+    of conjugate gradients, but makes Lineax compare curvatures with the rounding error
+    of that along `vector` in place of 100 times that of `size`."""
+    along = _divide(tree_norm(operator.mv(vector)), tree_norm(vector))
+    scale = 100 * operator.in_size() / jnp.where(along > 0, along, 1)
+    return lx.FunctionLinearOperator(
+        lambda v: tree_scale(scale, v),
+        operator.in_structure(),
+        lx.positive_semidefinite_tag,
+    )
+
+
+def failed_solve(diagnostics: Any) -> tuple[RESULTS, str] | None:
     """Returns the result of a linear solve that was not successful, the first one over
-    tasks; `None` if there is none."""
+    tasks, and the name of the solver; `None` if there is none."""
     if not isinstance(diagnostics, ImplicitReport):
         return None
     failed = jnp.atleast_1d(diagnostics.result != RESULTS.successful)
     if not jnp.any(failed):
         return None
     first = jnp.argmax(failed)
-    return jtu.tree_map(lambda x: jnp.atleast_1d(x)[first], diagnostics.result)
+    result = jtu.tree_map(lambda x: jnp.atleast_1d(x)[first], diagnostics.result)
+    return result, diagnostics.solver
 
 
 def _ritz_values(
@@ -261,7 +268,7 @@ def _ritz_values(
     norm = tree_norm(start).astype(dtype)
     first = tree_scale(_divide(jnp.ones((), dtype), norm), start)
     carry = (zeros, first, jnp.zeros((), dtype))
-    _, (alphas, betas) = jax.lax.scan(step, carry, length=steps)
+    _, (alphas, betas) = lax.scan(step, carry, length=steps)
     # What comes after the end is a block of its own: it must not be seen as zero.
     alive = jnp.concatenate([jnp.zeros(1, int), jnp.cumsum(betas[:-1] == 0)]) == 0
     diagonal = jnp.diag(jnp.where(alive, alphas, alphas[0]))
