@@ -138,7 +138,8 @@ def as_batches(data: Any, name: str, inner_steps: int | None) -> AbstractBatches
                 f"`{name}` is `Stacked` with {length} batches, but the algorithm takes "
                 f"{inner_steps} inner steps; give one batch for each."
             )
-    batches = data if isinstance(data, AbstractBatches) else SameBatch(data)
+    is_plain = not isinstance(data, AbstractBatches)
+    batches = SameBatch(numbers_as_arrays(data)) if is_plain else data
     arrays = [x for x in jtu.tree_leaves(batches) if is_array_or_numpy(x)]
     for x in arrays:
         if x.size == 0:
@@ -146,6 +147,20 @@ def as_batches(data: Any, name: str, inner_steps: int | None) -> AbstractBatches
                 f"`{name}` is empty: it holds an array of shape {x.shape}."
             )
     return batches
+
+
+def numbers_as_arrays(data: PyTree) -> PyTree:
+    """Makes arrays of the Python numbers in plain data: static, each other number would
+    compile anew. Flags stay as they are, for a loss that branches on one."""
+
+    def is_number(x):
+        return type(x) in (int, float, complex)
+
+    if not any(is_number(x) for x in jtu.tree_leaves(data)):
+        return data
+    convert = lambda x: jnp.asarray(x, jnp.result_type(type(x))) if is_number(x) else x
+    is_leaf = lambda x: isinstance(x, AbstractBatches)
+    return jtu.tree_map(convert, data, is_leaf=is_leaf)
 
 
 def examples(batch: Batch) -> Batch:

@@ -1,6 +1,7 @@
 """Where the driver takes its data from: arrays on the device as they are, Python
 iterators a batch at a time."""
 
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -10,8 +11,9 @@ import jax.tree_util as jtu
 import numpy as np
 
 from ._custom_types import Batch
-from ._data import AbstractBatches, Stacked
+from ._data import AbstractBatches, numbers_as_arrays, Stacked
 from ._misc import as_device_arrays
+from ._optimizer import AbstractBilevelOptimizer
 
 
 class Feed:
@@ -30,7 +32,7 @@ class Feed:
         self._peeked: list[Any] = []
         self.is_static = not is_loader(data)
         if self.is_static:
-            self._same = as_device_arrays(data)
+            self._same = as_device_arrays(numbers_as_arrays(data))
         else:
             self._loader = data
 
@@ -54,8 +56,9 @@ class Feed:
             return self._peeked.pop()
         first = self._pull()
         if isinstance(first, AbstractBatches) or self._count is None:
-            return first
+            return numbers_as_arrays(first)
         batches = [first] + [self._pull() for _ in range(self._count - 1)]
+        self._check_stackable(first)
         try:
             return Stacked(jtu.tree_map(_stack, *batches))
         except ValueError as e:
@@ -64,6 +67,14 @@ class Feed:
                 "one step; they must be equal to be stacked. Let the loader drop the "
                 "last, incomplete batch."
             ) from e
+
+    def _check_stackable(self, batch: Batch) -> None:
+        for path, x in jtu.tree_leaves_with_path(batch):
+            if not (hasattr(x, "shape") or isinstance(x, (bool, int, float, complex))):
+                raise ValueError(
+                    f"`{self._name}{jtu.keystr(path)}` is {x!r}, which cannot be part "
+                    "of an array. Leave it out of the batches."
+                )
 
     def _pull(self) -> Any:
         assert self._loader is not None
@@ -80,6 +91,24 @@ class Feed:
             return next(fresh)
         except StopIteration:
             raise ValueError(f"`{self._name}` is empty: it gave no batch.") from None
+
+
+def make_feeds(
+    algorithm: AbstractBilevelOptimizer, train: Any, val: Any
+) -> tuple[Feed, Feed]:
+    """Makes the feeds of the two levels, as `tune` describes them."""
+    if val is train and is_loader(train):
+        warnings.warn(
+            "`val` is the same iterator as `train`: each takes batches away from the "
+            "other, and the hyperparameters are fitted to the train data. Give a "
+            "loader of validation data.",
+            stacklevel=3,
+        )
+    val_count = algorithm.inner_steps if algorithm.val_at_each_step else None
+    train_feed = Feed(train, "train", algorithm.inner_steps)
+    if val is train and train_feed.is_static:
+        val = train_feed.next()  # still the same, which `init` warns of
+    return train_feed, Feed(val, "val", val_count)
 
 
 def is_loader(data: Any) -> bool:

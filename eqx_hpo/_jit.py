@@ -15,6 +15,7 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
+from ._data import numbers_as_arrays
 from ._misc import is_array_or_numpy
 
 
@@ -50,17 +51,23 @@ class _JitMethod:
         self._compiled = eqx.filter_jit(fn)
         ft.update_wrapper(self, fn)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._compiled(*args, **kwargs)
+    def __call__(self, instance: Any, *args: Any, **kwargs: Any) -> Any:
+        # A Python number in the data is no reason to compile anew. The state is left
+        # alone: a number in the model is a setting.
+        state, data = args[:1], numbers_as_arrays(args[1:])
+        state_kwargs = {k: v for k, v in kwargs.items() if k == "state"}
+        kwargs = numbers_as_arrays({k: v for k, v in kwargs.items() if k != "state"})
+        return self._compiled(instance, *state, *data, **state_kwargs, **kwargs)
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
         # A bound method of an `eqx.Module` cannot be hashed, so `jax.jit` would refuse
         # it; this one is a pytree too.
-        return self if instance is None else jtu.Partial(self._compiled, instance)
+        return self if instance is None else jtu.Partial(self, instance)
 
 
 def jit_method(fn: Callable[P, T]) -> Callable[P, T]:
-    """Compiles a method by `eqx.filter_jit`. Users may pass it to `jax.jit` too."""
+    """Compiles a method of `(state, train, val)` by `eqx.filter_jit`. Users may pass it
+    to `jax.jit` too."""
     return cast(Callable[P, T], _JitMethod(fn))
 
 

@@ -31,13 +31,17 @@ from ._optimizer import AbstractBilevelOptimizer, failed_solve
 from ._solution import (
     as_history,
     compare_discretised,
+    Course,
     describe,
     Discretised,
+    follow,
+    has_diverged,
     History,
     Record,
     record,
     RESULTS,
     Solution,
+    start_course,
 )
 from ._state import BilevelState
 
@@ -68,12 +72,14 @@ class Run:
             # The caller goes on from a run that ended so: it gets another chance.
             state = dataclasses.replace(state, skipped=jnp.zeros((), int))
         self.state = state
-        self.step, self.skipped = int(state.step), int(state.skipped)
+        self._start = self.step = int(state.step)
+        self.skipped = int(state.skipped)
         self._algorithm, self._key = algorithm, key
         self._train, self._val = train, val
         self._last_val: AbstractBatches | None = None
         self._max_skipped = max_skipped
         self._recorder = _Recorder(state, interval)
+        self._course = start_course()
         self._pace = _Pace(_can_loop(algorithm, state, train, val, key))
         self._status: Any = None  # of the last call, where it is not yet known
 
@@ -95,8 +101,8 @@ class Run:
         call = _advance_donating if donate else _advance_keeping
         number = jnp.result_type(int).type  # as that of `state.step`
         start = time.monotonic()
-        carry = (self.state, self._recorder.rows)
-        (self.state, self._recorder.rows), status = call(
+        carry = (self.state, self._recorder.rows, self._course)
+        (self.state, self._recorder.rows, self._course), status = call(
             carry,
             _Inputs(
                 algorithm=self._algorithm,
@@ -123,7 +129,14 @@ class Run:
 
     def has_failed(self) -> bool:
         """Tells whether too many steps in a row were skipped."""
+        if self._status is not None and self.skipped + 1 >= self._max_skipped:
+            # The step under way may be the last one: it is waited for.
+            self.skipped = int(jax.device_get(self._status)[1])
         return self.skipped >= self._max_skipped
+
+    def has_begun(self) -> bool:
+        """Tells whether a step was taken."""
+        return self.step > self._start
 
     def is_alive(self) -> bool:
         """Tells whether the state was not lost to a call that failed after donating
@@ -135,15 +148,14 @@ class Run:
         """Builds the `Solution` of the run so far."""
         history = self._recorder.finish(self.state, self.step)
         self.skipped = int(self.state.skipped)
-        if result == RESULTS.successful and self.has_failed():
-            result = RESULTS.nonfinite
         solve = failed_solve(self.state.metrics.diagnostics)
-        if result == RESULTS.successful and solve is not None:
-            result = solve
+        if result == RESULTS.successful:
+            result = self._outcome(solve)
         # The next step draws its noise anew anyhow.
         hyperparams = without_noise(self.state.hyperparams)
         self.state = dataclasses.replace(self.state, hyperparams=hyperparams)
         discretised = self._discretise()
+        message = describe(result, self.state, self._course, solve, discretised)
         return Solution(
             model=self.state.model,
             hyperparams=hyperparams,
@@ -151,9 +163,19 @@ class Run:
             history=history,
             result=cast(RESULTS, result),
             state=self.state,
-            message=describe(result, self.state, discretised),
+            message=message,
             discretised=discretised,
         )
+
+    def _outcome(self, solve: tuple[Any, str] | None) -> Any:
+        """Finds the result of a run that took all its steps."""
+        if self.has_failed():
+            return RESULTS.nonfinite
+        if solve is not None:
+            return solve[0]
+        if has_diverged(self._course, self.state):
+            return RESULTS.diverged
+        return RESULTS.successful
 
     def _discretise(self) -> Discretised | None:
         if not has_discrete(self.state.hyperparams) or self._last_val is None:
@@ -313,13 +335,13 @@ class _Inputs(eqx.Module):
     loops: bool = eqx.field(static=True)
 
 
-def _advance(carry: tuple[BilevelState, Record], inputs: _Inputs):
+def _advance(carry: tuple[BilevelState, Record, Course], inputs: _Inputs):
     """Takes `limit` steps, or one; writes a row of the history where one is due."""
-    state, rows = carry
+    state, rows, course = carry
     arrays, static = eqx.partition(state, eqx.is_array)
 
     def body(carry):
-        count, arrays, rows = carry
+        count, arrays, rows, course = carry
         state = eqx.combine(arrays, static)
         key = None if inputs.key is None else jr.fold_in(inputs.key, state.step)
         state = inputs.algorithm.step(state, inputs.train, inputs.val, key=key)
@@ -331,18 +353,19 @@ def _advance(carry: tuple[BilevelState, Record], inputs: _Inputs):
 
         is_due = state.step % inputs.interval == 0
         rows = lax.cond(is_due, write, lambda rows: rows, rows)
-        return count + 1, eqx.filter(state, eqx.is_array), rows
+        arrays = eqx.filter(state, eqx.is_array)
+        return count + 1, arrays, rows, follow(course, state)
 
     def proceed(carry):
-        count, arrays, _ = carry
+        count, arrays, _, _ = carry
         return (count < inputs.limit) & (arrays.skipped < inputs.max_skipped)
 
-    start = (jnp.array(0), arrays, rows)
+    start = (jnp.array(0), arrays, rows, course)
     loops = inputs.loops
     end = lax.while_loop(proceed, body, start) if loops else body(start)
-    _, arrays, rows = end
+    _, arrays, rows, course = end
     status = jnp.stack([arrays.step, arrays.skipped])
-    return (eqx.combine(arrays, static), rows), status
+    return (eqx.combine(arrays, static), rows, course), status
 
 
 _advance_keeping = jit_without_waiting(_advance, donate_first=False)

@@ -33,7 +33,7 @@ from ._progress import ProgressBar
 from ._run import own_copy, Run, start
 from ._solution import RESULTS, Solution
 from ._state import BilevelState
-from ._tune import check_start, drive
+from ._tune import asks_to_stop, check_start, drive
 
 
 _LARGEST = 2**31 - 1
@@ -127,15 +127,14 @@ def search(
                     break
                 if study.tell(trial, run.state):
                     best = own_copy(run.state, run.state)
-                if (
-                    callback is not None
-                    and callback(own_copy(run.state, run.state)) is True
+                if callback is not None and asks_to_stop(
+                    callback, own_copy(run.state, run.state)
                 ):
                     result = RESULTS.stopped
                     break
     except KeyboardInterrupt:
         result = RESULTS.interrupted
-    return _join(algorithm, run.finish(result), best, like, study)
+    return _join(algorithm, run.finish(result), result, best, like, study)
 
 
 def _make_trainer(
@@ -255,13 +254,14 @@ def _import_optuna() -> Any:
 def _join(
     algorithm: AbstractAlgorithm,
     last: Solution,
+    result: Any,
     best: BilevelState | None,
     like: BilevelState,
     study: _Study,
 ) -> Solution:
     """Puts the best trial in the place of the last one, in a state that `tune`
-    takes."""
-    tried, failed, result = len(study.failed), sum(study.failed), last.result
+    takes. `result` tells how the search ended."""
+    tried, failed = len(study.failed), sum(study.failed)
     # Without the row of a trial that was cut short.
     history = jtu.tree_map(lambda x: x[:tried], last.history)
     val_loss = np.where(study.failed, np.nan, history.val_loss)

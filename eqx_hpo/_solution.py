@@ -29,6 +29,15 @@ class RESULTS(lx.RESULTS):  # pyright: ignore
     )
     interrupted = "The run was interrupted from the keyboard."
     stopped = "The callback asked to stop."
+    failed = (
+        "An exception ended the run. It was raised, with the solution so far as its "
+        "attribute `solution`."
+    )
+    diverged = (
+        "A loss ended far above where it began. Likely causes: a learning rate of the "
+        "inner or of the outer optimiser that is too large, or a hyperparameter that "
+        "has run away (look at `history.hyperparams`)."
+    )
     data_exhausted = (
         "An iterator of batches ended before the last step. Pass an iterable that can "
         "be started again, such as a data loader, to go through it many times."
@@ -42,15 +51,6 @@ class RESULTS(lx.RESULTS):  # pyright: ignore
     )
 
 
-# Why a run may end early; all other items are of a linear solve.
-_STOPPED = [
-    RESULTS.nonfinite,
-    RESULTS.interrupted,
-    RESULTS.stopped,
-    RESULTS.data_exhausted,
-]
-
-
 # Numbers in a row of the history up to which hyperparameters are recorded in full.
 _FULL_ROW = 10**5
 
@@ -62,7 +62,17 @@ class Record(eqx.Module):
     train_loss: Float[Any, ""]
     val_loss: Float[Any, ""]
     hypergradient_norm: Float[Any, ""]
+    skipped: Int[Any, ""]
     hyperparams: Hyperparams
+
+
+class Course(eqx.Module):
+    """The `(train, validation)` loss at the first and at the best step of a run, NaN if
+    no step was finite, and the number of the best step."""
+
+    first: Float[Array, "2"]
+    best: Float[Array, "2"]
+    best_step: Int[Array, "2"]
 
 
 class History(eqx.Module):
@@ -72,6 +82,7 @@ class History(eqx.Module):
 
     - `step`: the number of the step, from 1.
     - `train_loss`, `val_loss`, `hypergradient_norm`: those of `state.metrics` after it.
+    - `skipped`: how many steps were skipped up to it.
     - `hyperparams`: the unwrapped hyperparameters after it, each array with a leading
         axis over the records. If there are more than 100,000 numbers in all, arrays of
         more than three are recorded as `(mean, minimum, maximum)`.
@@ -81,6 +92,7 @@ class History(eqx.Module):
     train_loss: Float[np.ndarray, " records"]
     val_loss: Float[np.ndarray, " records"]
     hypergradient_norm: Float[np.ndarray, " records"]
+    skipped: Int[np.ndarray, " records"]
     hyperparams: PyTree[Any]
 
 
@@ -144,6 +156,7 @@ def record(state: BilevelState) -> Record:
         train_loss=metrics.train_loss,
         val_loss=metrics.val_loss,
         hypergradient_norm=metrics.hypergradient_norm,
+        skipped=state.total_skipped,
         hyperparams=arrays,
     )
 
@@ -162,6 +175,7 @@ def as_history(blocks: list[Record]) -> History:
         train_loss=joined.train_loss,
         val_loss=joined.val_loss,
         hypergradient_norm=joined.hypergradient_norm,
+        skipped=joined.skipped,
         hyperparams=joined.hyperparams,
     )
 
@@ -187,29 +201,97 @@ def compare_discretised(
     )
 
 
-def describe(result: Any, state: BilevelState, discretised: Discretised | None) -> str:
-    """Puts the result of a run in words."""
-    step, skipped = int(state.step), int(state.skipped)
-    if result == RESULTS.successful:
+def start_course() -> Course:
+    """Makes the course of a run before its first step."""
+    nans = lambda: jnp.full(2, jnp.nan)
+    return Course(nans(), nans(), jnp.zeros(2, int))
+
+
+def follow(course: Course, state: BilevelState) -> Course:
+    """Takes in the losses of a step, unless it was skipped."""
+    losses = jnp.stack([state.metrics.train_loss, state.metrics.val_loss])
+    is_good = state.skipped == 0
+    is_better = is_good & ~(losses >= course.best)  # NaN is no number to be below
+    return Course(
+        jnp.where(is_good & jnp.isnan(course.first), losses, course.first),
+        jnp.where(is_better, losses, course.best),
+        jnp.where(is_better, state.step, course.best_step),
+    )
+
+
+def has_diverged(course: Course, state: BilevelState) -> bool:
+    """Tells whether a loss ended above its first value by more than ten times that
+    value, and ten times what it had gained."""
+    last = np.array([state.metrics.train_loss, state.metrics.val_loss])
+    first, best = np.asarray(course.first), np.asarray(course.best)
+    scale = np.maximum(np.abs(first), first - best)
+    return bool(np.any((scale > 0) & (last - first > 10 * scale)))
+
+
+def describe(
+    result: Any,
+    state: BilevelState,
+    course: Course,
+    solve: tuple[Any, str] | None,
+    discretised: Discretised | None,
+) -> str:
+    """Puts the result of a run in words. `solve` is the linear solve that failed in the
+    last step, if one did, with the name of its solver."""
+    step = int(state.step)
+    if solve is not None and result in (solve[0], RESULTS.nonfinite):
+        text = _describe_solve(result, step, *solve)
+    elif result == RESULTS.successful:
         text = f"Finished after step {step}."
-    elif any(result == item for item in _STOPPED):
-        text = f"{RESULTS[result]} Steps taken: {step}."
     else:
-        text = (
-            f"Finished after step {step}, but the linear solve of that step was not "
-            f"successful: {RESULTS[result]}"
-        )
-    if skipped > 0:
-        metrics = state.metrics
-        text += (
-            f" Not finite since step {step - skipped + 1}: train loss "
-            f"{float(metrics.train_loss)}, validation loss {float(metrics.val_loss)}, "
-            f"hypergradient norm {float(metrics.hypergradient_norm)}."
-        )
+        text = f"{RESULTS[result]} Steps taken: {step}."
+    text += describe_skipped(state) + _describe_course(course, state)
     if discretised is not None:
         text += (
             f" Validation loss {float(discretised.val_loss):.4g} with discretised "
             f"hyperparameters, {float(discretised.relaxed_val_loss):.4g} with relaxed "
             "ones."
         )
+    return text
+
+
+def _describe_solve(result: Any, step: int, outcome: Any, solver: str) -> str:
+    if result == RESULTS.nonfinite:
+        return (
+            f"The linear solver `{solver}` failed in the last steps, which were not "
+            f"finite and changed nothing: {RESULTS[outcome]} Add `damping`, take more "
+            f"inner steps, or use another solver. Steps taken: {step}."
+        )
+    return (
+        f"Finished after step {step}, but the linear solver `{solver}` was not "
+        f"successful in that step: {RESULTS[outcome]}"
+    )
+
+
+def describe_skipped(state: BilevelState) -> str:
+    """Counts the skipped steps in words; empty if there are none."""
+    step, total = int(state.step), int(state.total_skipped)
+    if total == 0:
+        return ""
+    text = f" {total} of {step} steps were not finite; first at step "
+    text += f"{int(state.first_skipped)}."
+    if int(state.skipped) > 0:
+        metrics = state.metrics
+        text += (
+            f" The last one: train loss {float(metrics.train_loss)}, validation loss "
+            f"{float(metrics.val_loss)}, hypergradient norm "
+            f"{float(metrics.hypergradient_norm)}."
+        )
+    return text
+
+
+def _describe_course(course: Course, state: BilevelState) -> str:
+    text, last = "", (state.metrics.train_loss, state.metrics.val_loss)
+    names = ("Train loss", "Validation loss")
+    for i in (0, 1) if has_diverged(course, state) else (1,):
+        if np.isfinite(course.best[i]) and np.isfinite(last[i]):
+            text += (
+                f" {names[i]} {float(course.first[i]):.4g} at first, "
+                f"{float(course.best[i]):.4g} at best (step {course.best_step[i]}), "
+                f"{float(last[i]):.4g} at the end."
+            )
     return text

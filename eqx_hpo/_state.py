@@ -67,6 +67,9 @@ class BilevelState(eqx.Module):
         fresh. Skipped calls do not count.
     - `skipped`: how many of the last calls in a row were skipped, because a loss, the
         hypergradient or a part of the new state was not finite.
+    - `total_skipped`: how many calls were skipped in all.
+    - `first_skipped`: the number of the first call that was skipped, from 1; 0 if there
+        is none.
     - `metrics`: a report of the last step.
     """
 
@@ -79,6 +82,8 @@ class BilevelState(eqx.Module):
     step: Int[Array, ""]
     episode_step: Int[Array, ""]
     skipped: Int[Array, ""]
+    total_skipped: Int[Array, ""]
+    first_skipped: Int[Array, ""]
     metrics: Metrics
 
 

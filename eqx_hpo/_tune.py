@@ -1,6 +1,7 @@
 """The driver: `tune` takes a problem from its start to a `Solution`."""
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -12,13 +13,16 @@ from ._checkpoint import save
 from ._checks import check_positive_int, check_type
 from ._custom_types import Batch, Hyperparams, Key, Model
 from ._data import AbstractBatches
-from ._feed import Feed
+from ._feed import make_feeds
 from ._jit import own_error_text
 from ._optimizer import AbstractBilevelOptimizer
 from ._progress import catch_interrupt, ProgressBar
 from ._run import Run, start
-from ._solution import RESULTS, Solution
+from ._solution import describe_skipped, RESULTS, Solution
 from ._state import BilevelState
+
+
+_MANY_SKIPPED = 0.1  # the share of skipped steps from which on there is a warning
 
 
 # A number of steps, and what is done whenever it has passed.
@@ -80,19 +84,22 @@ def tune(
         `checkpoint_every` steps and when the run ends for whatever reason.
     - `checkpoint_every`: see `checkpoint`.
     - `callback`: called as `callback(state)` after every `record_every` steps; the run
-        stops if it returns `True`.
-    - `progress`: whether to show a progress bar. None is shown where the standard error
-        is not a terminal.
+        stops if it returns something true, a boolean of Python, NumPy or JAX.
+    - `progress`: whether to show a progress bar in a terminal or a notebook, and
+        elsewhere, as in the log of a job, a line on the standard error every half
+        minute.
     - `model_state`: an `eqx.nn.State`, for losses that take and return one.
     - `max_skipped`: end the run after so many non-finite steps in a row.
 
     **Returns:** a [`eqx_hpo.Solution`][]. Ctrl-C ends the run early and returns what
     there is, with `RESULTS.interrupted`; a run of non-finite steps ends it with
-    `RESULTS.nonfinite`.
+    `RESULTS.nonfinite`. A loss that ends far above where it began is
+    `RESULTS.diverged`. More than a tenth of skipped steps is a warning.
 
     **Raises:** a `ValueError` if `state` does not match `model` and `hyperparams`, or
     an option is out of range. The error of an `equinox.error_if` inside a loss comes
-    with its own text.
+    with its own text. An exception of the callback or of an iterator ends the run, and
+    has the solution so far as its attribute `solution`.
     """
     check_start(algorithm, key, state)
     options = {
@@ -104,8 +111,11 @@ def tune(
     for name, value in options.items():
         if value is not None:
             check_positive_int(name, value)
-    val_count = algorithm.inner_steps if algorithm.val_at_each_step else None
-    feeds = Feed(train, "train", algorithm.inner_steps), Feed(val, "val", val_count)
+    if callback is not None and not callable(callback):
+        raise ValueError(
+            f"`callback` must be a function of the state, or `None`; got {callback!r}."
+        )
+    feeds = make_feeds(algorithm, train, val)
     interval = max(1, steps // 100) if record_every is None else record_every
     state = start(algorithm, model, hyperparams, *feeds, key, state, model_state)
     run = Run(algorithm, *feeds, key, state, interval, max_skipped)
@@ -116,18 +126,53 @@ def tune(
     if checkpoint is not None:
         after.append((checkpoint_every, lambda: save(checkpoint, run.state)))
     if callback is not None:
-        after.append((interval, lambda: callback(run.state)))
+        after.append((interval, lambda: asks_to_stop(callback, run.state)))
     try:
         with ProgressBar(steps, progress) as bar:
             # A callback may keep the state that it gets: no later step may overwrite
             # it.
             donate = callback is None
             result = drive(run, run.step + steps, before, after, bar, donate)
+    except Exception as e:
+        _attach_solution(e, run)
+        raise
     finally:
         if checkpoint is not None and run.is_alive():
             save(checkpoint, run.state)
     with own_error_text():
-        return run.finish(result)
+        solution = run.finish(result)
+    if solution.state.total_skipped > _MANY_SKIPPED * solution.state.step:
+        warnings.warn(describe_skipped(solution.state).strip(), stacklevel=2)
+    return solution
+
+
+def asks_to_stop(callback: Callable[[BilevelState], Any], state: BilevelState) -> bool:
+    """Calls the callback of a driver."""
+    answer = callback(state)
+    if answer is None:
+        return False
+    try:
+        return bool(answer)
+    except Exception as e:
+        raise ValueError(
+            "`callback` must return a boolean, or `None`; got a "
+            f"{type(answer).__name__}."
+        ) from e
+
+
+def _attach_solution(error: Exception, run: Run) -> None:
+    """Saves what was learned before `error`, if anything was."""
+    if not (run.has_begun() and run.is_alive()):
+        return
+    try:
+        solution = run.finish(RESULTS.failed)
+    except Exception:
+        return  # of the same cause
+    error.solution = solution  # pyright: ignore[reportAttributeAccessIssue]
+    error.add_note(
+        f"The solution up to step {run.step} is the attribute `solution` of this "
+        "exception."
+    )
 
 
 def check_start(algorithm: Any, key: Any, state: Any) -> None:
@@ -159,7 +204,10 @@ def drive(
                 for action in _due(before, start):
                     action()
                 left = [period - start % period for period in periods]
-                run.advance(min([end - start, *left]), donate)
+                try:
+                    run.advance(min([end - start, *left]), donate)
+                except StopIteration:
+                    return RESULTS.data_exhausted
                 bar.update(run.step - start, run.state)
                 if any([action() is True for action in _due(after, run.step)]):
                     return RESULTS.stopped
@@ -167,8 +215,6 @@ def drive(
                     return RESULTS.nonfinite
                 if interrupted():
                     return RESULTS.interrupted
-    except StopIteration:
-        return RESULTS.data_exhausted
     except KeyboardInterrupt:
         return RESULTS.interrupted
     return RESULTS.successful

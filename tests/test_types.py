@@ -38,6 +38,8 @@ def test_a_wrong_dtype_raises():
             step=jnp.array(0.5),
             episode_step=state.episode_step,
             skipped=state.skipped,
+            total_skipped=state.total_skipped,
+            first_skipped=state.first_skipped,
             metrics=state.metrics,
         )
 

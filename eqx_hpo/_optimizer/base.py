@@ -45,6 +45,7 @@ from .._state import (
     Metrics,
 )
 from .guard import next_state
+from .recompilation import warn_of_recompilation
 from .tracing import (
     check_state,
     default_unroll,
@@ -272,6 +273,8 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
             step=jnp.zeros((), int),
             episode_step=jnp.zeros((), int),
             skipped=jnp.zeros((), int),
+            total_skipped=jnp.zeros((), int),
+            first_skipped=jnp.zeros((), int),
             metrics=Metrics(nans[0], nans[1], nans[2], None, diagnostics),
         )
         if train is None or val is None:
@@ -367,6 +370,7 @@ def raw_estimate(
     to_plain = lambda raw: unwrap_values(eqx.combine(raw, constants))
     plain, pullback = eqx.filter_vjp(to_plain, raw)
     start = at_inner_step(plain, jnp.zeros((), int))
+    warn_of_recompilation(algorithm, state, {"train": train, "val": val})
     check_state(state, algorithm.inner, algorithm.outer, start, raw)
     levels = _make_levels(algorithm, state, plain, train, val, key, mean or _itself)
     if unroll is not None:

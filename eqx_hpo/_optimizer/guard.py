@@ -83,6 +83,7 @@ def next_state(
         aux=(estimate.train[1], estimate.val[1]) if has_aux else None,
         diagnostics=estimate.diagnostics,
     )
+    step, is_first = state.step + 1, ~is_good & (state.total_skipped == 0)
     return BilevelState(
         model=eqx.combine(inner.params, untrained),
         hyperparams=eqx.combine(raw, noise, fixed),
@@ -90,9 +91,11 @@ def next_state(
         outer_opt_state=outer_opt_state,
         memory=memory,
         model_state=inner.model_state,
-        step=state.step + 1,
+        step=step,
         episode_step=jnp.where(is_good, episode_step, state.episode_step),
         skipped=jnp.where(is_good, 0, state.skipped + 1),
+        total_skipped=jnp.where(is_good, state.total_skipped, state.total_skipped + 1),
+        first_skipped=jnp.where(is_first, step, state.first_skipped),
         metrics=metrics,
     )
 
