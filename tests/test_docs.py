@@ -1,10 +1,17 @@
-"""Every Python block of the README and of the docs runs, page by page."""
+"""Every Python block of the README and of the docs runs, page by page. The built site
+shows no innards of Python, and holds all that its pages load."""
 
 import difflib
+import html
+import html.parser
+import os
 import pathlib
 import re
+import subprocess
+import sys
 import textwrap
 
+import eqx_hpo as hpo
 import jax
 import pytest
 
@@ -66,3 +73,63 @@ def test_the_diff_of_the_tutorial_is_that_of_its_scripts():
     lines = list(difflib.unified_diff(before, after, n=1, lineterm=""))[3:]
     expected = ["" if line.startswith("@@") else line.rstrip() for line in lines]
     assert _blocks(page, "diff")[0].splitlines() == expected
+
+
+# What Python prints of objects and types that have no form of their own.
+INNARDS = (
+    r"\bat 0x[0-9a-f]+|<factory>|<class '|<function |__dataclass_|_MISSING_TYPE"
+    r"|Initialize self|NoneType|Union\[|\btyping\.|\b\w+\._\w+\.\w+"
+)
+
+
+class _Loads(html.parser.HTMLParser):
+    """Collects what a browser fetches together with a page."""
+
+    def __init__(self, page):
+        html.parser.HTMLParser.__init__(self)
+        self.urls = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("a", "base", "form"):
+            urls = [value for name, value in attrs if name in ("href", "src", "srcset")]
+            self.urls += [url for url in urls if url]
+
+
+def _check_text(page):
+    text = html.unescape(re.sub(r"<[^>]*>", "", page.read_text()))
+    assert re.findall(INNARDS, text) == [], page
+    members = re.findall(r'id="eqx_hpo\.(\w+)\.(__\w+__)"', page.read_text())
+    for cls, member in members:
+        assert member == "__init__", (page, cls)
+        assert "**Arguments:**" in (getattr(hpo, cls).__init__.__doc__ or ""), cls
+
+
+def _check_loads(page):
+    for url in _Loads(page.read_text()).urls:
+        if not url.startswith(("#", "data:")):
+            path = url.partition("#")[0].partition("?")[0]
+            assert (page.parent / path).exists(), (page, url)
+
+
+def test_the_built_site(tmp_path):
+    pytest.importorskip("material", reason="needs the extra `docs`")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    command += ["--config-file", str(ROOT / "mkdocs.yml"), "--site-dir", str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    subprocess.run(command, check=True, env=env, cwd=ROOT)
+    pages = sorted(tmp_path.rglob("index.html"))
+    assert len(pages) == len(PAGES) - 1  # the README is no page
+    for page in pages:
+        _check_text(page)
+        _check_loads(page)
+    for sheet in tmp_path.rglob("*.css"):
+        external = r"@import|url\([\"']?(?:https?:)?//"
+        assert re.findall(external, sheet.read_text()) == [], sheet
+    mathjax = tmp_path / "_static" / "mathjax"
+    fonts = re.findall(
+        r"%%URL%%/([\w-]+\.woff)", (mathjax / "tex-chtml.js").read_text()
+    )
+    assert len(set(fonts)) > 20
+    for font in fonts:
+        assert (mathjax / "output" / "chtml" / "fonts" / "woff-v2" / font).exists()

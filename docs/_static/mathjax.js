@@ -6,17 +6,9 @@ window.MathJax = {
     processEnvironments: true,
   },
   options: {
+    // Its entries load parts of MathJax that this site does not hold.
+    enableMenu: false,
     ignoreHtmlClass: ".*|",
     processHtmlClass: "arithmatex",
   },
 };
-
-// Once the script is loaded and the page is there, typeset it.
-document$.subscribe(() => {
-  if (window.MathJax?.typesetPromise) {
-    MathJax.startup.output.clearCache();
-    MathJax.typesetClear();
-    MathJax.texReset();
-    MathJax.typesetPromise();
-  }
-});
