@@ -15,15 +15,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import eqx_hpo as hpo
-import jax
 import jax.numpy as jnp
-import jaxtyping
 import lineax as lx
 import numpy as np
 import optax
-import pytest
 
 
 class _Tensor:
@@ -217,8 +213,11 @@ def walk() -> list[tuple[str, str, str]]:
 
 
 if __name__ == "__main__":
-    import sys, time
-    t = time.time(); out = sys.stderr
+    import sys
+    import time
+
+    t = time.time()
+    out = sys.stderr
     rows = walk()
     legal = lambda place, value: any(value in x for x in _matching(LEGAL, place))
     count = collections.Counter()
