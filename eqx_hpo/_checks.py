@@ -50,7 +50,7 @@ def as_flag(name: str, value: Any) -> bool:
 
 def check_type(name: str, value: Any, expected: Any, what: str) -> None:
     if not isinstance(value, expected):
-        raise ValueError(f"`{name}` must be {what}; got {kind(value)}.")
+        raise ValueError(f"`{name}` must be {what}; got {shown(value)}.")
 
 
 def check_one_of(name: str, value: Any, options: tuple[str, ...]) -> None:

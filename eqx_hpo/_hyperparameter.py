@@ -19,7 +19,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
-from ._checks import as_finite, as_int, check_all, check_leaves
+from ._checks import as_finite, as_int, check_all, check_leaves, shown
 from ._custom_types import Hyperparams, IntScalar, Model
 from ._misc import as_device_arrays, is_array_or_numpy
 
@@ -239,7 +239,23 @@ def partition(
     if callable(filter_spec) and jtu.all_leaves([filter_spec]):
         selects = filter_spec
         filter_spec = lambda x: is_hyperparameter(x) or selects(x)
+    else:
+        _check_spec(filter_spec, model)
     return eqx.partition(model, filter_spec, is_leaf=is_hyperparameter)
+
+
+def _check_spec(filter_spec: Any, model: Model) -> None:
+    leaves = jtu.tree_leaves(filter_spec)
+    valid = all(isinstance(x, bool) or callable(x) for x in leaves)
+    try:
+        jtu.tree_map(lambda *_: None, filter_spec, model)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ValueError(
+            "`filter_spec` must be a function of a leaf, or a pytree of booleans that "
+            f"is a prefix of `model`; got {shown(filter_spec)}."
+        )
 
 
 def unwrap(hyperparams: Hyperparams) -> Hyperparams:
