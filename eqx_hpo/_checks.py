@@ -66,7 +66,9 @@ def check_function(name: str, value: Any, what: str) -> None:
 
 
 def check_path(name: str, value: Any) -> None:
-    check_type(name, value, (str, os.PathLike), "a path: a string or a `pathlib.Path`")
+    what = "the path of a file, as a string or a `pathlib.Path`"
+    if not isinstance(value, (str, os.PathLike)) or value == "":
+        raise ValueError(f"`{name}` must be {what}; got {shown(value)}.")
 
 
 def check_key(key: Any) -> None:
@@ -89,7 +91,7 @@ def as_share(name: str, value: Any) -> Float[Array, ""]:
 
 def as_number(name: str, value: Any, zero: bool = True) -> Float[Array, ""]:
     """Converts a finite number above zero to a scalar array; `zero` allows zero too."""
-    what = f"a number {'of at least' if zero else 'above'} zero"
+    what = f"a number {'of at least' if zero else 'above'} zero, and finite"
     valid = lambda x: (x >= 0 if zero else x > 0) and x < float("inf")
     return _as_scalar(name, value, what, valid)
 
@@ -108,11 +110,11 @@ def as_real(
 ) -> Array:
     """Converts integers or floating-point numbers, one at least, to an array."""
     try:
-        array = jnp.asarray(value)
-    except (TypeError, ValueError, OverflowError) as e:
-        raise ValueError(f"`{name}` must be {what}; got {shown(value)}.") from e
+        array = None if isinstance(value, str) else jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError):
+        array = None
     kinds = (jnp.floating, jnp.integer)
-    if not any(jnp.issubdtype(array.dtype, x) for x in kinds):
+    if array is None or not any(jnp.issubdtype(array.dtype, x) for x in kinds):
         raise ValueError(f"`{name}` must be {what}; got {shown(value)}.")
     if array.size == 0:
         raise ValueError(f"`{name}` must not be empty; its shape is {array.shape}.")

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
-from ._checks import as_flag, as_int, as_number
+from ._checks import as_finite, as_flag, as_int, as_number
 from ._custom_types import Hyperparams, IntScalar, Key
 from ._hyperparameter import (
     AbstractHyperparameter,
@@ -199,7 +199,9 @@ class Integer(AbstractDiscrete):
 
         **Raises:** a `ValueError` unless `lower <= value <= upper` everywhere.
         """
-        value = as_float("Integer(value)", value)
+        value = as_finite("Integer(value)", value)
+        if jnp.issubdtype(value.dtype, jnp.integer):
+            value = value.astype(jnp.result_type(float))
         lower, upper = as_int("lower", lower), as_int("upper", upper)
         try:
             interval = Interval(value, lower - 0.5, upper + 0.5)

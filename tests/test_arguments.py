@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import eqx_hpo as hpo
+import jax
 import jax.numpy as jnp
 import jaxtyping
 import lineax as lx
@@ -91,7 +92,7 @@ LEGAL = {
     "Interval.lower": {"-1", "0", "int64"},
     "Interval.upper": {"1.5"},
     "Switch.logits": {"-1", "0", "1.5", "int64"},
-    "Integer.value": {"1.5"},
+    "Integer.value": {"1.5", "array"},
     "Integer.lower": {"-1", "0", "int64"},
     "*.temperature": {"1.5", "function"},
     "*.sample": {"True"},
@@ -124,7 +125,7 @@ LEGAL = {
     "*.recompute": {"0", "int64"},
     "*.curvature_steps": {"0", "int64"},
     "MetaLearner.horizon": {"None"},
-    "*.reptile": {"None"},
+    "*.reptile": {"None", "0", "int64"},
     # Any pytree.
     "is_hyperparameter.x": set(WRONG),
     "partition.model": set(WRONG),
@@ -188,7 +189,14 @@ SKIPPED = {
     "*.val": set(WRONG) - {"strings", "empty", "tensor"},
     # Each structure compiles anew.
     "tune.hyperparams": {"object", "empty", "[]", "()", *FUNCTIONS},
-    "compare_hypergradients.hyperparams": {"object", "empty", *TREES, *FUNCTIONS},
+    "compare_hypergradients.hyperparams": {
+        "object",
+        "empty",
+        *TREES,
+        *FUNCTIONS,
+        "1.5",
+        "None",
+    },
 }
 
 
@@ -243,7 +251,7 @@ def _calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "ForwardMode": settings,
         "DrMAD": settings | steps,
         "Implicit": settings | steps | {"linear_solver": lx.CG(1e-3, 1e-3)},
-        "MetaLearner": {"algorithm": plain, "tasks": 2},
+        "MetaLearner": {"algorithm": plain, "tasks": 2, "horizon": 1},
         "is_hyperparameter": {"x": ones},
         "partition": {"model": ones},
         "unwrap": {"hyperparams": ones},
@@ -363,6 +371,169 @@ def test_what_is_wrong_is_refused_by_name(name):
     assert {x: failures[x] for x in failures if x not in KNOWN} == {}
     mended = [x for x in KNOWN if x.rpartition(".")[0] == name and x not in failures]
     assert mended == [], "these are mended: take them out of `KNOWN`"
+
+
+ONES = jnp.ones(2)
+TEXTS = {
+    "`Real(value)` must be finite; got nan.": lambda: hpo.Real(np.nan),
+    "`Positive(value)` must be finite; got inf.": lambda: hpo.Positive(np.inf),
+    "`Positive(value)` must not be empty; its shape is (0,).": lambda: hpo.Positive([]),
+    "`Simplex(value)` must be finite; got [nan  1.].": lambda: hpo.Simplex(
+        np.array([np.nan, 1.0])
+    ),
+    "`Switch(logits)` must be finite; got nan.": lambda: hpo.Switch(np.nan),
+    "`Choice(logits)` must be finite; got [ 1. inf].": lambda: hpo.Choice(
+        np.array([1.0, np.inf])
+    ),
+    "`upper` must be finite; got inf.": lambda: hpo.Interval(0.5, 0.0, np.inf),
+    "`lower` must broadcast to `value`, which has the shape (); its own is (2,).": (
+        lambda: hpo.Interval(0.5, np.zeros(2), 1.0)
+    ),
+    "`upper` must be an integer; got 3.5.": lambda: hpo.Integer(2, 1, 3.5),
+    "`temperature` must be a number above zero, and finite; got inf.": (
+        lambda: hpo.Choice(3, temperature=np.inf)
+    ),
+    "`temperature(0)` must be a number above zero, and finite; got nan.": (
+        lambda: hpo.Choice(3, temperature=lambda step: np.nan)
+    ),
+    "`sample` must be True or False; got 'no'.": lambda: hpo.Choice(3, sample="no"),
+    "`straight_through` must be True or False; got 1.": lambda: hpo.Switch(
+        0.1, straight_through=1
+    ),
+    "`strength` must be finite; got nan.": lambda: hpo.L1(np.nan),
+    "`l2` must be finite; got inf.": lambda: hpo.ElasticNet(0.1, np.inf),
+    "`strength` must be a number of at least zero; got [ 1. -1.].": (
+        lambda: hpo.GroupLasso(np.array([1.0, -1.0]))
+    ),
+    "`axis` must be an integer; got 'a'.": lambda: hpo.GroupLasso(0.1, axis="a"),
+    "`lower` must be a number; got nan.": lambda: hpo.Box(np.nan, 1.0),
+    "`seed` must be an integer of at least 0; got 1.5.": lambda: hpo.Minibatch(
+        ONES, 1, seed=1.5
+    ),
+    "`replacement` must be True or False; got 'no'.": lambda: hpo.Minibatch(
+        ONES, 1, replacement="no"
+    ),
+    "`batch_size` must be an integer of at least 1; got 8.0.": lambda: hpo.Minibatch(
+        ONES, 8.0
+    ),
+    "`batch_size` must be an integer; got an array of dtype float64 and shape (2,). "
+    "`data` is one pytree: `Minibatch((x, y), batch_size)`.": lambda: hpo.Minibatch(
+        ONES, np.ones(2)
+    ),
+    "`data['x']` is a _Tensor, an array of neither JAX nor NumPy. Convert it first, by "
+    "its method `numpy()` or by `numpy.asarray`.": lambda: hpo.Minibatch(
+        {"x": _Tensor()}, 1
+    ),
+    "`train[1]` is a _Tensor, an array of neither JAX nor NumPy. Convert it first, by "
+    "its method `numpy()` or by `numpy.asarray`.": lambda: _call(
+        "FirstOrder.step", train=(ONES, _Tensor())
+    ),
+    "`train_loss` must be a function `loss(model, hyperparams, batch, key)`; got "
+    "None.": lambda: hpo.Problem(None, _loss),
+    "`has_aux` must be True or False; got 'no'.": lambda: hpo.Problem(
+        _loss, _loss, "no"
+    ),
+    "`groups` must be 'coordinates', 'leaves', a dictionary from names to functions, "
+    "or a tree of labels; got -1.": lambda: hpo.select_top_k(1, groups=-1),
+    "`projection` must be a function of a tree of arrays, such as those of "
+    "`optax.projections`; got 0.5.": lambda: hpo.project(0.5),
+    "`where` must be a function of the hyperparameters, or `None`; got 'a'.": (
+        lambda: hpo.mirror("a")
+    ),
+    "`learning_rate` must be a number above zero, and finite; got nan.": (
+        lambda: hpo.proximal(hpo.L1(0.1), np.nan)
+    ),
+    "`learning_rate` must be a number above zero, and finite; got 'a'.": (
+        lambda: hpo.proximal(hpo.L1(0.1), "a")
+    ),
+    "`tasks` must be an integer of at least 1; got 2.0.": lambda: _call(
+        "MetaLearner", tasks=2.0
+    ),
+    "`state` is not that of a `MetaLearner`. Make it by `init` of the same one.": (
+        lambda: _call("MetaLearner.step", state=_calls()["FirstOrder.step"][1]["state"])
+    ),
+    "`trials` must be an integer of at least 1; got 'a'.": lambda: _call(
+        "search", trials="a"
+    ),
+    "`sampler` must be 'random', 'tpe' or a sampler of `optuna.samplers`; got an array "
+    "of dtype float64 and shape (0,).": lambda: _call("search", sampler=np.array([])),
+    "`low` is above `high`: at coordinate 1 their unconstrained values are 3.0 and "
+    "2.0.": lambda: _call("search", low=jnp.array([1.0, 3.0])),
+    "`hyperparams['a']` must be finite; got nan.": lambda: _call(
+        "FirstOrder.init", hyperparams={"a": np.nan}
+    ),
+    "`path` must be the path of a file, as a string or a `pathlib.Path`; got 1.": (
+        lambda: _call("load", path=1)
+    ),
+    "`filter_spec` must be a function of a leaf, or a pytree of booleans that is a "
+    "prefix of `model`; got a dict.": lambda: hpo.partition([ONES], {}),
+}
+
+
+def _call(name: str, **changed: Any) -> Any:
+    fn, kwargs = _calls()[name]
+    return fn(**kwargs | changed)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts(text):
+    with pytest.raises(ValueError) as info:
+        TEXTS[text]()
+    assert str(info.value) == text
+
+
+def test_integers_and_flags_of_numpy_are_those_of_python():
+    three, yes = np.int64(3), np.bool_(True)
+    solver = hpo.Nystrom(three, 0.1, seed=jnp.array(3))
+    data = hpo.Minibatch(jnp.ones(5), three, replacement=yes, seed=three)
+    choice = hpo.Choice(three, sample=yes, straight_through=yes)
+    algorithm = _call("MetaLearner", tasks=three, horizon=three)
+    schedule = hpo.Schedule(jnp.ones(2), three)
+    for number in (
+        solver.rank,
+        solver.seed,
+        data.batch_size,
+        algorithm.tasks,
+        algorithm.horizon,
+        schedule.every,
+        hpo.GroupLasso(0.1, axis=three).axis,
+    ):
+        assert type(number) is int and number == 3
+    for flag in (
+        data.replacement,
+        choice.straight_through,
+        hpo.Problem(_loss, _loss, yes).has_aux,
+    ):
+        assert flag is True
+    assert choice.raw.shape == (3,) and choice.noise is not None
+    assert jnp.array_equal(hpo.Positive(three).raw, hpo.Positive(3.0).raw)
+
+
+def test_what_is_traced_is_not_looked_at():
+    """Under `jit` and `vmap`, also where the values would be refused."""
+
+    def make(x):
+        box, penalty = hpo.Box(x, jnp.inf), hpo.L1(x)
+        placeholders = hpo.Real(x), hpo.Switch(x, temperature=x), hpo.Real([x, x])
+        seed = x.astype(int)
+        data = hpo.Minibatch(jnp.stack([x, x]), 1, replacement=False, seed=seed)
+        numbers = hpo.Neumann(1, x), hpo.FiniteDifference(x)
+        project = hpo.proximal(hpo.L1(x), x)
+        project.update(x, project.init(x), x)
+        return jax.tree.leaves((box, penalty, placeholders, data, numbers))
+
+    values = jnp.array([0.1, -1.0, jnp.nan])
+    traced = [jax.jit(make)(x) for x in values], jax.vmap(make)(values)
+    assert len(traced[0][0]) == len(traced[1]) == 12
+    with pytest.raises(ValueError):
+        make(values[2])
+
+
+def test_a_box_may_be_open():
+    box = hpo.Box(-jnp.inf, 1.0)
+    assert jnp.array_equal(
+        box.prox(jnp.array([-9.0, 9.0]), 0.1), jnp.array([-9.0, 1.0])
+    )
 
 
 def main():

@@ -165,7 +165,7 @@ def test_without_discrete_hyperparameters_there_is_no_such_report():
 def test_bad_input_raises():
     for temperature in (0.0, -1.0, lambda step: step - 1.0):
         for make in (lambda **x: hpo.Choice(3, **x), lambda **x: hpo.Switch(0.1, **x)):
-            with pytest.raises(ValueError, match="`temperature.*above zero; got"):
+            with pytest.raises(ValueError, match="`temperature.*above zero"):
                 make(temperature=temperature)
     with pytest.raises(ValueError, match="`temperature` must be .* got an array"):
         hpo.Choice(3, temperature=jnp.ones(3))
