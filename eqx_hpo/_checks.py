@@ -4,6 +4,7 @@ A function `as_...` returns what it checked, in one form. What is traced has no 
 to look at yet, and passes.
 """
 
+import contextlib
 import operator
 import os
 from collections.abc import Callable
@@ -109,8 +110,11 @@ def as_real(
     name: str, value: Any, what: str = "a real number or an array of them"
 ) -> Array:
     """Converts integers or floating-point numbers, one at least, to an array."""
+    traced = any(isinstance(x, Tracer) for x in jtu.tree_leaves(value))
     try:
-        array = None if isinstance(value, str) else jnp.asarray(value)
+        # Within `jit` a constant would be traced too, and pass all checks.
+        with contextlib.nullcontext() if traced else jax.ensure_compile_time_eval():
+            array = None if isinstance(value, str) else jnp.asarray(value)
     except (TypeError, ValueError, OverflowError):
         array = None
     kinds = (jnp.floating, jnp.integer)
@@ -141,20 +145,26 @@ def check_all(
 def check_leaves(name: str, tree: PyTree) -> None:
     """Refuses arrays that JAX does not take."""
     for path, x in jtu.tree_leaves_with_path(tree):
-        place = f"`{name}{jtu.keystr(path)}`"
-        if is_array_or_numpy(x):
-            if is_typed_key(x) or x.dtype.kind not in NO_NUMBERS:
-                continue
-            raise ValueError(
-                f"{place} is {shown(x)}, but JAX takes numbers only. Make numbers of "
-                "them, or leave them out."
-            )
-        like_array = hasattr(x, "dtype") or hasattr(x, "__array__")
-        if like_array and hasattr(x, "shape") and type(x) != jax.ShapeDtypeStruct:
-            raise ValueError(
-                f"{place} is {kind(x)}, an array of neither JAX nor NumPy. Convert it "
-                "first, by its method `numpy()` or by `numpy.asarray`."
-            )
+        problem = _foreign(x)
+        if problem is not None:
+            raise ValueError(f"`{name}{jtu.keystr(path)}` is {problem}")
+
+
+def _foreign(x: Any) -> str | None:
+    if is_array_or_numpy(x):
+        if is_typed_key(x) or x.dtype.kind not in NO_NUMBERS:
+            return None
+        return (
+            f"{shown(x)}, but JAX takes numbers only. Make numbers of them, or leave "
+            "them out."
+        )
+    is_array = hasattr(x, "shape") and (hasattr(x, "dtype") or hasattr(x, "__array__"))
+    if not is_array or isinstance(x, jax.ShapeDtypeStruct):
+        return None
+    return (
+        f"{kind(x)}, an array of neither JAX nor NumPy. Convert it first, by its "
+        "method `numpy()` or by `numpy.asarray`."
+    )
 
 
 def kind(value: Any) -> str:

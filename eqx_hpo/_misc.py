@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 _FEW = 2**16  # numbers up to which a second pass costs less than a branch
 
 
-NO_NUMBERS = "OSUMm"  # the kinds of NumPy's dtypes that JAX does not take
+NO_NUMBERS = "OSTUMm"  # the kinds of NumPy's dtypes that JAX does not take
 
 
 def is_array_or_numpy(x: Any) -> bool:

@@ -539,6 +539,21 @@ def test_what_is_traced_is_not_looked_at():
         make(values[2])
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: untyped.Box(1.0, 0.0),
+        lambda: untyped.L1(-1.0),
+        lambda: untyped.Real(np.nan),
+        lambda: untyped.Choice(3, temperature=-1.0),
+        lambda: untyped.Neumann(1, -1.0),
+    ],
+)
+def test_constants_are_looked_at_within_jit_too(make):
+    with pytest.raises(ValueError, match="`"):
+        jax.jit(lambda x: (x, make())[0])(1.0)
+
+
 def test_a_box_may_be_open():
     box = untyped.Box(-jnp.inf, 1.0)
     assert jnp.array_equal(
