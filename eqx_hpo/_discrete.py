@@ -100,8 +100,8 @@ class Choice(AbstractRelaxed):
         - `straight_through`: whether the weights are discrete already, with the
             derivative of the relaxed ones.
 
-        **Raises:** a `ValueError` if `temperature` is not above zero, or there are no
-        options.
+        **Raises:** a `ValueError` if `temperature` is not above zero, a logit is not
+        finite, or there are no options.
         """
         if isinstance(logits, (int, np.integer)) and not isinstance(logits, bool):
             logits = jnp.zeros(as_int("Choice(logits)", logits, 1))
@@ -153,7 +153,8 @@ class Switch(AbstractRelaxed):
         - `temperature`, `sample`, `straight_through`: those of [`eqx_hpo.Choice`][],
             with logistic noise.
 
-        **Raises:** a `ValueError` if `temperature` is not above zero.
+        **Raises:** a `ValueError` if `temperature` is not above zero, or a logit is not
+        finite.
         """
         self.raw = as_float("Switch(logits)", logits)
         self.temperature, self.schedule = _temperature(temperature, self.raw)

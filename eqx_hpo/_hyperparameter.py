@@ -50,6 +50,8 @@ class Real(AbstractHyperparameter):
         """**Arguments:**
 
         - `value`: the starting value, of any shape. Floating point.
+
+        **Raises:** a `ValueError` if an entry is not finite.
         """
         self.raw = as_float("Real(value)", value)
 
@@ -71,7 +73,7 @@ class Positive(AbstractHyperparameter):
 
         - `value`: the starting value, of any shape. Floating point, above zero.
 
-        **Raises:** a `ValueError` if an entry is not above zero.
+        **Raises:** a `ValueError` unless all entries are above zero and finite.
         """
         value = as_float("Positive(value)", value)
         value = _require(value, value > 0, "`Positive(value)` needs `value` > 0")
@@ -96,8 +98,8 @@ class Interval(AbstractHyperparameter):
         - `lower`: the lower bound, broadcastable to `value`.
         - `upper`: the upper bound, broadcastable to `value`.
 
-        **Raises:** a `ValueError` unless `lower < value < upper` everywhere. A value
-        on a bound has no finite `raw` and no gradient.
+        **Raises:** a `ValueError` unless `lower < value < upper` everywhere, and all
+        are finite. A value on a bound has no finite `raw` and no gradient.
         """
         value = as_float("Interval(value)", value)
         self.lower = _as_bound("lower", lower, value)

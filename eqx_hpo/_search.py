@@ -83,8 +83,9 @@ def search(
     - `low`, `high`: the ends of the range of each hyperparameter, two pytrees of the
         structure of `hyperparams` in `tune`. Each coordinate of each `raw` array is one
         parameter of the search, uniform between the two: `Positive` is searched by
-        its logarithm, a plain array or `Real` as it is. The ends of a `Simplex`, which
-        cannot be lower in all entries, are taken in whatever order they come.
+        its logarithm, a plain array or `Real` as it is. No coordinate of `low` may be
+        above that of `high`; only in a `Simplex`, of which not all entries can be
+        lower, each coordinate takes its two ends in whatever order they come.
     - `train`, `val`: the data, as for `tune`. The validation loss is taken once, at the
         end of a trial; on all data where `val` is an [`eqx_hpo.Minibatch`][].
     - `trials`: the number of trainings.
