@@ -10,8 +10,9 @@ import equinox as eqx
 import jax.random as jr
 import jax.tree_util as jtu
 
+from ._checks import check_path
 from ._misc import is_array_or_numpy, is_typed_key
-from ._state import BilevelState
+from ._state import BilevelState, check_state
 
 
 _FORMAT = "eqx_hpo.BilevelState"
@@ -32,11 +33,8 @@ def save(path: str | os.PathLike[str], state: BilevelState) -> None:
     **Raises:** an `OSError` if the file cannot be written; a `ValueError` if `state` is
     something else.
     """
-    if not isinstance(state, BilevelState):
-        raise ValueError(
-            f"`state` must be a `BilevelState`; got a {type(state).__name__}. A "
-            "`Solution` has one: `solution.state`."
-        )
+    check_state("state", state)
+    check_path("path", path)
     path = pathlib.Path(path)
     header = {"format": _FORMAT, "version": _VERSION, "leaves": _specs(state)}
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
@@ -63,6 +61,8 @@ def load(path: str | os.PathLike[str], like: BilevelState) -> BilevelState:
 
     **Raises:** a `ValueError` if the file is not such a state, or of another structure.
     """
+    check_path("path", path)
+    check_state("like", like)
     with open(path, "rb") as file:
         header = _read_header(file.readline(), path)
         _check_specs(header["leaves"], _specs(like))

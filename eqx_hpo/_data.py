@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt32
 
+from ._checks import as_flag, as_int, check_leaves, shown
 from ._custom_types import Batch, IntScalar, Key
 from ._misc import as_device_arrays, is_array_or_numpy
 
@@ -77,16 +79,11 @@ class Minibatch(AbstractBatches):
         **Raises:** a `ValueError` if `data` is empty, its leading axes differ, or
         `batch_size` is out of range.
         """
-        size = _leading_axis(data, "Minibatch(data)")
-        if not 1 <= batch_size <= size:
-            raise ValueError(
-                f"`batch_size` must be from 1 to the {size} examples of `data`; got "
-                f"{batch_size}."
-            )
+        size = _leading_axis("data", data)
         self.data = as_device_arrays(data)
-        self.seed = jnp.asarray(seed, jnp.uint32)
-        self.batch_size = batch_size
-        self.replacement = replacement
+        self.batch_size = _as_batch_size(batch_size, size)
+        self.replacement = as_flag("replacement", replacement)
+        self.seed = _as_seed(seed)
 
     def draw(self, index: IntScalar, position: IntScalar, key: Key) -> Batch:
         del index
@@ -120,7 +117,7 @@ class Stacked(AbstractBatches):
 
         **Raises:** a `ValueError` if it is empty or the leading axes differ.
         """
-        _leading_axis(batches, "Stacked(batches)")
+        _leading_axis("batches", batches)
         self.batches = as_device_arrays(batches)
 
     def draw(self, index: IntScalar, position: IntScalar, key: Key) -> Batch:
@@ -138,6 +135,7 @@ def as_batches(data: Any, name: str, inner_steps: int | None) -> AbstractBatches
                 f"`{name}` is `Stacked` with {length} batches, but the algorithm takes "
                 f"{inner_steps} inner steps; give one batch for each."
             )
+    check_leaves(name, data)
     is_plain = not isinstance(data, AbstractBatches)
     batches = SameBatch(numbers_as_arrays(data)) if is_plain else data
     arrays = [x for x in jtu.tree_leaves(batches) if is_array_or_numpy(x)]
@@ -199,7 +197,8 @@ def _is_number(x: Any) -> bool:
     return dtype is not None and not jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
-def _leading_axis(data: PyTree[Any], name: str) -> int:
+def _leading_axis(name: str, data: PyTree[Any]) -> int:
+    check_leaves(name, data)
     leaves = jtu.tree_leaves(data)
     shapes = [getattr(x, "shape", None) for x in leaves]
     if len(leaves) == 0 or any(shape is None or len(shape) == 0 for shape in shapes):
@@ -214,6 +213,28 @@ def _leading_axis(data: PyTree[Any], name: str) -> int:
             f"shapes {shapes}."
         )
     return lengths.pop()
+
+
+def _as_batch_size(batch_size: Any, size: int) -> int:
+    if getattr(batch_size, "shape", ()) != ():
+        raise ValueError(
+            f"`batch_size` must be an integer; got {shown(batch_size)}. `data` is one "
+            "pytree: `Minibatch((x, y), batch_size)`."
+        )
+    number = as_int("batch_size", batch_size, 1)
+    if number > size:
+        raise ValueError(
+            f"`batch_size` must be from 1 to the {size} examples of `data`; got "
+            f"{number}."
+        )
+    return number
+
+
+def _as_seed(seed: Any) -> UInt32[Array, ""]:
+    # Each task of `MetaLearner` may have its own, made under `vmap`.
+    if not isinstance(seed, Tracer):
+        seed = as_int("seed", seed, 0) % 2**32
+    return jnp.asarray(seed, jnp.uint32)
 
 
 def _shuffle(

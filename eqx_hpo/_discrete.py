@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+import numpy as np
 from jax import lax
-from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
+from ._checks import as_finite, as_flag, as_int, as_number
 from ._custom_types import Hyperparams, IntScalar, Key
 from ._hyperparameter import (
     AbstractHyperparameter,
@@ -99,20 +100,20 @@ class Choice(AbstractRelaxed):
         - `straight_through`: whether the weights are discrete already, with the
             derivative of the relaxed ones.
 
-        **Raises:** a `ValueError` if `temperature` is not above zero, or there are no
-        options.
+        **Raises:** a `ValueError` if `temperature` is not above zero, a logit is not
+        finite, or there are no options.
         """
-        if isinstance(logits, int) and not isinstance(logits, bool):
-            logits = jnp.zeros(max(logits, 0))
-        self.raw = as_float(logits, "Choice")
-        if self.raw.ndim == 0 or self.raw.shape[-1] == 0:
+        if isinstance(logits, (int, np.integer)) and not isinstance(logits, bool):
+            logits = jnp.zeros(as_int("Choice(logits)", logits, 1))
+        self.raw = as_float("Choice(logits)", logits)
+        if self.raw.ndim == 0:
             raise ValueError(
-                "`Choice(logits)` needs at least one option on its last axis; got "
-                f"shape {self.raw.shape}."
+                "`Choice(logits)` needs an axis for the options; got a single number. "
+                "Their number alone must be an integer."
             )
-        self.temperature, self.schedule = _temperature(temperature, self.raw, "Choice")
-        self.noise = jnp.zeros_like(self.raw) if sample else None
-        self.straight_through = straight_through
+        self.temperature, self.schedule = _temperature(temperature, self.raw)
+        self.noise = _no_noise(self.raw, sample)
+        self.straight_through = as_flag("straight_through", straight_through)
 
     def unwrap(self) -> Float[Array, "... n"]:
         logits = self.raw if self.noise is None else self.raw + self.noise
@@ -152,12 +153,13 @@ class Switch(AbstractRelaxed):
         - `temperature`, `sample`, `straight_through`: those of [`eqx_hpo.Choice`][],
             with logistic noise.
 
-        **Raises:** a `ValueError` if `temperature` is not above zero.
+        **Raises:** a `ValueError` if `temperature` is not above zero, or a logit is not
+        finite.
         """
-        self.raw = as_float(logits, "Switch")
-        self.temperature, self.schedule = _temperature(temperature, self.raw, "Switch")
-        self.noise = jnp.zeros_like(self.raw) if sample else None
-        self.straight_through = straight_through
+        self.raw = as_float("Switch(logits)", logits)
+        self.temperature, self.schedule = _temperature(temperature, self.raw)
+        self.noise = _no_noise(self.raw, sample)
+        self.straight_through = as_flag("straight_through", straight_through)
 
     def unwrap(self) -> Float[Array, "..."]:
         logits = self.raw if self.noise is None else self.raw + self.noise
@@ -198,6 +200,10 @@ class Integer(AbstractDiscrete):
 
         **Raises:** a `ValueError` unless `lower <= value <= upper` everywhere.
         """
+        value = as_finite("Integer(value)", value)
+        if jnp.issubdtype(value.dtype, jnp.integer):
+            value = value.astype(jnp.result_type(float))
+        lower, upper = as_int("lower", lower), as_int("upper", upper)
         try:
             interval = Interval(value, lower - 0.5, upper + 0.5)
         except ValueError as e:
@@ -206,7 +212,7 @@ class Integer(AbstractDiscrete):
                 f"got `value`={value}, `lower`={lower}, `upper`={upper}."
             ) from e
         self.raw, self.lower, self.upper = interval.raw, interval.lower, interval.upper
-        self.straight_through = straight_through
+        self.straight_through = as_flag("straight_through", straight_through)
 
     def unwrap(self) -> Float[Array, "..."]:
         soft = self._real()
@@ -276,19 +282,15 @@ def without_noise(hyperparams: Hyperparams) -> Hyperparams:
     return jtu.tree_map(silence, hyperparams, is_leaf=is_placeholder)
 
 
-def _temperature(temperature: Temperature, raw: Array, name: str):
-    schedule = temperature if callable(temperature) else None
-    start = temperature if schedule is None else schedule(jnp.array(0))
-    array = jnp.asarray(start, raw.dtype)
-    if array.shape != ():
-        raise ValueError(
-            f"`temperature` of `{name}` must be a scalar; got shape {array.shape}."
-        )
-    if not isinstance(array, Tracer) and not array > 0:
-        raise ValueError(
-            f"`temperature` of `{name}` must be above zero; got {float(array)}."
-        )
-    return array, schedule
+def _temperature(temperature: Temperature, raw: Array):
+    if callable(temperature):
+        start = as_number("temperature(0)", temperature(jnp.array(0)), zero=False)
+        return start.astype(raw.dtype), temperature
+    return as_number("temperature", temperature, zero=False).astype(raw.dtype), None
+
+
+def _no_noise(raw: Array, sample: bool) -> Array | None:
+    return jnp.zeros_like(raw) if as_flag("sample", sample) else None
 
 
 def _one_hot(logits: Float[Array, "... n"]) -> Float[Array, "... n"]:

@@ -19,7 +19,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
-from ._checks import check_positive_int
+from ._checks import as_finite, as_int, check_all, check_leaves, shown
 from ._custom_types import Hyperparams, IntScalar, Model
 from ._misc import as_device_arrays, is_array_or_numpy
 
@@ -50,8 +50,10 @@ class Real(AbstractHyperparameter):
         """**Arguments:**
 
         - `value`: the starting value, of any shape. Floating point.
+
+        **Raises:** a `ValueError` if an entry is not finite.
         """
-        self.raw = as_float(value, "Real")
+        self.raw = as_float("Real(value)", value)
 
     def unwrap(self) -> Float[Array, "..."]:
         return self.raw
@@ -71,9 +73,9 @@ class Positive(AbstractHyperparameter):
 
         - `value`: the starting value, of any shape. Floating point, above zero.
 
-        **Raises:** a `ValueError` if an entry is not above zero.
+        **Raises:** a `ValueError` unless all entries are above zero and finite.
         """
-        value = as_float(value, "Positive")
+        value = as_float("Positive(value)", value)
         value = _require(value, value > 0, "`Positive(value)` needs `value` > 0")
         self.raw = jnp.log(value)
 
@@ -96,12 +98,12 @@ class Interval(AbstractHyperparameter):
         - `lower`: the lower bound, broadcastable to `value`.
         - `upper`: the upper bound, broadcastable to `value`.
 
-        **Raises:** a `ValueError` unless `lower < value < upper` everywhere. A value
-        on a bound has no finite `raw` and no gradient.
+        **Raises:** a `ValueError` unless `lower < value < upper` everywhere, and all
+        are finite. A value on a bound has no finite `raw` and no gradient.
         """
-        value = as_float(value, "Interval")
-        self.lower = jnp.asarray(lower, value.dtype)
-        self.upper = jnp.asarray(upper, value.dtype)
+        value = as_float("Interval(value)", value)
+        self.lower = _as_bound("lower", lower, value)
+        self.upper = _as_bound("upper", upper, value)
         inside = (value > self.lower) & (value < self.upper)
         message = "`Interval(value, lower, upper)` needs `lower` < `value` < `upper`"
         value = _require(value, inside, message, lower=self.lower, upper=self.upper)
@@ -126,7 +128,7 @@ class Simplex(AbstractHyperparameter):
         **Raises:** a `ValueError` unless all entries are above zero and sum to one
         along the last axis, to the square root of the machine precision.
         """
-        value = as_float(value, "Simplex")
+        value = as_float("Simplex(value)", value)
         if value.ndim == 0:
             raise ValueError("`Simplex(value)` needs at least one axis; got a scalar.")
         total = jnp.sum(value, axis=-1, keepdims=True)
@@ -173,9 +175,8 @@ class Schedule(paramax.AbstractUnwrappable[Array]):
         **Raises:** a `ValueError` if `value` has no leading axis, or if `every` is not
         a positive integer.
         """
-        check_positive_int("every", every)
         if not isinstance(value, AbstractHyperparameter):
-            value = as_float(value, "Schedule")
+            value = as_float("Schedule(value)", value)
         shape = (
             value.raw.shape
             if isinstance(value, AbstractHyperparameter)
@@ -188,7 +189,7 @@ class Schedule(paramax.AbstractUnwrappable[Array]):
                 f"windows; got shape {shape}."
             )
         self.value = value
-        self.every = every
+        self.every = as_int("every", every, 1)
 
     def unwrap(self) -> Float[Array, "windows ..."]:
         # By now `value` is a plain array: `paramax.unwrap` starts from within.
@@ -240,7 +241,23 @@ def partition(
     if callable(filter_spec) and jtu.all_leaves([filter_spec]):
         selects = filter_spec
         filter_spec = lambda x: is_hyperparameter(x) or selects(x)
+    else:
+        _check_spec(filter_spec, model)
     return eqx.partition(model, filter_spec, is_leaf=is_hyperparameter)
+
+
+def _check_spec(filter_spec: Any, model: Model) -> None:
+    leaves = jtu.tree_leaves(filter_spec)
+    valid = all(isinstance(x, bool) or callable(x) for x in leaves)
+    try:
+        jtu.tree_map(lambda *_: None, filter_spec, model)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ValueError(
+            "`filter_spec` must be a function of a leaf, or a pytree of booleans that "
+            f"is a prefix of `model`; got {shown(filter_spec)}."
+        )
 
 
 def unwrap(hyperparams: Hyperparams) -> Hyperparams:
@@ -284,25 +301,31 @@ def partition_raw(hyperparams: Hyperparams) -> tuple[PyTree, PyTree]:
     return eqx.partition(hyperparams, _raw_spec(hyperparams))
 
 
-def canonical(hyperparams: Hyperparams) -> Hyperparams:
-    """Turns Python and NumPy floats into arrays and refuses what has no gradient."""
+def canonical(hyperparams: Hyperparams, name: str = "hyperparams") -> Hyperparams:
+    """Turns Python and NumPy floats into arrays, refuses what has no gradient, and
+    numbers to start from that are not finite."""
 
     def convert(path, x):
         if isinstance(x, float):
             return jnp.asarray(x, jnp.result_type(float))
-        wrong, shown = isinstance(x, (bool, int, str)), repr(x)
+        wrong, shown = isinstance(x, (bool, int, complex, str)), repr(x)
         if is_array_or_numpy(x):
             wrong = not jnp.issubdtype(x.dtype, jnp.floating)
             shown = f"{x.dtype}{list(x.shape)}"
         if wrong:
             raise ValueError(
-                f"`hyperparams{jtu.keystr(path)}` is {shown}, but a hyperparameter "
-                "must be floating point to have a gradient. Make it a float, or take "
-                "it out of `hyperparams`."
+                f"`{name}{jtu.keystr(path)}` is {shown}, but a hyperparameter must be "
+                "floating point to have a gradient. Make it a float, or take it out of "
+                f"`{name}`."
             )
         return x
 
-    return as_device_arrays(jtu.tree_map_with_path(convert, hyperparams))
+    check_leaves(name, hyperparams)
+    converted = as_device_arrays(jtu.tree_map_with_path(convert, hyperparams))
+    raw, _ = partition_raw(converted)
+    for path, x in jtu.tree_leaves_with_path(raw):
+        check_all(f"{name}{jtu.keystr(path)}", x, np.isfinite, "finite")
+    return converted
 
 
 def check_no_placeholders(model: Model) -> None:
@@ -330,17 +353,35 @@ def _raw_spec(hyperparams: Hyperparams) -> PyTree[bool]:
     return jtu.tree_map(spec, hyperparams, is_leaf=is_leaf)
 
 
-def as_float(value: ArrayLike, name: str) -> Float[Array, "..."]:
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    dtype = jnp.result_type(float) if isinstance(value, float) else None
-    array = jnp.asarray(value, dtype)
+def as_float(name: str, value: Any) -> Float[Array, "..."]:
+    """Converts finite numbers to a floating-point array. An array of integers is none:
+    where it was meant, its dtype would be a guess."""
+    array = as_finite(name, float(value) if _is_whole(value) else value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(
-            f"`{name}(value)` must be floating point; got dtype {array.dtype}. Make it "
-            "a float."
+            f"`{name}` must be floating point; got dtype {array.dtype}. Make it a "
+            "float."
         )
-    return array
+    dtype = jnp.result_type(float) if isinstance(value, float) else array.dtype
+    return jnp.asarray(array, dtype)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _as_bound(name: str, bound: Any, value: Array) -> Array:
+    array = as_finite(name, bound)
+    try:
+        fits = np.broadcast_shapes(array.shape, value.shape) == value.shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"`{name}` must broadcast to `value`, which has the shape {value.shape}; "
+            f"its own is {array.shape}."
+        )
+    return array.astype(value.dtype)
 
 
 def _require(

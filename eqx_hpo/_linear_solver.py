@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ._checks import as_number, check_positive_int
+from ._checks import as_int, as_number
 from ._misc import tree_add, tree_norm, tree_scale
 
 
@@ -50,8 +50,7 @@ class Neumann(lx.AbstractLinearSolver):
         - `learning_rate`: the rate $a$, above zero; less than two over the largest
             eigenvalue.
         """
-        check_positive_int("terms", terms)
-        self.terms = terms
+        self.terms = as_int("terms", terms, 1)
         self.learning_rate = as_number("learning_rate", learning_rate, zero=False)
 
     def init(
@@ -142,10 +141,9 @@ class Nystrom(lx.AbstractLinearSolver):
             operator: what stands for the eigenvalues that the columns do not show.
         - `seed`: of the choice of the columns.
         """
-        check_positive_int("rank", rank)
-        self.rank = rank
+        self.rank = as_int("rank", rank, 1)
         self.damping = as_number("damping", damping)
-        self.seed = seed
+        self.seed = as_int("seed", seed, 0)
 
     def init(
         self, operator: lx.AbstractLinearOperator, options: dict[str, Any]

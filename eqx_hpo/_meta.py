@@ -16,7 +16,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
-from ._checks import as_share, check_positive_int, check_type
+from ._checks import as_int, as_share, check_key, check_type
 from ._custom_types import Batch, Hyperparams, InnerOptimiser, Key, Model
 from ._data import AbstractBatches, as_batches, Stacked
 from ._discrete import refresh
@@ -31,6 +31,7 @@ from ._optimizer import (
 from ._problem import Problem
 from ._state import (
     BilevelState,
+    check_state,
     Estimate,
     inner_state,
     InnerState,
@@ -117,7 +118,6 @@ class MetaLearner(AbstractBilevelOptimizer):
             `init`: better where tasks have little in common but the hyperparameters, as
             classes in random order.
         """
-        check_positive_int("tasks", tasks)
         what = "an algorithm for one model, such as `T1T2`"
         check_type("algorithm", algorithm, AbstractAlgorithm, what)
         assert isinstance(algorithm, AbstractAlgorithm)
@@ -127,14 +127,14 @@ class MetaLearner(AbstractBilevelOptimizer):
                 "`horizon`. Give a `horizon` too, or leave `reptile` out."
             )
         if horizon is not None:
-            check_positive_int("horizon", horizon)
+            horizon = as_int("horizon", horizon, 1)
             if horizon % algorithm.inner_steps != 0:
                 raise ValueError(
                     "`horizon` must be a multiple of the inner steps in a call of "
                     f"`step`, {algorithm.inner_steps}; got {horizon}."
                 )
         self.algorithm = algorithm
-        self.tasks = tasks
+        self.tasks = as_int("tasks", tasks, 1)
         self.horizon = horizon
         self.reptile = as_share("reptile", 0.0 if reptile is None else reptile)
         self.problem = algorithm.problem
@@ -159,6 +159,7 @@ class MetaLearner(AbstractBilevelOptimizer):
                 "There is no shared initialisation without episodes: give "
                 "`MetaLearner` a `horizon`."
             )
+        _check_own_state(state)
         start, _ = self._next_start(state)
         untrained = eqx.filter(state.model, eqx.is_inexact_array, inverse=True)
         return eqx.combine(start.inner.params, _first_row(untrained))
@@ -173,6 +174,7 @@ class MetaLearner(AbstractBilevelOptimizer):
         model_state: PyTree = None,
         key: Key = None,
     ) -> BilevelState:
+        check_key(key)
         first = [self._first_task(*x) for x in (("train", train), ("val", val))]
         single = self.algorithm.init(
             model,
@@ -199,6 +201,8 @@ class MetaLearner(AbstractBilevelOptimizer):
         *,
         key: Key = None,
     ) -> BilevelState:
+        _check_own_state(state)
+        check_key(key)
         started = self._start_episode_if_due(state)
         hyperparams = refresh(state.hyperparams, key, state.step)
         return next_state(
@@ -219,6 +223,8 @@ class MetaLearner(AbstractBilevelOptimizer):
         *,
         key: Key = None,
     ) -> Hyperparams:
+        _check_own_state(state)
+        check_key(key)
         state = self._start_episode_if_due(state)
         hyperparams = refresh(state.hyperparams, key, state.step)
         estimate = self._mean_estimate(state, hyperparams, train, val, key)
@@ -227,6 +233,7 @@ class MetaLearner(AbstractBilevelOptimizer):
     def restart(
         self, state: BilevelState, model: Model, *, model_state: PyTree = None
     ) -> BilevelState:
+        _check_own_state(state)
         start, rows = _without_start(state)
         if start is not None:
             start = jtu.tree_map(jnp.zeros_like, start)
@@ -365,6 +372,15 @@ class MetaLearner(AbstractBilevelOptimizer):
         if key is None:
             return None
         return key[None] if self.tasks == 1 else jr.split(key, self.tasks)
+
+
+def _check_own_state(state: Any) -> None:
+    check_state("state", state)
+    episode = state.memory.episode
+    if not (isinstance(episode, tuple) and len(episode) == 2):
+        raise ValueError(
+            "`state` is not that of a `MetaLearner`. Make it by `init` of the same one."
+        )
 
 
 def _rows(state: BilevelState) -> tuple[PyTree, ...]:

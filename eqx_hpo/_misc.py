@@ -16,6 +16,9 @@ from jaxtyping import Array, Bool, Float, PyTree
 _FEW = 2**16  # numbers up to which a second pass costs less than a branch
 
 
+NO_NUMBERS = "OSTUMm"  # the kinds of NumPy's dtypes that JAX does not take
+
+
 def is_array_or_numpy(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray, np.generic))
 
@@ -115,7 +118,7 @@ def as_device_arrays(tree: PyTree) -> PyTree:
     dtype that hardens in the first step would compile it a second time."""
 
     def convert(x):
-        if is_typed_key(x) or not is_array_or_numpy(x):
+        if is_typed_key(x) or not is_array_or_numpy(x) or x.dtype.kind in NO_NUMBERS:
             return x
         dtype = jax.dtypes.canonicalize_dtype(x.dtype)
         if isinstance(x, jax.Array) and x.dtype == dtype and not x.weak_type:

@@ -1,5 +1,6 @@
 """The two losses of a bilevel problem, and one normal form for what they return."""
 
+import functools as ft
 from typing import Any
 
 import equinox as eqx
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from ._checks import as_flag, check_function
 from ._custom_types import Batch, FloatScalar, Hyperparams, Key, Loss, Model
 
 
@@ -39,7 +41,14 @@ class Problem(eqx.Module):
 
     train_loss: Loss
     val_loss: Loss
-    has_aux: bool = eqx.field(static=True, default=False)
+    has_aux: bool = eqx.field(
+        static=True, default=False, converter=ft.partial(as_flag, "has_aux")
+    )
+
+    def __check_init__(self):
+        what = "a function `loss(model, hyperparams, batch, key)`"
+        check_function("train_loss", self.train_loss, what)
+        check_function("val_loss", self.val_loss, what)
 
 
 Problem.__init__.__doc__ = """**Arguments:**

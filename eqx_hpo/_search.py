@@ -17,12 +17,20 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from ._checks import check_positive_int, check_same_structure, check_type
+from ._checks import (
+    as_flag,
+    as_int,
+    check_function,
+    check_key,
+    check_same_structure,
+    check_type,
+    shown,
+)
 from ._custom_types import Batch, Hyperparams, Key, Model
 from ._data import AbstractBatches, Minibatch
 from ._discrete import has_discrete
 from ._feed import Feed
-from ._hyperparameter import canonical, partition_raw, unwrap
+from ._hyperparameter import canonical, is_placeholder, partition_raw, Simplex, unwrap
 from ._misc import as_device_arrays
 from ._optimizer import (
     AbstractAlgorithm,
@@ -75,8 +83,9 @@ def search(
     - `low`, `high`: the ends of the range of each hyperparameter, two pytrees of the
         structure of `hyperparams` in `tune`. Each coordinate of each `raw` array is one
         parameter of the search, uniform between the two: `Positive` is searched by
-        its logarithm, a plain array or `Real` as it is. The ends of a `Simplex`, which
-        cannot be lower in all entries, are taken in whatever order they come.
+        its logarithm, a plain array or `Real` as it is. No coordinate of `low` may be
+        above that of `high`; only in a `Simplex`, of which not all entries can be
+        lower, each coordinate takes its two ends in whatever order they come.
     - `train`, `val`: the data, as for `tune`. The validation loss is taken once, at the
         end of a trial; on all data where `val` is an [`eqx_hpo.Minibatch`][].
     - `trials`: the number of trainings.
@@ -97,16 +106,19 @@ def search(
     `state.metrics.val_loss`. Ctrl-C ends the search with the best so far.
 
     **Raises:** an `ImportError` without Optuna; a `ValueError` if the ranges do not
-    match, are empty or not finite, if hyperparameters are discrete, or if an option is
-    out of range.
+    match, are empty, not finite or upside down, if hyperparameters are discrete, or if
+    an option is out of range.
     """
     check_start(algorithm, key, None)
     what = "an algorithm for one model, such as `T1T2`"
     check_type("algorithm", algorithm, AbstractAlgorithm, what)
     assert isinstance(algorithm, AbstractAlgorithm)
-    check_positive_int("trials", trials)
-    check_positive_int("steps", steps)
-    space = _Space(canonical(low), canonical(high))
+    check_key(key)
+    trials, steps = as_int("trials", trials, 1), as_int("steps", steps, 1)
+    progress = as_flag("progress", progress)
+    if callback is not None:
+        check_function("callback", callback, "a function of the state, or `None`")
+    space = _Space(canonical(low, "low"), canonical(high, "high"))
     study = _Study(sampler, key)
     trainer = _make_trainer(algorithm, steps, trials)
     whole = val.data if isinstance(val, Minibatch) else val
@@ -175,16 +187,17 @@ class _Space:
             )
         leaves, self._treedef = jtu.tree_flatten_with_path(raw)
         others = jtu.tree_leaves(high_raw)
+        in_any_order = _paths_of_simplices(low)
         self._shapes, self.ranges = [], {}
         for (path, x), y in zip(leaves, others, strict=True):
             self._shapes.append((x.shape, x.dtype))
             ends = np.stack([x, y]).reshape(2, -1).T.tolist()
             name = jtu.keystr(path)
             for i, pair in enumerate(ends):
-                if not all(map(math.isfinite, pair)):
+                if pair[0] > pair[1] and name not in in_any_order:
                     raise ValueError(
-                        f"`low` and `high` must be finite; at `{name}`, coordinate "
-                        f"{i}, their unconstrained values are {pair}."
+                        f"`low{name}` is above `high{name}`: at coordinate {i} their "
+                        f"unconstrained values are {pair[0]} and {pair[1]}."
                     )
                 self.ranges[f"{name}[{i}]"] = (min(pair), max(pair))
         if len(self.ranges) == 0:
@@ -200,6 +213,11 @@ class _Space:
         return eqx.combine(jtu.tree_unflatten(self._treedef, leaves), self._constants)
 
 
+def _paths_of_simplices(hyperparams: Hyperparams) -> set[str]:
+    nodes = jtu.tree_leaves_with_path(hyperparams, is_leaf=is_placeholder)
+    return {f"{jtu.keystr(path)}.raw" for path, x in nodes if isinstance(x, Simplex)}
+
+
 class _Study:
     """Optuna's study, and the best validation loss so far."""
 
@@ -207,14 +225,14 @@ class _Study:
         self._optuna = _import_optuna()
         samplers = self._optuna.samplers
         seed = 0 if key is None else int(jr.randint(key, (), 0, 2**31 - 1))
-        if sampler == "random":
+        if isinstance(sampler, str) and sampler == "random":
             sampler = samplers.RandomSampler(seed)
-        elif sampler == "tpe":
+        elif isinstance(sampler, str) and sampler == "tpe":
             sampler = samplers.TPESampler(seed=seed)
         elif not isinstance(sampler, samplers.BaseSampler):
             raise ValueError(
                 "`sampler` must be 'random', 'tpe' or a sampler of `optuna.samplers`; "
-                f"got {sampler!r}."
+                f"got {shown(sampler)}."
             )
         verbosity = self._optuna.logging.get_verbosity()
         self._optuna.logging.set_verbosity(self._optuna.logging.WARNING)

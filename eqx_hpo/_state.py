@@ -6,6 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from ._checks import check_type
 from ._custom_types import FloatScalar, Hyperparams, Model
 
 
@@ -121,6 +122,11 @@ class Estimate(eqx.Module):
     train: tuple[FloatScalar, Any]
     val: tuple[FloatScalar, Any]
     diagnostics: Any = None
+
+
+def check_state(name: str, state: Any) -> None:
+    what = "a `BilevelState` (that of a `Solution` is `solution.state`)"
+    check_type(name, state, BilevelState, what)
 
 
 def float_scalar(x: Any) -> Float[Array, ""]:

@@ -104,7 +104,7 @@ def test_stacked_gives_one_batch_to_each_inner_step():
             lambda: hpo.Minibatch(jnp.zeros((3, 2)), 4),
             "from 1 to the 3 examples.*got 4",
         ),
-        (lambda: hpo.Minibatch(jnp.zeros((3, 2)), 0), "from 1 to the 3"),
+        (lambda: hpo.Minibatch(jnp.zeros((3, 2)), 0), "at least 1; got 0"),
         (lambda: hpo.Minibatch(jnp.zeros((0, 2)), 1), "non-empty leading axis"),
         (lambda: hpo.Minibatch((jnp.zeros(3), jnp.zeros(4)), 1), "same, non-empty"),
         (lambda: hpo.Minibatch({}, 1), "pytree of arrays"),

@@ -225,7 +225,11 @@ def test_data_that_end_end_the_search():
 @pytest.mark.parametrize(
     "kwargs, match",
     [
-        ({"low": LOW.at[2].set(jnp.nan)}, "must be finite"),
+        ({"low": LOW.at[2].set(jnp.nan)}, "`low` must be finite"),
+        (
+            {"low": LOW.at[2].set(HIGH[2] + 1)},
+            "`low` is above `high`: at coordinate 2 their unconstrained values are",
+        ),
         ({"high": (HIGH,)}, "`high` does not have the structure"),
         ({"high": jnp.full(5, 2.0)}, "`high`"),
         ({"low": (), "high": ()}, "no hyperparameters"),

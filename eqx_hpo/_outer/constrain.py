@@ -13,6 +13,7 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
+from .._checks import check_function
 from .._hyperparameter import is_placeholder, Real
 
 
@@ -48,6 +49,8 @@ def project(
 
     **Raises:** a `ValueError` if `where` selects another placeholder.
     """
+    what = "a function of a tree of arrays, such as those of `optax.projections`"
+    check_function("projection", projection, what)
 
     def step(old, moved):
         del old
@@ -138,6 +141,8 @@ def replace_moved(
 def as_selector(where: Where) -> Callable[[PyTree], list[Any]]:
     """Makes the function that returns the parts of a tree that `where` selects; the
     whole, if `None`."""
+    if where is not None:
+        check_function("where", where, "a function of the hyperparameters, or `None`")
 
     def select(tree):
         # The whole may be a tuple too, and is still one part.

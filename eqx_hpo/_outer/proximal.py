@@ -12,6 +12,7 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from .._checks import as_finite, as_int, as_number, as_real, check_all, check_type
 from .constrain import as_selector, check_parts, replace_moved, Where
 
 
@@ -41,7 +42,7 @@ class L1(AbstractPenalty):
     strength: ArrayLike
 
     def __check_init__(self):
-        _check_not_negative("strength", self.strength)
+        _check_strength("strength", self.strength)
 
     def value(self, x: Float[Array, "..."]) -> Float[Array, ""]:
         return jnp.sum(self.strength * jnp.abs(x))
@@ -54,7 +55,7 @@ L1.__init__.__doc__ = """**Arguments:**
 
 - `strength`: $s$, not below zero: a number, or an array that broadcasts to $x$.
 
-**Raises:** a `ValueError` if it is below zero.
+**Raises:** a `ValueError` if it is below zero or not finite.
 """
 
 
@@ -65,8 +66,8 @@ class ElasticNet(AbstractPenalty):
     l2: ArrayLike
 
     def __check_init__(self):
-        _check_not_negative("l1", self.l1)
-        _check_not_negative("l2", self.l2)
+        _check_strength("l1", self.l1)
+        _check_strength("l2", self.l2)
 
     def value(self, x: Float[Array, "..."]) -> Float[Array, ""]:
         return jnp.sum(self.l1 * jnp.abs(x) + 0.5 * self.l2 * jnp.square(x))
@@ -80,7 +81,7 @@ ElasticNet.__init__.__doc__ = """**Arguments:**
 
 - `l1`, `l2`: $s_1$ and $s_2$, not below zero: numbers, or arrays that broadcast to $x$.
 
-**Raises:** a `ValueError` if one is below zero.
+**Raises:** a `ValueError` if one is below zero or not finite.
 """
 
 
@@ -89,10 +90,14 @@ class GroupLasso(AbstractPenalty):
     array if that is `None`. Small groups become exactly zero."""
 
     strength: ArrayLike
-    axis: int | None = eqx.field(static=True, default=None)
+    axis: int | None = eqx.field(
+        static=True,
+        default=None,
+        converter=lambda x: None if x is None else as_int("axis", x),
+    )
 
     def __check_init__(self):
-        _check_not_negative("strength", self.strength)
+        _check_strength("strength", self.strength)
 
     def value(self, x: Float[Array, "..."]) -> Float[Array, ""]:
         return jnp.sum(self.strength * jnp.linalg.vector_norm(x, axis=self.axis))
@@ -109,7 +114,7 @@ GroupLasso.__init__.__doc__ = """**Arguments:**
 - `strength`: $s$, not below zero.
 - `axis`: the axis along which a group runs; `None` for the whole array.
 
-**Raises:** a `ValueError` if `strength` is below zero.
+**Raises:** a `ValueError` if `strength` is below zero or not finite.
 """
 
 
@@ -120,8 +125,11 @@ class Box(AbstractPenalty):
     upper: ArrayLike
 
     def __check_init__(self):
-        concrete = not any(isinstance(x, Tracer) for x in (self.lower, self.upper))
-        if concrete and np.any(np.asarray(self.lower) > np.asarray(self.upper)):
+        bounds = as_real("lower", self.lower), as_real("upper", self.upper)
+        for name, bound in zip(("lower", "upper"), bounds):
+            check_all(name, bound, lambda x: ~np.isnan(x), "a number")
+        concrete = not any(isinstance(x, Tracer) for x in bounds)
+        if concrete and np.any(np.asarray(bounds[0]) > np.asarray(bounds[1])):
             raise ValueError(
                 "`Box(lower, upper)` needs `lower` <= `upper`; got "
                 f"{self.lower} and {self.upper}."
@@ -138,7 +146,8 @@ class Box(AbstractPenalty):
 
 Box.__init__.__doc__ = """**Arguments:**
 
-- `lower`, `upper`: the bounds: numbers, or arrays that broadcast to $x$.
+- `lower`, `upper`: the bounds: numbers, or arrays that broadcast to $x$. One side is
+    open where the bound is infinite.
 
 **Raises:** a `ValueError` if a lower bound is above the upper one.
 """
@@ -182,13 +191,10 @@ def proximal(
         Parikh and Boyd, *Proximal Algorithms*, Foundations and Trends in Optimization,
         2014.
     """
-    if not isinstance(penalty, AbstractPenalty):
-        raise ValueError(
-            "`penalty` must be an `eqx_hpo.AbstractPenalty`, such as `eqx_hpo.L1(0.1)`;"
-            f" got a {type(penalty).__name__}."
-        )
-    if not callable(learning_rate) and not learning_rate > 0:
-        raise ValueError(f"`learning_rate` must be above zero; got {learning_rate!r}.")
+    what = "an `eqx_hpo.AbstractPenalty`, such as `eqx_hpo.L1(0.1)`"
+    check_type("penalty", penalty, AbstractPenalty, what)
+    if not callable(learning_rate):
+        as_number("learning_rate", learning_rate, zero=False)
     select = as_selector(where)
 
     def init(params):
@@ -215,6 +221,6 @@ def _soft_threshold(x: Array, threshold: ArrayLike) -> Array:
     return jnp.sign(x) * jnp.maximum(jnp.abs(x) - threshold, 0)
 
 
-def _check_not_negative(name: str, value: Any) -> None:
-    if not isinstance(value, Tracer) and np.any(np.asarray(value) < 0):
-        raise ValueError(f"`{name}` must not be below zero; got {value}.")
+def _check_strength(name: str, value: Any) -> None:
+    array = as_finite(name, value)
+    check_all(name, array, lambda x: x >= 0, "a number of at least zero")

@@ -2,15 +2,16 @@
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree, UInt32
 
-from .._checks import check_same_structure
+from .._checks import as_share, check_one_of, check_same_structure, shown
 from .._discrete import Choice
 from .._misc import tree_norm
 from .top_k import top_k_masks
@@ -80,11 +81,10 @@ def select_top_k(
         *Generalized Greedy Gradient-Based Hyperparameter Optimization*, submitted to
         ICLR 2025.
     """
-    if by not in ("gradient", "step", "decrease"):
-        raise ValueError(f"`by` must be 'gradient', 'step' or 'decrease'; got {by!r}.")
+    check_one_of("by", by, ("gradient", "step", "decrease"))
     _check_k(k)
-    if isinstance(rotate, bool) or not 0 <= rotate <= 1:
-        raise ValueError(f"`rotate` must be a number from 0 to 1; got {rotate!r}.")
+    as_share("rotate", rotate)
+    _check_groups(groups)
 
     def init(params):
         _units(groups, params)  # for its errors
@@ -116,7 +116,7 @@ def select_top_k(
 
 def _check_k(k: Any) -> None:
     message = "`k` must be an integer of at least 1, or a share in (0, 1] as a float"
-    if isinstance(k, float):
+    if isinstance(k, (float, np.floating)):
         valid = 0 < k <= 1
     else:
         try:
@@ -124,11 +124,27 @@ def _check_k(k: Any) -> None:
         except TypeError:
             valid = False
     if not valid:
-        raise ValueError(f"{message}; got {k!r}.")
+        raise ValueError(f"{message}; got {shown(k)}.")
+
+
+def _check_groups(groups: Any) -> None:
+    """Checks what can be told without the hyperparameters."""
+    if isinstance(groups, str) and groups in ("coordinates", "leaves"):
+        return
+    leaves = jtu.tree_leaves(groups)
+    bare = jtu.all_leaves([groups]) and not callable(groups)
+    labels = [x for x in leaves if not callable(x)]
+    if bare or len(leaves) == 0 or not all(isinstance(x, Hashable) for x in labels):
+        raise ValueError(
+            "`groups` must be 'coordinates', 'leaves', a dictionary from names to "
+            f"functions, or a tree of labels; got {shown(groups)}."
+        )
 
 
 def _as_count(k: int | float, size: int) -> int:
-    return max(1, round(k * size)) if isinstance(k, float) else operator.index(k)
+    if isinstance(k, (float, np.floating)):
+        return max(1, round(k * size))
+    return operator.index(k)
 
 
 def _scores(
@@ -168,12 +184,7 @@ def _units(groups: Any, tree: PyTree) -> list[_Unit]:
     if isinstance(groups, str):
         if groups == "leaves":
             return [_Unit([i], "whole") for i in range(len(leaves))]
-        if groups == "coordinates":
-            return _coordinates(jtu.tree_unflatten(treedef, range(len(leaves))))
-        raise ValueError(
-            "`groups` must be 'coordinates', 'leaves', a dictionary from names to "
-            f"functions, or a tree of labels; got {groups!r}."
-        )
+        return _coordinates(jtu.tree_unflatten(treedef, range(len(leaves))))
     if isinstance(groups, Mapping) and all(callable(x) for x in groups.values()):
         members = _members_of_functions(groups, tree)
     else:
