@@ -242,6 +242,7 @@ def test_data_that_end_end_the_search():
         ({"trials": 0}, "`trials`"),
         ({"steps": 0}, "`steps`"),
         ({"sampler": "grid"}, "`sampler`"),
+        ({"sampler": np.array([])}, "`sampler` must be 'random', .*; got an array"),
     ],
 )
 def test_bad_input(kwargs, match):
