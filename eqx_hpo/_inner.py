@@ -11,10 +11,11 @@ import jax.tree_util as jtu
 import optax
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from ._custom_types import Hyperparams, InnerOptimiser, Model
-from ._misc import as_device_arrays, usual_promotion
+from ._jaxpr import dependent_outputs, unchanged_outputs
+from ._misc import as_device_arrays, match_dtypes, usual_promotion
 from ._state import InnerState
 
 
@@ -46,16 +47,24 @@ def inner_transformation(
 
 
 def apply_inner(
-    inner: InnerOptimiser, grad: PyTree, state: InnerState, hyperparams: Hyperparams
+    inner: InnerOptimiser,
+    grad: PyTree,
+    state: InnerState,
+    hyperparams: Hyperparams,
+    is_first: Bool[Array, ""],
 ) -> tuple[PyTree, PyTree]:
-    """Computes the parameters and the optimiser's state after an update along
-    `grad`."""
+    """Computes the parameters and the optimiser's state after an update along `grad`.
+
+    `is_first` tells whether the update is the first one of an episode.
+    """
     transformation = inner_transformation(inner, hyperparams)
     try:
         with usual_promotion():
-            updates, opt_state = flat_at_zero(transformation.update)(
-                grad, state.opt_state, state.params
+            update = lambda opt_state: transformation.update(
+                grad, opt_state, state.params
             )
+            opt_state = _follow_init(inner, update, state, hyperparams, is_first)
+            updates, opt_state = flat_at_zero(update)(opt_state)
     except TypeError as e:
         if "value" not in str(e):
             raise
@@ -65,6 +74,41 @@ def apply_inner(
             "search and no reduction on a plateau."
         ) from e
     return optax.apply_updates(state.params, updates), opt_state
+
+
+def _follow_init(
+    inner: InnerOptimiser,
+    update: Callable[[PyTree], PyTree],
+    state: InnerState,
+    hyperparams: Hyperparams,
+    is_first: Bool[Array, ""],
+) -> PyTree:
+    """Puts what `inner(hyperparams).init` makes of the hyperparameters into the state
+    of the optimiser, so that the update depends on them.
+
+    A number that `update` hands on as it is, such as the learning rate that
+    `optax.inject_hyperparams` keeps, is a setting: it is put in at every step. Any
+    other, such as the first accumulator of AdaGrad, is where training starts: it is put
+    in at the first step of an episode.
+    """
+    if isinstance(inner, optax.GradientTransformation):
+        return state.opt_state
+    arrays, rest = eqx.partition(hyperparams, eqx.is_array)
+
+    def init(arrays):
+        made = inner_transformation(inner, eqx.combine(arrays, rest))
+        return made.init(state.params)
+
+    depends = dependent_outputs(init, arrays)
+    if not any(depends):
+        return state.opt_state
+    is_setting = unchanged_outputs(lambda x: update(x)[1], state.opt_state)
+    leaves, treedef = jtu.tree_flatten(state.opt_state)
+    start = jtu.tree_leaves(match_dtypes(init(arrays), state.opt_state))
+    for i, x in enumerate(start):
+        if depends[i]:
+            leaves[i] = x if is_setting[i] else jnp.where(is_first, x, leaves[i])
+    return jtu.tree_unflatten(treedef, leaves)
 
 
 def flat_at_zero(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
