@@ -14,6 +14,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array, Bool, PyTree
 
 from ._custom_types import Hyperparams, InnerOptimiser, Model
+from ._explain import check_lookahead, explain_optax
 from ._jaxpr import dependent_outputs, unchanged_outputs
 from ._misc import as_device_arrays, match_dtypes, usual_promotion
 from ._state import InnerState
@@ -24,8 +25,10 @@ def start_inner(
 ) -> InnerState:
     """Makes the inner state in which training starts."""
     params = eqx.filter(model, eqx.is_inexact_array)
-    with usual_promotion():
-        opt_state = inner_transformation(inner, hyperparams).init(params)
+    transformation = inner_transformation(inner, hyperparams)
+    with usual_promotion(), explain_optax():
+        opt_state = transformation.init(params)
+    check_lookahead(opt_state)
     return InnerState(params, as_device_arrays(opt_state), model_state)
 
 
@@ -34,16 +37,25 @@ def inner_transformation(
 ) -> optax.GradientTransformation:
     """Returns the Optax transformation that `inner` is, or makes of the
     hyperparameters."""
-    if isinstance(inner, optax.GradientTransformation):
-        return inner
-    transformation = inner(hyperparams)
-    if not isinstance(transformation, optax.GradientTransformation):
+    made: Any = inner
+    if is_function(inner):
+        with explain_optax():
+            made = made(hyperparams)
+    if hasattr(made, "gradient_transformation"):
+        made = made.gradient_transformation()
+    if not isinstance(made, optax.GradientTransformation):
         raise ValueError(
             "`inner` must be an `optax.GradientTransformation`, or a function from the "
             "unwrapped hyperparameters to one; the function returned a "
-            f"{type(transformation).__name__}."
+            f"{type(made).__name__}."
         )
-    return transformation
+    return made
+
+
+def is_function(inner: InnerOptimiser) -> bool:
+    """Tells whether `inner` is a function of the hyperparameters."""
+    # A `GradientTransformation` is a tuple, and `optax.MultiSteps` has no `__call__`.
+    return callable(inner)
 
 
 def apply_inner(
@@ -58,21 +70,13 @@ def apply_inner(
     `is_first` tells whether the update is the first one of an episode.
     """
     transformation = inner_transformation(inner, hyperparams)
-    try:
-        with usual_promotion():
-            update = lambda opt_state: transformation.update(
-                grad, opt_state, state.params
-            )
-            opt_state = _follow_init(inner, update, state, hyperparams, is_first)
-            updates, opt_state = flat_at_zero(update)(opt_state)
-    except TypeError as e:
-        if "value" not in str(e):
-            raise
-        raise ValueError(
-            "`inner` asks for the value of the loss in its update. Only "
-            "transformations of (updates, state, params) can be used here: no line "
-            "search and no reduction on a plateau."
-        ) from e
+
+    def update(opt_state):
+        return transformation.update(grad, opt_state, state.params)
+
+    with usual_promotion(), explain_optax():
+        opt_state = _follow_init(inner, update, state, hyperparams, is_first)
+        updates, opt_state = flat_at_zero(update)(opt_state)
     return optax.apply_updates(state.params, updates), opt_state
 
 
@@ -91,7 +95,7 @@ def _follow_init(
     other, such as the first accumulator of AdaGrad, is where training starts: it is put
     in at the first step of an episode.
     """
-    if isinstance(inner, optax.GradientTransformation):
+    if not is_function(inner):
         return state.opt_state
     arrays, rest = eqx.partition(hyperparams, eqx.is_array)
 
