@@ -1,20 +1,17 @@
 """The inner optimiser: where it starts, and one update by it."""
 
-import functools as ft
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
-from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array, Bool, PyTree
 
 from ._custom_types import Hyperparams, InnerOptimiser, Model
 from ._explain import check_lookahead, explain_optax
+from ._flat import flat_at_zero
 from ._jaxpr import dependent_outputs, unchanged_outputs
 from ._misc import as_device_arrays, match_dtypes, usual_promotion
 from ._state import InnerState
@@ -113,69 +110,3 @@ def _follow_init(
         if depends[i]:
             leaves[i] = x if is_setting[i] else jnp.where(is_first, x, leaves[i])
     return jtu.tree_unflatten(treedef, leaves)
-
-
-def flat_at_zero(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """Makes the derivative of the square roots in a function zero where their argument
-    is. Its values stay the same.
-
-    Adam and its kin take the root of an average of squared gradients. Where a weight
-    never had a gradient, the slope of that root is infinite while its argument does not
-    move, and the chain rule makes 0 * inf = NaN of it, in reverse and in forward mode.
-    Clipping by a global norm spreads the NaN over all weights, so a mend after the
-    whole update would come too late: it belongs at each root. Functions with a
-    derivative rule of their own, and loops, are left as they are.
-    """
-
-    @ft.wraps(fn)
-    def flattened(*args):
-        dynamic, static = eqx.partition(args, eqx.is_array)
-        closed, shape = jax.make_jaxpr(
-            lambda x: fn(*eqx.combine(x, static)), return_shape=True
-        )(dynamic)
-        out = _evaluate(closed.jaxpr, closed.consts, jtu.tree_leaves(dynamic))
-        return jtu.tree_unflatten(jtu.tree_structure(shape), out)
-
-    return flattened
-
-
-def _evaluate(jaxpr: Jaxpr, consts: Any, args: Any) -> list[Any]:
-    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-    read = lambda v: v.val if isinstance(v, Literal) else values[v]
-    for eqn in jaxpr.eqns:
-        inputs = [read(v) for v in eqn.invars]
-        out = _evaluate_equation(eqn, inputs)
-        values.update(zip(eqn.outvars, out, strict=True))
-    return [read(v) for v in jaxpr.outvars]
-
-
-def _evaluate_equation(eqn: Any, inputs: list[Any]) -> list[Any]:
-    name, params = eqn.primitive.name, eqn.params
-    if name in _ROOTS:
-        return [_ROOTS[name](*inputs)]
-    if name in ("jit", "pjit"):
-        return _evaluate(params["jaxpr"].jaxpr, params["jaxpr"].consts, inputs)
-    if name == "cond":
-        branches = [ft.partial(_evaluate_closed, b) for b in params["branches"]]
-        return lax.switch(inputs[0], branches, *inputs[1:])
-    # Functions with a rule of their own are passed in other forms by older JAX.
-    bound = eqn.primitive.get_bind_params(params)
-    functions, bound = bound if isinstance(bound, tuple) else ((), bound)
-    out = eqn.primitive.bind(*functions, *inputs, **bound)
-    return out if eqn.primitive.multiple_results else [out]
-
-
-def _evaluate_closed(closed: ClosedJaxpr, *args: Any) -> list[Any]:
-    return _evaluate(closed.jaxpr, closed.consts, args)
-
-
-# By selection and not by a custom rule, which would be traced anew for each weight.
-def _sqrt(x: Array) -> Array:
-    return jnp.where(x == 0, 0, lax.sqrt(jnp.where(x == 0, 1, x)))
-
-
-def _rsqrt(x: Array) -> Array:
-    return jnp.where(x == 0, jnp.inf, lax.rsqrt(jnp.where(x == 0, 1, x)))
-
-
-_ROOTS = {"sqrt": _sqrt, "rsqrt": _rsqrt}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from eqx_hpo._inner import flat_at_zero
+from eqx_hpo._flat import flat_at_zero
 
 from .helpers import relative_error
 
