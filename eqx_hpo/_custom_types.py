@@ -19,9 +19,8 @@ Model: TypeAlias = PyTree[Any]
 
 # A function of the unwrapped hyperparameters puts a learning rate, a momentum or a
 # decay among them; a plain transformation has all its numbers fixed.
-InnerOptimiser: TypeAlias = (
-    optax.GradientTransformation | Callable[[Hyperparams], optax.GradientTransformation]
-)
+_Transformation: TypeAlias = optax.GradientTransformation | optax.MultiSteps
+InnerOptimiser: TypeAlias = _Transformation | Callable[[Hyperparams], _Transformation]
 
 # Which derivative of the inner level an algorithm takes: that of the whole update, that
 # of the training gradient, or none. "values" asks for no hypergradient at all.

@@ -1,6 +1,7 @@
 """Questions that are answered by looking at what a function does, primitive by
 primitive, without running it: does it hold a convolution, which of its inputs have a
-derivative that is not zero whatever the numbers are."""
+derivative that is not zero whatever the numbers are, which of its outputs depend on the
+inputs, which are inputs."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -61,12 +62,10 @@ def _live_operands(eqn: JaxprEqn, outputs: list[bool]) -> list[bool]:
         return [False, *(any(x) for x in zip(*branches))]
     if name == "scan":
         return _live_through_scan(params, outputs)
-    inner = _inner_jaxprs(eqn)
     # A rule of its own may have any derivative, and of a loop any output may depend on
     # any input: these count as live.
-    is_call = len(inner) == 1 and len(inner[0].invars) == count
-    if is_call and name not in ("custom_vjp_call", "while"):
-        return _live_inputs(inner[0], outputs)
+    if _is_call(eqn) and name != "custom_vjp_call":
+        return _live_inputs(_inner_jaxprs(eqn)[0], outputs)
     return [True] * count
 
 
@@ -83,6 +82,64 @@ def _live_through_scan(params: dict[str, Any], outputs: list[bool]) -> list[bool
         if grown == carry:
             return [*inputs[:consts], *carry, *inputs[consts + carries :]]
         carry = grown
+
+
+def dependent_outputs(fn: Callable[[PyTree], PyTree], x: PyTree) -> list[bool]:
+    """Tells, for each leaf of `fn(x)`, whether it depends on the arrays `x`. Traces
+    `fn` once; computes nothing."""
+    jaxpr = jax.make_jaxpr(fn)(x).jaxpr
+    depends = lambda eqn, inputs: any(x is not None for x in inputs) or None
+    out = _propagate(jaxpr, [True] * len(jaxpr.invars), depends)
+    return [x is not None for x in out]
+
+
+def unchanged_outputs(fn: Callable[[PyTree], PyTree], x: PyTree) -> list[bool]:
+    """Tells, for each leaf of `fn(x)`, whether it is the leaf of `x` at the same place,
+    up to a conversion of its dtype. `fn(x)` has the structure of `x`, a pytree of
+    arrays. Traces `fn` once; computes nothing."""
+    jaxpr = jax.make_jaxpr(fn)(x).jaxpr
+
+    def origin(eqn, inputs):
+        if eqn.primitive.name in ("select_n", "cond"):
+            return _common(inputs[1:])
+        return inputs[0] if eqn.primitive.name in _COPIES else None
+
+    out = _propagate(jaxpr, range(len(jaxpr.invars)), origin)
+    return [place == i for i, place in enumerate(out)]
+
+
+_COPIES = {"convert_element_type", "copy", "copy_p"}
+
+
+def _propagate(
+    jaxpr: Jaxpr, labels: Sequence[Any], label: Callable[[JaxprEqn, list[Any]], Any]
+) -> list[Any]:
+    """Labels the outputs, from labels of the inputs, and `None` for constants. `label`
+    makes the label of the outputs of an equation from those of its inputs."""
+    values = dict(zip(jaxpr.invars, labels, strict=True))
+    read = lambda v: None if isinstance(v, Literal) else values.get(v)
+    for eqn in jaxpr.eqns:
+        inputs, inner = [read(v) for v in eqn.invars], _inner_jaxprs(eqn)
+        if eqn.primitive.name == "cond":
+            branches = [_propagate(x, inputs[1:], label) for x in inner]
+            out = [label(eqn, [inputs[0], *x]) for x in zip(*branches)]
+        elif _is_call(eqn):
+            out = _propagate(inner[0], inputs, label)
+        else:
+            out = [label(eqn, inputs)] * len(eqn.outvars)
+        values.update(zip(eqn.outvars, out, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _is_call(eqn: JaxprEqn) -> bool:
+    """Tells whether an equation stands for one function of all of its inputs."""
+    inner = _inner_jaxprs(eqn)
+    is_loop = eqn.primitive.name in ("while", "scan")
+    return not is_loop and len(inner) == 1 and len(inner[0].invars) == len(eqn.invars)
+
+
+def _common(labels: list[Any]) -> Any:
+    return labels[0] if all(x == labels[0] for x in labels) else None
 
 
 def _inner_jaxprs(eqn: JaxprEqn) -> list[Jaxpr]:

@@ -188,7 +188,10 @@ class Levels(eqx.Module):
         - `model_state`: the model's state after the step.
         """
         hyperparams = self._at(hyperparams, index)
-        params, opt_state = apply_inner(self.inner, gradient, state, hyperparams)
+        is_first = self.episode_position + index == 0
+        params, opt_state = apply_inner(
+            self.inner, gradient, state, hyperparams, is_first
+        )
         return match_dtypes(InnerState(params, opt_state, model_state), state)
 
     def run(

@@ -10,7 +10,7 @@ import jaxtyping
 import optax
 import pytest
 from eqx_hpo._checkpoint import save
-from eqx_hpo._optimizer.base import _check_settings
+from eqx_hpo._optimizer.settings import check_settings
 from eqx_hpo._tune import check_start
 
 from .problems import quadratic
@@ -73,7 +73,7 @@ def test_wrong_settings_are_named_without_the_checks_of_types_too(change, match)
         "unroll": None,
     }
     with pytest.raises(ValueError, match=match):
-        _check_settings(types.SimpleNamespace(**(settings | change)))
+        check_settings(types.SimpleNamespace(**(settings | change)))
 
 
 def test_what_is_no_state_is_named(tmp_path):

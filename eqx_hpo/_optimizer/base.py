@@ -9,7 +9,6 @@ hypergradient), `init_memory` (the memory carried from step to step) and
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import PyTree
 
-from .._checks import check_positive_int, check_same_structure, check_type
+from .._checks import check_same_structure
 from .._custom_types import Batch, Hyperparams, InnerOptimiser, Key, Model, Through
 from .._data import AbstractBatches, as_batches, SameBatch
 from .._discrete import refresh
@@ -46,6 +45,7 @@ from .._state import (
 )
 from .guard import next_state
 from .recompilation import warn_of_recompilation
+from .settings import check_settings
 from .tracing import (
     check_state,
     default_unroll,
@@ -195,7 +195,7 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
     through: eqx.AbstractClassVar[Through]
 
     def __check_init__(self):
-        _check_settings(self)
+        check_settings(self)
 
     @abc.abstractmethod
     def estimate(
@@ -422,25 +422,6 @@ def _batch_shapes(train: AbstractBatches, key: Key) -> Batch:
     first = jnp.array(0)
     key = jr.key(0) if key is None else key
     return eqx.filter_eval_shape(train.draw, first, first, key)
-
-
-def _check_settings(algorithm: Any) -> None:
-    what = "an `eqx_hpo.Problem(train_loss, val_loss)`"
-    check_type("problem", algorithm.problem, Problem, what)
-    check_positive_int("inner_steps", algorithm.inner_steps)
-    if algorithm.unroll is not None:
-        check_positive_int("unroll", algorithm.unroll)
-    what = "an `optax.GradientTransformation`"
-    check_type("outer", algorithm.outer, optax.GradientTransformation, what)
-    rule = algorithm.second_order
-    what = "a rule, such as `FiniteDifference()`"
-    check_type("second_order", rule, AbstractSecondOrder, what)
-    inner = algorithm.inner
-    if not (callable(inner) or isinstance(inner, optax.GradientTransformation)):
-        raise ValueError(
-            "`inner` must be an `optax.GradientTransformation`, or a function from "
-            f"hyperparameters to one; got a {type(inner).__name__}."
-        )
 
 
 def _check_model(model: Model) -> None:

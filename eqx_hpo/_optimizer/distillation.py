@@ -22,7 +22,7 @@ from .._misc import (
     tree_zeros,
 )
 from .._state import float_scalar, InnerState
-from .drmad import end_cotangent, point_on_line, pull_back
+from .drmad import end_cotangent, pull_back, run_on_line
 
 
 class Past(eqx.Module):
@@ -96,7 +96,7 @@ def fit_scale(
     that of reverse mode through all of them. Both are means over all models that share
     the hyperparameters. Of `past` only the structure is used.
     """
-    end, _ = levels.run(inner, hyperparams, 0, horizon)
+    end, point_at, _ = run_on_line(levels, inner, hyperparams, horizon)
     last = jnp.asarray(horizon - 1)
     _, alpha, _ = levels.validation_gradient(end, hyperparams, last)
     # All that follows is linear in alpha, so a factor on it does not change the scale.
@@ -106,7 +106,7 @@ def fit_scale(
 
     def back(carry, _):
         index, adjoint, exact, past, xy, xx = carry
-        point = point_on_line(inner, end, index, horizon)
+        point = point_at(index)
         # Through the weights alone (A is their derivative): the state of the optimiser
         # is held fixed, as it is in v.
         cotangent = end_cotangent(end, adjoint)

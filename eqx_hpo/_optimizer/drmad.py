@@ -1,7 +1,8 @@
 """Reverse mode along the straight line from the first to the last weights. The
 trajectory itself is never stored."""
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -10,9 +11,15 @@ import optax
 from jax import lax
 from jaxtyping import PyTree
 
-from .._custom_types import Hyperparams, InnerOptimiser, IntScalar, Through
+from .._custom_types import (
+    FloatScalar,
+    Hyperparams,
+    InnerOptimiser,
+    IntScalar,
+    Through,
+)
 from .._levels import Levels
-from .._misc import tree_add
+from .._misc import tree_add, tree_zeros
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder, ForwardOverReverse
 from .._state import Estimate, InnerState, Memory
@@ -27,7 +34,8 @@ class DrMAD(AbstractMemoryless):
 
     in place of the weights $\theta_t$ that training went through. Only the first and
     the last inner state are held: memory $O(P + H)$ whatever the number of steps. The
-    state of the optimiser and that of the model are taken on the line too.
+    state of the optimiser and that of the model are taken on the line too, except for
+    their counters, flags and keys: those are kept as they were at each step.
 
     Each inner step costs a training gradient on the way there, and on the way back
     another one with a second-order product. The estimate is exact where training moves
@@ -57,14 +65,15 @@ class DrMAD(AbstractMemoryless):
         memory: Memory,
     ) -> Estimate:
         steps = self.inner_steps
-        end, train = levels.run(inner, hyperparams, 0, steps)
+        end, point, train = run_on_line(levels, inner, hyperparams, steps)
         last = jnp.asarray(steps - 1)
         val, alpha, direct = levels.validation_gradient(end, hyperparams, last)
 
         def back(carry, _):
             index, cotangent, total = carry
-            point = point_on_line(inner, end, index, steps)
-            cotangent, product = pull_back(levels, point, hyperparams, cotangent, index)
+            cotangent, product = pull_back(
+                levels, point(index), hyperparams, cotangent, index
+            )
             return (index - 1, cotangent, tree_add(total, product)), None
 
         # The index is carried: an array of them would grow with the steps.
@@ -78,23 +87,41 @@ DrMAD.__init__.__doc__ = """**Arguments:** those of
 """
 
 
-def point_on_line(
-    first: InnerState, last: InnerState, index: IntScalar, steps: int
-) -> InnerState:
-    """Makes the inner state before step `index`, on the line from `first` to `last`.
+def run_on_line(
+    levels: Levels, first: InnerState, hyperparams: Hyperparams, steps: int
+) -> tuple[InnerState, Callable[[IntScalar], InnerState], tuple[FloatScalar, Any]]:
+    """Takes the inner steps 0 to `steps` of this call.
 
-    Counters stay whole numbers there. Leaves that are no numbers are those of `first`.
+    **Returns:** the inner state after them; a function from the index of a step to the
+    point of the line before it; and the report of the last step.
     """
 
-    def interpolate(x, y):
-        if not eqx.is_array(x) or not jnp.issubdtype(x.dtype, jnp.number):
-            return x
-        if eqx.is_inexact_array(x):
+    def step(carry, _):
+        state, _, index = carry
+        # What is no real number (a counter that starts over, a flag, a key) has no
+        # place on a line.
+        discrete = eqx.filter(state, eqx.is_inexact_array, inverse=True)
+        state, report = levels.update(state, hyperparams, index)
+        return (state, report, index + 1), discrete
+
+    zero = jnp.zeros((), int)
+    empty = eqx.filter_eval_shape(levels.evaluate, first, hyperparams, zero)
+    carry = (first, tree_zeros(empty), zero)
+    (last, report, _), discrete = lax.scan(
+        step, carry, length=steps, unroll=levels.unroll
+    )
+    start, end = eqx.filter((first, last), eqx.is_inexact_array)
+
+    def point(index):
+        def interpolate(x, y):
             share = (index / steps).astype(x.dtype)
             return (1 - share) * x + share * y
-        return x + (y - x) * index.astype(x.dtype) // steps
 
-    return jtu.tree_map(interpolate, first, last)
+        at_index = lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False)
+        line = jtu.tree_map(interpolate, start, end)
+        return eqx.combine(line, jtu.tree_map(at_index, discrete))
+
+    return last, point, report
 
 
 def end_cotangent(end: InnerState, alpha: tuple[PyTree, PyTree]) -> InnerState:

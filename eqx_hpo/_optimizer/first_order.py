@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from .._custom_types import Hyperparams, InnerOptimiser, Through
+from .._inner import is_function
 from .._levels import Levels
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder, ReverseOverReverse
@@ -36,7 +37,7 @@ class FirstOrder(AbstractMemoryless):
     val_at_each_step: ClassVar[bool] = False
 
     def __check_init__(self):
-        if not isinstance(self.inner, optax.GradientTransformation):
+        if is_function(self.inner):
             warnings.warn(
                 "`FirstOrder` sees only the direct term of the hypergradient: the "
                 "hyperparameters that `inner` uses (a learning rate, a momentum) get "
