@@ -35,14 +35,6 @@ def as_int(name: str, value: Any, least: int | None = None) -> int:
     return number
 
 
-def check_positive_int(name: str, value: Any) -> None:
-    as_int(name, value, 1)
-
-
-def check_not_negative_int(name: str, value: Any) -> None:
-    as_int(name, value, 0)
-
-
 def as_flag(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise ValueError(f"`{name}` must be True or False; got {shown(value)}.")
@@ -106,9 +98,7 @@ def _as_scalar(
     return array.astype(jnp.result_type(float))
 
 
-def as_real(
-    name: str, value: Any, what: str = "a real number or an array of them"
-) -> Array:
+def as_real(name: str, value: Any, what: str = _REAL) -> Array:
     """Converts integers or floating-point numbers, one at least, to an array."""
     traced = any(isinstance(x, Tracer) for x in jtu.tree_leaves(value))
     try:

@@ -13,11 +13,18 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from ._checks import check_positive_int, check_type
+from ._checks import (
+    as_int,
+    check_key,
+    check_one_of,
+    check_same_structure,
+    check_type,
+    shown,
+)
 from ._custom_types import Batch, Hyperparams, Model
 from ._data import AbstractBatches
 from ._exact import exact_hypergradient, Reference
-from ._misc import is_array_or_numpy, tree_dot, tree_norm
+from ._misc import as_device_arrays, is_array_or_numpy, tree_dot, tree_norm
 from ._optimizer import (
     AbstractAlgorithm,
     AbstractBilevelOptimizer,
@@ -150,11 +157,9 @@ def compare_hypergradients(
     [`eqx_hpo.MetaLearner`][] (compare the algorithm that it wraps).
     """
     named = _with_names(algorithms)
-    check_positive_int("repeats", repeats)
-    if reference not in get_args(Reference):
-        raise ValueError(
-            f"`reference` must be one of {get_args(Reference)}; got {reference!r}."
-        )
+    check_key(key)
+    repeats = as_int("repeats", repeats, 1)
+    check_one_of("reference", reference, get_args(Reference))
     steps = max(algorithm.inner_steps for algorithm in named.values())
     for name, algorithm in named.items():
         _check(name, algorithm, steps)
@@ -164,6 +169,9 @@ def compare_hypergradients(
             model, hyperparams, train=train, val=val, model_state=model_state, key=key
         )
         if inner_opt_state is not None:
+            like, what = state.inner_opt_state, "the inner optimiser of the algorithms"
+            inner_opt_state = as_device_arrays(inner_opt_state)
+            check_same_structure("inner_opt_state", inner_opt_state, like, what)
             state = eqx.tree_at(lambda s: s.inner_opt_state, state, inner_opt_state)
         calls = steps // algorithm.inner_steps
         training = (id(algorithm.problem), id(algorithm.inner))
@@ -180,6 +188,11 @@ def compare_hypergradients(
 
 
 def _with_names(algorithms) -> dict[str, Any]:
+    if not isinstance(algorithms, (Mapping, list, tuple)):
+        raise ValueError(
+            "`algorithms` must be a list of algorithms, or a dictionary from names to "
+            f"them; got {shown(algorithms)}. Compare a single one as `[algorithm]`."
+        )
     if not isinstance(algorithms, Mapping):
         kinds = [type(x).__name__ for x in algorithms]
         number = lambda i: f" ({kinds[: i + 1].count(kinds[i])})"
@@ -195,7 +208,7 @@ def _with_names(algorithms) -> dict[str, Any]:
 
 def _check(name: str, algorithm: Any, steps: int) -> None:
     what = "an algorithm for one model; of a `MetaLearner`, compare what it wraps"
-    check_type(name, algorithm, AbstractAlgorithm, what)
+    check_type(f"algorithms[{name!r}]", algorithm, AbstractAlgorithm, what)
     if steps % algorithm.inner_steps != 0:
         raise ValueError(
             f"`{name}` takes {algorithm.inner_steps} inner steps in a call, of which "

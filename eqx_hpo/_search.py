@@ -21,7 +21,6 @@ from ._checks import (
     as_flag,
     as_int,
     check_function,
-    check_key,
     check_same_structure,
     check_type,
     shown,
@@ -113,7 +112,6 @@ def search(
     what = "an algorithm for one model, such as `T1T2`"
     check_type("algorithm", algorithm, AbstractAlgorithm, what)
     assert isinstance(algorithm, AbstractAlgorithm)
-    check_key(key)
     trials, steps = as_int("trials", trials, 1), as_int("steps", steps, 1)
     progress = as_flag("progress", progress)
     if callback is not None:

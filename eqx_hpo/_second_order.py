@@ -11,7 +11,8 @@ on top (an Optax update, a scan over many of them) as usual, and meets the rule 
 """
 
 import abc
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import equinox as eqx
@@ -99,9 +100,25 @@ class ForwardOverReverse(AbstractSecondOrder):
     def differentiate(self, loss: LossFn) -> GradientFn:
         def product(gradients, params, rest, v, settings):
             del settings
-            return jax.jvp(lambda params: gradients(params, rest), (params,), (v,))[1]
+            with _explain_no_forward_mode():
+                fn = lambda params: gradients(params, rest)
+                return jax.jvp(fn, (params,), (v,))[1]
 
         return _with_product(loss, product)
+
+
+@contextlib.contextmanager
+def _explain_no_forward_mode() -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:
+        # The gradient itself was traced before, without an error.
+        raise ValueError(
+            "The training gradient has no forward-mode derivative, which the default "
+            "rule takes, as where a `jax.custom_vjp` cannot be differentiated twice. "
+            "Use `second_order=eqx_hpo.ReverseOverReverse()` or "
+            f"`eqx_hpo.FiniteDifference()`. (JAX raised: {e})"
+        ) from e
 
 
 def _as_epsilon(epsilon: Any) -> Float[Array, ""] | None:

@@ -5,12 +5,17 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import jax
-import numpy as np
 from jaxtyping import PyTree
 
 from ._checkpoint import save
-from ._checks import check_positive_int, check_type
+from ._checks import (
+    as_flag,
+    as_int,
+    check_function,
+    check_key,
+    check_path,
+    check_type,
+)
 from ._custom_types import Batch, Hyperparams, Key, Model
 from ._data import AbstractBatches
 from ._feed import make_feeds
@@ -19,7 +24,7 @@ from ._optimizer import AbstractBilevelOptimizer
 from ._progress import catch_interrupt, ProgressBar
 from ._run import Run, start
 from ._solution import describe_skipped, RESULTS, Solution
-from ._state import BilevelState
+from ._state import BilevelState, check_state
 
 
 _MANY_SKIPPED = 0.1  # the share of skipped steps from which on there is a warning
@@ -102,21 +107,21 @@ def tune(
     has the solution so far as its attribute `solution`.
     """
     check_start(algorithm, key, state)
-    options = {
-        "steps": steps,
-        "restart_every": restart_every,
-        "record_every": record_every,
-    }
-    options |= {"checkpoint_every": checkpoint_every, "max_skipped": max_skipped}
-    for name, value in options.items():
-        if value is not None:
-            check_positive_int(name, value)
-    if callback is not None and not callable(callback):
-        raise ValueError(
-            f"`callback` must be a function of the state, or `None`; got {callback!r}."
-        )
+    steps, max_skipped = (
+        as_int("steps", steps, 1),
+        as_int("max_skipped", max_skipped, 1),
+    )
+    checkpoint_every = as_int("checkpoint_every", checkpoint_every, 1)
+    interval, progress = max(1, steps // 100), as_flag("progress", progress)
+    if record_every is not None:
+        interval = as_int("record_every", record_every, 1)
+    if restart_every is not None:
+        restart_every = as_int("restart_every", restart_every, 1)
+    if checkpoint is not None:
+        check_path("checkpoint", checkpoint)
+    if callback is not None:
+        check_function("callback", callback, "a function of the state, or `None`")
     feeds = make_feeds(algorithm, train, val)
-    interval = max(1, steps // 100) if record_every is None else record_every
     state = start(algorithm, model, hyperparams, *feeds, key, state, model_state)
     run = Run(algorithm, *feeds, key, state, interval, max_skipped)
     del state  # the run donates it
@@ -179,11 +184,8 @@ def check_start(algorithm: Any, key: Any, state: Any) -> None:
     what = "an algorithm such as `T1T2`, before `model` and `hyperparams`"
     check_type("algorithm", algorithm, AbstractBilevelOptimizer, what)
     if state is not None:
-        what = "a `BilevelState` (that of a `Solution` is `solution.state`)"
-        check_type("state", state, BilevelState, what)
-    if key is not None:
-        arrays = (jax.Array, np.ndarray)
-        check_type("key", key, arrays, "a PRNG key such as `jax.random.key(0)`")
+        check_state("state", state)
+    check_key(key)
 
 
 def drive(

@@ -17,14 +17,13 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import PyTree
 
-from .._checks import check_same_structure
+from .._checks import check_key, check_same_structure
 from .._custom_types import Batch, Hyperparams, InnerOptimiser, Key, Model, Through
 from .._data import AbstractBatches, as_batches, SameBatch
 from .._discrete import refresh
 from .._hyperparameter import (
     at_inner_step,
     canonical,
-    check_no_placeholders,
     partition_raw,
     unwrap_values,
 )
@@ -36,6 +35,7 @@ from .._problem import Problem
 from .._second_order import AbstractSecondOrder
 from .._state import (
     BilevelState,
+    check_state,
     Estimate,
     float_scalar,
     inner_state,
@@ -45,12 +45,12 @@ from .._state import (
 )
 from .guard import next_state
 from .recompilation import warn_of_recompilation
-from .settings import check_settings
+from .settings import check_model, check_settings
 from .tracing import (
-    check_state,
+    check_optimiser_states,
     default_unroll,
     empty_aux,
-    explain_missing_key,
+    explain_failed_losses,
     warn_if_unreached,
 )
 
@@ -250,8 +250,9 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
         model_state: PyTree = None,
         key: Key = None,
     ) -> BilevelState:
+        check_key(key)
         hyperparams = canonical(hyperparams)
-        _check_model(model)
+        check_model(model, model_state)
         model, model_state = as_device_arrays((model, model_state))
         plain = unwrap_values(hyperparams)
         first = at_inner_step(plain, jnp.zeros((), int))
@@ -296,6 +297,8 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
         *,
         key: Key = None,
     ) -> BilevelState:
+        check_state("state", state)
+        check_key(key)
         hyperparams = refresh(state.hyperparams, key, state.step)
         estimate = raw_estimate(self, state, hyperparams, train, val, key)
         return next_state(
@@ -316,6 +319,8 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
         *,
         key: Key = None,
     ) -> Hyperparams:
+        check_state("state", state)
+        check_key(key)
         hyperparams = refresh(state.hyperparams, key, state.step)
         estimate = raw_estimate(self, state, hyperparams, train, val, key)
         return estimate.hypergradient
@@ -323,6 +328,7 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
     def restart(
         self, state: BilevelState, model: Model, *, model_state: PyTree = None
     ) -> BilevelState:
+        check_state("state", state)
         model, given = as_device_arrays((model, model_state))
         check_same_structure("model", model, state.model, "the model of `state`")
         model_state = state.model_state if model_state is None else given
@@ -371,7 +377,7 @@ def raw_estimate(
     plain, pullback = eqx.filter_vjp(to_plain, raw)
     start = at_inner_step(plain, jnp.zeros((), int))
     warn_of_recompilation(algorithm, state, {"train": train, "val": val})
-    check_state(state, algorithm.inner, algorithm.outer, start, raw)
+    check_optimiser_states(state, algorithm.inner, algorithm.outer, start, raw)
     levels = _make_levels(algorithm, state, plain, train, val, key, mean or _itself)
     if unroll is not None:
         levels = dataclasses.replace(levels, unroll=unroll)
@@ -406,7 +412,8 @@ def _make_levels(
             mean,
         )
 
-    with explain_missing_key(key, retry=make):
+    data = {"train": train, "val": val}
+    with explain_failed_losses(key, data, retry=make):
         levels = make(key)
     unroll = algorithm.unroll or default_unroll(levels, algorithm.inner_steps)
     return dataclasses.replace(levels, unroll=unroll)
@@ -422,13 +429,3 @@ def _batch_shapes(train: AbstractBatches, key: Key) -> Batch:
     first = jnp.array(0)
     key = jr.key(0) if key is None else key
     return eqx.filter_eval_shape(train.draw, first, first, key)
-
-
-def _check_model(model: Model) -> None:
-    check_no_placeholders(model)
-    leaves = jtu.tree_leaves(model)
-    if not any(eqx.is_inexact_array(x) for x in leaves):
-        kinds = [type(x).__name__ for x in leaves]
-        raise ValueError(
-            f"`model` has no floating-point array to train; its leaves are {kinds}."
-        )

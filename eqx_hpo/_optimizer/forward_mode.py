@@ -147,7 +147,8 @@ def _contract(alpha: PyTree, tangents: PyTree) -> Float[Array, " size"]:
     dtype = jnp.result_type(float)
 
     def dot(a, z):
-        return (z.reshape(len(z), a.size) @ a.reshape(a.size)).astype(dtype)
+        products = z.reshape(len(z), a.size) @ a.reshape(a.size)
+        return jnp.real(products).astype(dtype)
 
     pairs = zip(jtu.tree_leaves(alpha), jtu.tree_leaves(tangents), strict=True)
     return sum((dot(a, z) for a, z in pairs), start=jnp.zeros((), dtype))

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float
 
-from .._checks import as_share
+from .._checks import as_flag, as_share
 from .._custom_types import Hyperparams, InnerOptimiser, Through
 from .._levels import Levels
 from .._misc import tree_add, tree_scale
@@ -58,7 +58,12 @@ class Greedy(AbstractMemoryless):
     momentum: Float[Array, ""] | None = eqx.field(
         kw_only=True, default=None, converter=_as_optional_momentum
     )
-    final_gradient: bool = eqx.field(static=True, kw_only=True, default=False)
+    final_gradient: bool = eqx.field(
+        static=True,
+        kw_only=True,
+        default=False,
+        converter=ft.partial(as_flag, "final_gradient"),
+    )
     unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
     through: ClassVar[Through] = "update"
     val_at_each_step: ClassVar[bool] = True

@@ -9,7 +9,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float
 
-from .._checks import as_share, check_positive_int
+from .._checks import as_int, as_number, as_share
 from .._custom_types import Batch, Hyperparams, InnerOptimiser, Through
 from .._levels import Levels
 from .._misc import any_mapped, tree_add, tree_scale
@@ -21,7 +21,7 @@ from .distillation import check_past, distil, empty_past, fit_scale, pull_back_a
 
 
 def _as_scale(value: Any) -> Array | None:
-    return None if value is None else jnp.asarray(value, jnp.result_type(float))
+    return None if value is None else as_number("scale", value)
 
 
 class HyperDistill(AbstractAlgorithm):
@@ -80,8 +80,8 @@ class HyperDistill(AbstractAlgorithm):
     val_at_each_step: ClassVar[bool] = False
 
     def __check_init__(self):
-        check_positive_int("horizon", self.horizon)
-        check_positive_int("estimation_period", self.estimation_period)
+        as_int("horizon", self.horizon, 1)
+        as_int("estimation_period", self.estimation_period, 1)
 
     def init_memory(
         self, inner: InnerState, hyperparams: Hyperparams, batch: Batch

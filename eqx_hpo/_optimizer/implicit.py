@@ -1,5 +1,6 @@
 """Hypergradients by the implicit function theorem, through any linear solver."""
 
+import functools as ft
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -10,7 +11,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._checks import as_number, check_not_negative_int
+from .._checks import as_flag, as_int, as_number
 from .._custom_types import Batch, Hyperparams, InnerOptimiser, Through
 from .._levels import Levels
 from .._misc import tree_add, tree_dot, tree_norm, tree_scale
@@ -89,7 +90,12 @@ class Implicit(AbstractAlgorithm):
     damping: Float[Array, ""] = eqx.field(
         kw_only=True, default=0.0, converter=lambda x: as_number("damping", x)
     )
-    warm_start: bool = eqx.field(static=True, kw_only=True, default=True)
+    warm_start: bool = eqx.field(
+        static=True,
+        kw_only=True,
+        default=True,
+        converter=ft.partial(as_flag, "warm_start"),
+    )
     curvature_steps: int | None = eqx.field(static=True, kw_only=True, default=None)
     unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
     through: ClassVar[Through] = "gradient"
@@ -97,7 +103,7 @@ class Implicit(AbstractAlgorithm):
 
     def __check_init__(self):
         if self.curvature_steps is not None:
-            check_not_negative_int("curvature_steps", self.curvature_steps)
+            as_int("curvature_steps", self.curvature_steps, 0)
         if not isinstance(self.inner, optax.GradientTransformation):
             raise ValueError(
                 "`inner` must be an `optax.GradientTransformation` here, not a "

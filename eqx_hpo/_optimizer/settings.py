@@ -1,11 +1,18 @@
-"""Checks of the settings that all algorithms have."""
+"""Checks of what all algorithms are made of and start from."""
 
 from typing import Any
 
+import equinox as eqx
+import jax.tree_util as jtu
+import numpy as np
 import optax
+from jax.core import Tracer
+from jaxtyping import PyTree
 
-from .._checks import check_positive_int, check_type
+from .._checks import as_int, check_type
+from .._custom_types import Model
 from .._explain import uncalled
+from .._hyperparameter import check_no_placeholders
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder
 
@@ -17,9 +24,9 @@ def check_settings(algorithm: Any) -> None:
             "`problem` must be an `eqx_hpo.Problem(train_loss, val_loss)`; got a "
             f"{type(algorithm.problem).__name__}. {order}"
         )
-    check_positive_int("inner_steps", algorithm.inner_steps)
+    as_int("inner_steps", algorithm.inner_steps, 1)
     if algorithm.unroll is not None:
-        check_positive_int("unroll", algorithm.unroll)
+        as_int("unroll", algorithm.unroll, 1)
     _check_outer(algorithm.outer, order)
     rule = algorithm.second_order
     what = "a rule, such as `FiniteDifference()`"
@@ -61,3 +68,32 @@ def _check_inner(inner: Any, order: str) -> None:
 
 def _shown(got: Any, name: str | None) -> str:
     return f"a {type(got).__name__}" if name is None else f"the function `{name}`"
+
+
+def check_model(model: Model, model_state: PyTree) -> None:
+    check_no_placeholders(model)
+    leaves = [x for x in jtu.tree_leaves(model) if eqx.is_inexact_array_like(x)]
+    if sum(np.size(x) for x in leaves if hasattr(x, "shape")) == 0:
+        kinds = [type(x).__name__ for x in jtu.tree_leaves(model)]
+        raise ValueError(
+            f"`model` has no floating-point array to train; its leaves are {kinds}."
+        )
+    _check_no_nan("model", model)
+    _check_no_nan("model_state", model_state)
+
+
+def _check_no_nan(name: str, tree: PyTree) -> None:
+    """Names what would make all steps fail. An infinity may be meant, as in a mask."""
+    for path, x in jtu.tree_leaves_with_path(tree):
+        is_traced = isinstance(x, Tracer)
+        if not eqx.is_inexact_array(x) or is_traced or not _is_here(x):
+            continue
+        if np.isnan(np.asarray(x)).any():
+            raise ValueError(
+                f"`{name}{jtu.keystr(path)}` holds NaN to start from, so no step could "
+                "be finite."
+            )
+
+
+def _is_here(x: Any) -> bool:
+    return not hasattr(x, "is_fully_addressable") or x.is_fully_addressable

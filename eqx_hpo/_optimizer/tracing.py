@@ -26,7 +26,7 @@ from .._state import BilevelState, InnerState
 _LARGEST_UNROLL = 64  # inner steps; more compile for too long
 
 
-def check_state(
+def check_optimiser_states(
     state: BilevelState,
     inner: InnerOptimiser,
     outer: optax.GradientTransformation,
@@ -128,22 +128,47 @@ def _with_plain_rule(levels: Levels) -> Levels:
 
 
 @contextlib.contextmanager
-def explain_missing_key(key: Key, retry: Callable[[Key], Any]) -> Iterator[None]:
-    """Turns whatever a random loss or sampler raises for `key=None` into one clear
-    error: if `retry`, which does the same again with another key, does not raise."""
+def explain_failed_losses(
+    key: Key, data: dict[str, Any], retry: Callable[[Key], Any]
+) -> Iterator[None]:
+    """Turns what a loss or a sampler raises into one clear error where a mistake of the
+    caller explains it: there is no key, and `retry`, which does the same again with
+    one, does not raise; or `data`, by name, are missing, or a list of batches."""
     try:
         yield
     except Exception as e:
-        if key is not None:
-            raise
-        try:
-            retry(jr.key(0))
-        except Exception:
-            raise e from None
-        raise ValueError(
-            "`key` is missing: a loss or a sampler uses randomness. Pass "
-            "`key=jax.random.key(...)`, a new one for each call."
-        ) from e
+        if key is None and _succeeds(lambda: retry(jr.key(0))):
+            raise ValueError(
+                "`key` is missing: a loss or a sampler uses randomness. Pass "
+                "`key=jax.random.key(...)`, a new one for each call."
+            ) from e
+        for name, x in data.items():
+            mistake = _mistake_in_data(name, x)
+            if mistake is not None:
+                raise ValueError(f"{mistake} (The loss raised: {e})") from e
+        raise
+
+
+def _succeeds(fn: Callable[[], Any]) -> bool:
+    try:
+        fn()
+    except Exception:
+        return False
+    return True
+
+
+def _mistake_in_data(name: str, data: Any) -> str | None:
+    if data is None:
+        return f"`{name}` is `None`, and the loss fails with that. Pass its data."
+    if not isinstance(data, (list, tuple)) or jtu.all_leaves(data):
+        return None
+    if len({jtu.tree_structure(x) for x in data}) > 1:
+        return None
+    return (
+        f"`{name}` is a {type(data).__name__} of {len(data)} equal parts, which stands "
+        "for a single batch. If the parts are batches, pass `iter(...)` of them to "
+        "`tune`, or `eqx_hpo.Stacked` of their stacked arrays to `step`."
+    )
 
 
 def empty_aux(levels: Levels, inner: InnerState, hyperparams: Hyperparams) -> Any:

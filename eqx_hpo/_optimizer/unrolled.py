@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import optax
 
-from .._checks import check_not_negative_int, check_positive_int
+from .._checks import as_int
 from .._custom_types import Hyperparams, InnerOptimiser, Through
 from .._levels import Levels, with_pullback
 from .._misc import tree_add
@@ -49,9 +49,9 @@ class Unrolled(AbstractMemoryless):
     val_at_each_step: ClassVar[bool] = False
 
     def __check_init__(self):
-        check_not_negative_int("recompute", self.recompute)
+        as_int("recompute", self.recompute, 0)
         if self.truncation is not None:
-            check_positive_int("truncation", self.truncation)
+            as_int("truncation", self.truncation, 1)
             if self.truncation > self.inner_steps:
                 raise ValueError(
                     f"`truncation` must be at most `inner_steps`={self.inner_steps}; "
