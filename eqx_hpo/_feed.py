@@ -116,7 +116,7 @@ def is_loader(data: Any) -> bool:
     arrays."""
     leaf = jtu.all_leaves([data])
     is_array = hasattr(data, "shape") and hasattr(data, "dtype")
-    return leaf and not is_array and isinstance(data, Iterable)
+    return leaf and not is_array and isinstance(data, Iterable) and type(data) is not str
 
 
 def _stack(*arrays: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jaxtyping import PyTree
 
@@ -28,15 +29,20 @@ def holds_primitive(jaxpr: Jaxpr, names: set[str]) -> bool:
     return any(eqn.primitive.name in names for eqn in equations(jaxpr))
 
 
-def live_inputs(fn: Callable[[PyTree], PyTree], x: PyTree) -> list[bool]:
-    """Tells, for each leaf of `x`, whether the derivative of some output of `fn` with
-    respect to it can be other than zero. Traces `fn` once; computes nothing.
+def live_inputs(
+    fn: Callable[[PyTree], tuple[PyTree, ...]], x: PyTree
+) -> list[list[bool]]:
+    """Tells, for each part of what `fn` returns and for each leaf of `x`, whether the
+    derivative of the part with respect to the leaf can be other than zero. Traces `fn`
+    once; computes nothing.
 
     Every leaf of `x` is an inexact array, or a `jax.ShapeDtypeStruct` of one.
     """
-    closed = jax.make_jaxpr(fn)(x)
-    outputs = [_is_inexact(v) for v in closed.jaxpr.outvars]
-    return _live_inputs(closed.jaxpr, outputs)
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(x)
+    owners = [i for i, part in enumerate(shapes) for _ in jtu.tree_leaves(part)]
+    inexact = [_is_inexact(v) for v in closed.jaxpr.outvars]
+    of_part = lambda i: [owner == i and x for owner, x in zip(owners, inexact)]
+    return [_live_inputs(closed.jaxpr, of_part(i)) for i in range(len(shapes))]
 
 
 def _live_inputs(jaxpr: Jaxpr, live_outputs: Sequence[bool]) -> list[bool]:

@@ -27,6 +27,7 @@ from ._optimizer import (
     AbstractBilevelOptimizer,
     next_state,
     raw_estimate,
+    warn_if_same,
 )
 from ._problem import Problem
 from ._state import (
@@ -175,6 +176,7 @@ class MetaLearner(AbstractBilevelOptimizer):
         key: Key = None,
     ) -> BilevelState:
         check_key(key)
+        warn_if_same(train, val)
         first = [self._first_task(*x) for x in (("train", train), ("val", val))]
         single = self.algorithm.init(
             model,

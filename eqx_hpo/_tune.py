@@ -107,10 +107,8 @@ def tune(
     has the solution so far as its attribute `solution`.
     """
     check_start(algorithm, key, state)
-    steps, max_skipped = (
-        as_int("steps", steps, 1),
-        as_int("max_skipped", max_skipped, 1),
-    )
+    steps = as_int("steps", steps, 1)
+    max_skipped = as_int("max_skipped", max_skipped, 1)
     checkpoint_every = as_int("checkpoint_every", checkpoint_every, 1)
     interval, progress = max(1, steps // 100), as_flag("progress", progress)
     if record_every is not None:
@@ -146,8 +144,9 @@ def tune(
             save(checkpoint, run.state)
     with own_error_text():
         solution = run.finish(result)
-    if solution.state.total_skipped > _MANY_SKIPPED * solution.state.step:
-        warnings.warn(describe_skipped(solution.state).strip(), stacklevel=2)
+    end = solution.state
+    if int(end.total_skipped) > _MANY_SKIPPED * int(end.step):
+        warnings.warn(describe_skipped(end).strip(), stacklevel=2)
     return solution
 
 

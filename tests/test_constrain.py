@@ -168,3 +168,28 @@ def test_other_bad_input_raises():
     project = hpo.project(projections.projection_non_negative)
     with pytest.raises(ValueError, match="`project` needs the parameters"):
         project.update(START, project.init(START))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("lower, upper", [(0.0, 1.0), (0.1, 0.3), (-1e-3, 1e-3)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda *box: hpo.project(optax.projections.projection_box, *box),
+        lambda *box: hpo.proximal(hpo.Box(*box), 0.1),
+    ],
+)
+def test_a_box_holds_to_the_last_bit(make, lower, upper, dtype):
+    """Optax adds an update to the values: their sum must not round to the outside."""
+    keys = jr.split(jr.key(0))
+    start = jr.uniform(keys[0], (10_000,), jnp.float32, lower, upper).astype(dtype)
+    updates = jr.normal(keys[1], (10_000,), dtype)
+    outer = make(lower, upper)
+    changes, _ = outer.update(updates, outer.init(start), start)
+    got = optax.apply_updates(start, changes)
+    assert got.dtype == dtype
+    assert jnp.all(
+        (got >= jnp.asarray(lower, dtype)) & (got <= jnp.asarray(upper, dtype))
+    )
+    near = jnp.abs(got - upper) <= 2 * jnp.finfo(dtype).eps * max(upper, -lower)
+    assert jnp.all(near | (start + updates <= upper))

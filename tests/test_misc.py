@@ -56,7 +56,7 @@ def test_live_inputs():
         "scanned", "stacked", "started", "stopped", "tested", "unused",
     ]  # fmt: skip
     h = {name: jnp.array(1.0) for name in names}
-    live = dict(zip(names, live_inputs(_reached, h), strict=True))
+    live = dict(zip(names, live_inputs(lambda h: (_reached(h),), h)[0], strict=True))
     dead = [name for name in names if not live[name]]
     expected = ["compared", "floored", "rounded", "stopped", "tested", "unused"]
     assert dead == expected

@@ -185,10 +185,14 @@ def test_a_non_finite_step_changes_only_counters_and_metrics(where):
     skipped = algorithm.step(skipped, **data)
     assert (int(skipped.step), int(skipped.skipped)) == (3, 2)
     assert jnp.isnan(skipped.metrics.val_loss)
-    restore = lambda s: (s.step, s.skipped, s.metrics)
+    assert (int(skipped.total_skipped), int(skipped.first_skipped)) == (2, 2)
+    restore = lambda s: (
+        s.step, s.skipped, s.total_skipped, s.first_skipped, s.metrics
+    )  # fmt: skip
     assert equal(eqx.tree_at(restore, skipped, restore(state)), state)
     good = algorithm.step(skipped, case.train, case.val)
     assert int(good.skipped) == 0
+    assert (int(good.total_skipped), int(good.first_skipped)) == (2, 2)
     assert bool(jnp.isfinite(good.metrics.val_loss))
 
 

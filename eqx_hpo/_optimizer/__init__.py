@@ -16,4 +16,5 @@ from .implicit import (
 )
 from .plain_training import PlainTraining as PlainTraining
 from .t1t2 import T1T2 as T1T2
+from .tracing import warn_if_same as warn_if_same
 from .unrolled import Unrolled as Unrolled

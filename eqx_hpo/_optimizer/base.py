@@ -51,6 +51,7 @@ from .tracing import (
     default_unroll,
     empty_aux,
     explain_failed_losses,
+    warn_if_same,
     warn_if_unreached,
 )
 
@@ -123,7 +124,8 @@ class AbstractBilevelOptimizer(eqx.Module):
     ) -> BilevelState:
         """Trains the model for `inner_steps`, then updates the hyperparameters once.
         Compiled once for a run of any length. A step whose losses, hypergradient or new
-        state are not all finite changes only `step`, `skipped` and `metrics`.
+        state are not all finite changes only `step`, the counts of skipped steps and
+        `metrics`.
 
         **Arguments:**
 
@@ -280,6 +282,7 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
         )
         if train is None or val is None:
             return state
+        warn_if_same(train, val)
         levels = _make_levels(self, state, plain, train, val, key, _itself)
         warn_if_unreached(levels, inner, plain, self.through)
         if not self.problem.has_aux:
@@ -331,6 +334,9 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
         check_state("state", state)
         model, given = as_device_arrays((model, model_state))
         check_same_structure("model", model, state.model, "the model of `state`")
+        if given is not None:
+            what = "the model state of `state`"
+            check_same_structure("model_state", given, state.model_state, what)
         model_state = state.model_state if model_state is None else given
         plain, zero = unwrap_values(state.hyperparams), jnp.zeros((), int)
         inner = start_inner(self.inner, at_inner_step(plain, zero), model, model_state)

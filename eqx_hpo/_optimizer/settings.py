@@ -72,8 +72,8 @@ def _shown(got: Any, name: str | None) -> str:
 
 def check_model(model: Model, model_state: PyTree) -> None:
     check_no_placeholders(model)
-    leaves = [x for x in jtu.tree_leaves(model) if eqx.is_inexact_array_like(x)]
-    if sum(np.size(x) for x in leaves if hasattr(x, "shape")) == 0:
+    arrays = [x for x in jtu.tree_leaves(model) if eqx.is_inexact_array(x)]
+    if sum(x.size for x in arrays) == 0:
         kinds = [type(x).__name__ for x in jtu.tree_leaves(model)]
         raise ValueError(
             f"`model` has no floating-point array to train; its leaves are {kinds}."

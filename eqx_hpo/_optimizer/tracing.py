@@ -75,7 +75,7 @@ def warn_if_unreached(
     through: Through,
 ) -> None:
     """Warns of each hyperparameter array whose hypergradient is zero whatever the
-    numbers are, by its name."""
+    numbers are, by its name; and if the two losses seem to be swapped."""
     arrays, rest = eqx.partition(hyperparams, eqx.is_inexact_array)
     paths = [jtu.keystr(path) for path, _ in jtu.tree_leaves_with_path(arrays)]
     if len(paths) == 0 or through == "values":
@@ -88,19 +88,44 @@ def warn_if_unreached(
         full = eqx.combine(arrays, rest)
         val, _ = plain.validate(inner, full, index)
         if through is None:
-            return val, None
+            return (val,)
         if through == "gradient":
             return val, plain.gradient(inner, full, index)[0]
         return val, plain.update(inner, full, index)[0].params
 
     try:
-        live = live_inputs(reached, arrays)
+        in_parts = live_inputs(reached, arrays)
     except Exception:
         # A loss that JAX cannot differentiate twice: this cannot tell.
         return
-    dead = [path for path, is_live in zip(paths, live, strict=True) if not is_live]
-    if len(dead) == 0:
+    dead = [path for path, *live in zip(paths, *in_parts) if not any(live)]
+    if len(dead) > 0:
+        _warn_of_dead(dead, through)
+    elif through is not None and not any(in_parts[1]):
+        warnings.warn(
+            f"The training {through} depends on no hyperparameter, only the validation "
+            "loss does. Are the two losses of the `Problem` swapped?",
+            stacklevel=3,
+        )
+
+
+def warn_if_same(train: Any, val: Any) -> None:
+    """Warns if the two levels have the very same arrays."""
+    arrays = [
+        [x for x in jtu.tree_leaves(data) if eqx.is_array(x) and x.size > 1]
+        for data in (train, val)
+    ]
+    if len(arrays[0]) == 0 or len(arrays[0]) != len(arrays[1]):
         return
+    if all(x is y for x, y in zip(*arrays)):
+        warnings.warn(
+            "`val` is the same as `train`: hyperparameters fitted to the train data "
+            "learn to overfit. Hold some data out for `val`.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_dead(dead: list[str], through: Through) -> None:
     names = ", ".join(f"`hyperparams{path}`" for path in dead[:10])
     names += f" and {len(dead) - 10} more" if len(dead) > 10 else ""
     if through is None:

@@ -132,10 +132,23 @@ def replace_moved(
             f"`{name}` needs the parameters: call `update(updates, state, params)`."
         )
     moved = optax.apply_updates(params, updates)
-    old = select(params)
-    replaced = [step(x, y) for x, y in zip(old, select(moved), strict=True)]
-    changes = [jtu.tree_map(jnp.subtract, x, y) for x, y in zip(replaced, old)]
-    return eqx.tree_at(select, updates, changes)
+
+    def change(old, moved):
+        return jtu.tree_map(_change, old, moved, step(old, moved))
+
+    pairs = zip(select(params), select(moved), strict=True)
+    return eqx.tree_at(select, updates, [change(x, y) for x, y in pairs])
+
+
+def _change(old: Array, moved: Array, end: Array) -> Array:
+    """Computes the number which, added to `old`, rounds to `end`; or where there is
+    none, to the nearest number that is not on the side of `end` where `moved` is."""
+    change = end - old
+    change = change + (end - (old + change))
+    reached = old + change
+    outside = jnp.where(moved > end, reached > end, (moved < end) & (reached < end))
+    towards = jnp.where(moved > end, -jnp.inf, jnp.inf).astype(change.dtype)
+    return jnp.where(outside, jnp.nextafter(change, towards), change)
 
 
 def as_selector(where: Where) -> Callable[[PyTree], list[Any]]:
