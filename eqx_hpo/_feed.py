@@ -116,7 +116,8 @@ def is_loader(data: Any) -> bool:
     arrays."""
     leaf = jtu.all_leaves([data])
     is_array = hasattr(data, "shape") and hasattr(data, "dtype")
-    return leaf and not is_array and isinstance(data, Iterable) and type(data) is not str
+    is_single = is_array or isinstance(data, str)
+    return leaf and not is_single and isinstance(data, Iterable)
 
 
 def _stack(*arrays: Any) -> Any:

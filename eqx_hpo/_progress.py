@@ -2,54 +2,79 @@
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 
 from ._state import BilevelState
 
 
-_REFRESH = 0.1  # seconds
+_REFRESH = 0.1  # seconds, of the bar
+_LINE = 30.0  # seconds between two lines in a file
 
 
 class ProgressBar:
     """A line with the losses, the norm of the hypergradient and the rate; only with the
-    train loss where nothing is tuned. Silent where the standard error is not a
-    terminal."""
+    train loss where nothing is tuned.
+
+    In a terminal or a notebook it is a bar that moves. Where the standard error goes
+    to a file, it is a plain line every half minute.
+    """
 
     def __init__(self, total: int, enabled: bool, tunes: bool = True):
-        import tqdm  # here, as it would be a good part of the time of `import eqx_hpo`
+        # Here, as it would be a good part of the time of `import eqx_hpo`.
+        from tqdm.auto import tqdm
 
-        self._bar = tqdm.tqdm(
-            total=total, disable=None if enabled else True, dynamic_ncols=True
-        )
+        moves = _shows_a_bar(sys.stderr)
+        disable = not (enabled and moves)
+        self._bar = tqdm(total=total, disable=disable, dynamic_ncols=True)
+        self._writes = enabled and not moves
         self._tunes = tunes
-        self._shown = 0.0
+        self._total, self._done = total, 0
+        self._start = time.monotonic()
+        self._shown = self._start if self._writes else 0.0
 
     def update(self, steps: int, state: BilevelState) -> None:
         """Counts `steps` more; reads the metrics of `state` from the device only when
-        the line is due to be drawn."""
-        if self._bar.disable:
-            return
-        self._bar.update(steps)
+        the line is due."""
+        self._done += steps
+        if not self._bar.disable:
+            self._bar.update(steps)
         now = time.monotonic()
-        if now - self._shown < _REFRESH:
+        if self._writes and now - self._shown >= _LINE:
+            rate = self._done / (now - self._start)
+            share = f"{self._done}/{self._total} steps, {rate:.3g} a second, "
+            print(share + self._describe(state), file=sys.stderr, flush=True)
+        elif self._bar.disable or now - self._shown < _REFRESH:
             return
+        else:
+            self._bar.set_postfix_str(self._describe(state))
         self._shown = now
-        metrics, skipped = jax.device_get((state.metrics, state.skipped))
+
+    def _describe(self, state: BilevelState) -> str:
+        metrics, skipped = jax.device_get((state.metrics, state.total_skipped))
         line = f"train {metrics.train_loss:.4g}"
         if self._tunes:
             line += f", val {metrics.val_loss:.4g}"
             line += f", hypergradient {metrics.hypergradient_norm:.2g}"
-        self._bar.set_postfix_str(line + (f", skipped {skipped}" if skipped else ""))
+        return line + (f", skipped {skipped}" if skipped else "")
 
     def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
+
+
+def _shows_a_bar(stream: Any) -> bool:
+    """Tells whether what is written to `stream` can be written over: in a terminal, and
+    in a notebook, whose streams say that they are none."""
+    in_notebook = type(stream).__module__.partition(".")[0] == "ipykernel"
+    return in_notebook or (stream is not None and stream.isatty())
 
 
 @contextlib.contextmanager

@@ -92,7 +92,7 @@ def search(
     - `key`: a PRNG key, or `None` if nothing is random. It seeds the sampler too.
     - `sampler`: `"random"`, `"tpe"` (tree-structured Parzen estimator), or a sampler of
         `optuna.samplers` for continuous parameters.
-    - `progress`: whether to show a progress bar.
+    - `progress`: whether to show the progress, as in `tune`.
     - `callback`: called as `callback(state)` after each trial; the search stops if it
         returns `True`.
     - `model_state`: an `eqx.nn.State`, for losses that take and return one.

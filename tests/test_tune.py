@@ -12,6 +12,7 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 import pytest
+from eqx_hpo._progress import _shows_a_bar
 
 from .helpers import equal, relative_error
 from .problems import ridge
@@ -50,7 +51,7 @@ def test_equals_steps_by_hand(callback):
     assert equal(solution.hyperparams, solution.state.hyperparams)
     assert equal(solution.values, hpo.unwrap(solution.hyperparams))
     assert solution.result == hpo.RESULTS.successful
-    assert solution.message == "Finished after step 12."
+    assert solution.message.startswith("Finished after step 12. Validation loss ")
 
 
 @pytest.mark.parametrize(
@@ -267,6 +268,7 @@ def _nan_from_the_eighth_step(w, h, batch, key):
 
 
 @pytest.mark.filterwarnings("ignore:These hyperparameters get a hypergradient of zero")
+@pytest.mark.filterwarnings("ignore:.* steps were not finite")
 @pytest.mark.parametrize("from_host", [False, True])
 def test_non_finite_steps_end_the_run(from_host):
     if from_host:
@@ -282,10 +284,11 @@ def test_non_finite_steps_end_the_run(from_host):
     )  # fmt: skip
     solution = run(train, steps=100)
     assert solution.result == hpo.RESULTS.nonfinite
-    assert "Not finite since step 8" in solution.message
+    assert "5 of 12 steps were not finite; first at step 8." in solution.message
     assert "Likely causes" in solution.message and "nan" in solution.message
-    assert 5 <= int(solution.state.skipped) <= 6
-    assert int(solution.state.step) == 7 + int(solution.state.skipped)
+    assert int(solution.state.skipped) == int(solution.state.total_skipped) == 5
+    assert int(solution.state.step) == 12
+    assert list(solution.history.skipped[-6:]) == [0, 1, 2, 3, 4, 5]
     assert all(bool(jnp.all(jnp.isfinite(x))) for x in jtu.tree_leaves(solution.model))
     again = run(CASE.train, steps=6, state=solution.state)
     expected = hpo.RESULTS.successful if from_host else hpo.RESULTS.nonfinite
@@ -296,6 +299,13 @@ def test_non_finite_steps_end_the_run(from_host):
 def test_progress(capsys, monkeypatch):
     _tune()
     assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("eqx_hpo._progress._LINE", 0.0)
+    _tune(steps=12, record_every=12)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("12/12 steps, ")
+    assert all("a second, train " in line and ", val " in line for line in lines)
+    _tune(progress=False)
+    assert capsys.readouterr() == ("", "")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     solution = _tune(steps=12)
     err = capsys.readouterr().err
@@ -303,6 +313,91 @@ def test_progress(capsys, monkeypatch):
         assert word in err
     _tune(progress=False)
     assert capsys.readouterr() == ("", "")
+    assert solution.result == hpo.RESULTS.successful
+
+
+def test_in_a_notebook_there_is_a_bar():
+    # Its streams say that they are no terminal.
+    stream = type("OutStream", (), {"__module__": "ipykernel.iostream"})()
+    assert _shows_a_bar(stream) and not _shows_a_bar(None)
+
+
+@pytest.mark.parametrize("yes", [np.True_, jnp.array(True), 1])
+def test_a_callback_stops_with_any_boolean(yes):
+    solution = _tune(callback=lambda state: yes if state.step >= 6 else yes * 0)
+    assert solution.result == hpo.RESULTS.stopped
+    assert int(solution.state.step) == 6
+
+
+def test_a_callback_that_returns_something_else():
+    with pytest.raises(ValueError, match="`callback` must return a boolean, or `None`"):
+        _tune(callback=lambda state: np.ones(3))
+
+
+@pytest.mark.parametrize("kind", [StopIteration, RuntimeError])
+def test_an_exception_of_the_callback_keeps_what_was_learned(kind):
+    def callback(state):
+        if state.step >= 6:
+            raise kind("from the callback")
+
+    with pytest.raises(kind, match="from the callback") as info:
+        _tune(callback=callback)
+    solution = info.value.solution
+    assert solution.result == hpo.RESULTS.failed
+    assert equal(solution.model, _tune(steps=6, callback=lambda state: None).model)
+    assert "The solution up to step 6" in info.value.__notes__[0]
+
+
+def test_an_exception_of_a_loader_keeps_what_was_learned():
+    def batches():
+        for _ in range(6):
+            yield CASE.train
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone") as info:
+        _tune(train=batches())
+    assert int(info.value.solution.state.step) == 6
+
+
+def test_an_exception_before_the_first_step_has_no_solution():
+    with pytest.raises(OSError) as info:
+        _tune(train=iter(_Failing()))
+    assert not hasattr(info.value, "solution")
+
+
+class _Failing:
+    def __iter__(self):
+        raise OSError
+        yield
+
+
+def test_many_skipped_steps_are_a_warning():
+    train = [CASE.train] * 30
+    bad = (CASE.train[0] * jnp.nan, CASE.train[1])
+    train[2:30:3] = [bad] * 10
+    text = "10 of 30 steps were not finite; first at step 3."
+    with pytest.warns(UserWarning, match=text):
+        solution = _tune(train=iter(train), steps=30)
+    assert solution.result == hpo.RESULTS.successful
+    assert text in solution.message
+    assert solution.history.skipped[-1] == 10
+
+
+def test_a_loss_that_ends_far_above_its_start_is_said():
+    problem = hpo.Problem(
+        lambda w, h, batch, key: jnp.sum(w**2 + h * w),
+        lambda w, h, batch, key: jnp.sum((w - 1) ** 2),
+    )
+    algorithm = hpo.T1T2(problem, optax.sgd(1.5), optax.sgd(0.0))
+    args = 2 * jnp.ones(1), jnp.ones(1), (), ()
+    solution = hpo.tune(algorithm, *args, steps=30, key=None)
+    assert solution.result == hpo.RESULTS.diverged
+    # w + 1/2 is multiplied by -2 in each step.
+    first, last = (2.5 * -2 - 1.5) ** 2, (2.5 * 2.0**30 - 1.5) ** 2
+    assert f"Validation loss {first:.4g} at first" in solution.message
+    assert f"{last:.4g} at the end." in solution.message
+    calm = hpo.T1T2(problem, optax.sgd(0.1), optax.sgd(0.0))
+    solution = hpo.tune(calm, *args, steps=30, key=None)
     assert solution.result == hpo.RESULTS.successful
 
 
@@ -346,9 +441,9 @@ def test_aux_is_kept_in_one_structure():
     loss = lambda w, h, b, k: (h * jnp.sum((w - b) ** 2), {"norm": jnp.sum(w**2)})
     problem = hpo.Problem(loss, loss, has_aux=True)
     algorithm = hpo.T1T2(problem, optax.sgd(0.1), optax.sgd(0.01))
-    data = jnp.ones(2)
     run = lambda state: hpo.tune(
-        algorithm, jnp.zeros(2), jnp.array(0.5), data, data, steps=3, key=None,
+        algorithm, jnp.zeros(2), jnp.array(0.5), jnp.ones(2), jnp.ones(2),
+        steps=3, key=None,
         state=state,
     )  # fmt: skip
     started = run(None)
@@ -369,7 +464,7 @@ def test_convolutions_run_a_step_a_call(getkey):
         conv,
         jnp.array(0.1),
         images,
-        images,
+        jnp.copy(images),
         steps=5,
         key=None,
         record_every=2,

@@ -44,7 +44,7 @@ from .._state import (
     Metrics,
 )
 from .guard import next_state
-from .recompilation import warn_of_recompilation
+from .recompilation import forget_compilations, warn_of_recompilation
 from .settings import check_model, check_settings
 from .tracing import (
     check_optimiser_states,
@@ -280,6 +280,7 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
             first_skipped=jnp.zeros((), int),
             metrics=Metrics(nans[0], nans[1], nans[2], None, diagnostics),
         )
+        forget_compilations(self, state)
         if train is None or val is None:
             return state
         warn_if_same(train, val)

@@ -12,52 +12,64 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._misc import is_array_or_numpy
+from .._state import BilevelState
 
 
 _WARN_AT = 3  # compilations
 _REMEMBERED = 128  # pairs of an algorithm and a state
 
-# What each leaf of the data was, in each compilation so far. Of algorithms and states
-# only hashes are kept, so nothing is held in memory here.
-_Leaves = dict[str, str]
-_seen: collections.OrderedDict[int, list[_Leaves]] = collections.OrderedDict()
+# For each run, the structures and the leaves of the data of each compilation so far. Of
+# algorithms and states only hashes are kept, so nothing is held in memory here.
+_seen: collections.OrderedDict[int, list[Any]] = collections.OrderedDict()
 
 
-def warn_of_recompilation(algorithm: PyTree, state: PyTree, data: dict[str, Any]):
-    """Warns when a step of this algorithm and this state is traced for the third kind
-    of `data`, and names the leaf that differs from the kind before."""
-    try:
-        structure = jtu.tree_structure(data)
-        key = hash((_fingerprint(algorithm), _fingerprint(state), structure))
-    except TypeError:
-        return  # something static cannot be hashed
+def forget_compilations(algorithm: PyTree, state: BilevelState) -> None:
+    """Begins a new run, whose data may be of another kind."""
+    _seen.pop(_key(algorithm, state), None)
+
+
+def warn_of_recompilation(
+    algorithm: PyTree, state: BilevelState, data: dict[str, Any]
+) -> None:
+    """Warns when a step of a run is traced for the third kind of `data` of the same
+    structure, and names the leaf that differs from the kind before."""
+    structure = jtu.tree_structure(data)
     leaves = {
         "`" + name + jtu.keystr(path) + "`": _describe(x)
         for name, tree in data.items()
         for path, x in jtu.tree_leaves_with_path(tree)
     }
+    key = _key(algorithm, state)
     kinds = _seen.setdefault(key, [])
     _seen.move_to_end(key)
     if len(_seen) > _REMEMBERED:
         _seen.popitem(last=False)
-    if leaves in kinds:
+    if (structure, leaves) in kinds:
         return
-    kinds.append(leaves)
-    if len(kinds) != _WARN_AT:
+    kinds.append((structure, leaves))
+    alike = [x for other, x in kinds if other == structure]
+    if len(alike) != _WARN_AT:
         return
-    name = next(name for name in leaves if leaves[name] != kinds[-2][name])
+    name = next(name for name in leaves if leaves[name] != alike[-2][name])
     warnings.warn(
         f"A step was compiled for {_WARN_AT} kinds of data, and each compiles anew: "
-        f"{name} was {kinds[-2][name]} and is {leaves[name]} now. Give all batches the "
+        f"{name} was {alike[-2][name]} and is {leaves[name]} now. Give all batches the "
         "same shapes, for example by dropping the last, incomplete one, and make what "
         "changes an array.",
         stacklevel=2,
     )
 
 
-def _fingerprint(tree: PyTree) -> tuple[Any, ...]:
-    leaves, treedef = jtu.tree_flatten(tree)
-    return treedef, *(_describe(x) if is_array_or_numpy(x) else x for x in leaves)
+def _key(algorithm: PyTree, state: BilevelState) -> int:
+    parts = []
+    for tree in (algorithm, state.model, state.hyperparams):
+        leaves, treedef = jtu.tree_flatten(tree)
+        parts.append(treedef)
+        parts += [_describe(x) if is_array_or_numpy(x) else x for x in leaves]
+    try:
+        return hash(tuple(parts))
+    except TypeError:
+        return hash(str(parts[0]))  # something static cannot be hashed
 
 
 def _describe(x: Any) -> str:
