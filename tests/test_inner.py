@@ -154,6 +154,7 @@ KEPT = {
         lambda step: 0.1 * h[0] / (1 + step), momentum=0.3 * h[1]
     ),
     "rprop": lambda h: optax.rprop(0.01 * h[0]),
+    "prodigy": lambda h: optax.contrib.prodigy(h[1], estim_lr0=0.05 * h[0]),
     "adagrad": lambda h: optax.adagrad(0.1, initial_accumulator_value=0.1 * h[1]),
 }
 ALGORITHMS = {
