@@ -96,7 +96,10 @@ NORMS = {
 }
 
 
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[] if x == "clip" else pytest.mark.slow) for x in NORMS],
+)
 def test_a_gradient_that_is_all_zero(name):
     """Training stands at its minimum, and stays there whatever the scales are."""
     problem = hpo.Problem(

@@ -21,7 +21,7 @@ from .optimisers import found, GROUPS, REMARKS, SINGLE
 
 ENTRIES = {name: make for group in GROUPS.values() for name, make in group.items()}
 ALGORITHMS = (hpo.Unrolled, hpo.ForwardMode, hpo.DrMAD)
-QUICK = ["contrib.prodigy", "clip_by_global_norm", "radam"]
+QUICK = ["clip_by_global_norm"]
 STEPS = 6
 PAGE = ROOT / "docs" / "optimisers.md"
 
