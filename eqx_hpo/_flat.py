@@ -115,7 +115,7 @@ def _bad_inputs(
     if name == "div" and inputs[1].is_moving and not is_offset:
         bad[1] = bad.get(1, False) | (inputs[1].array == 0)
     if name == "pow" and inputs[0].is_moving:
-        bad[0] = (inputs[0].array == 0) & (inputs[1].array < 1)
+        bad[0] = (inputs[0].array == 0) & (jnp.real(inputs[1].array) < 1)
     is_inverse = name == "integer_pow" and eqn.params["y"] < 0
     if name in ("sqrt", "rsqrt", "cbrt") or is_inverse:
         bad[0] = inputs[0].array == 0

@@ -73,8 +73,13 @@ def apply_inner(
 
     with usual_promotion(), explain_optax():
         opt_state = _follow_init(inner, update, state, hyperparams, is_first)
-        updates, opt_state = flat_at_zero(update)(opt_state)
-    return optax.apply_updates(state.params, updates), opt_state
+        updates, new = flat_at_zero(update)(opt_state)
+    if jtu.tree_structure(new) != jtu.tree_structure(opt_state):
+        raise ValueError(
+            "`inner` changes the structure of its state in an update, as "
+            "`optax.monitor` does. An inner step must keep it."
+        )
+    return optax.apply_updates(state.params, updates), new
 
 
 def _follow_init(

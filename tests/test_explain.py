@@ -123,6 +123,11 @@ OPTIMISERS = {
     "momo": (contrib.momo(), _more("`value`")),
     "sophia": (contrib.sophia(0.1), _more("`obj_fn`")),
     "opaque sam": (contrib.sam(SGD, SGD, opaque_mode=True), _more("`grad_fn`")),
+    "monitor": (
+        optax.chain(optax.monitor({"norm": optax.tree.norm}), SGD),
+        "`inner` changes the structure of its state in an update, as `optax.monitor` "
+        "does. An inner step must keep it.",
+    ),
     "lookahead": (
         optax.lookahead(SGD, 5, 0.5),
         "`inner` holds `optax.lookahead`, which trains two copies of the weights as "
