@@ -137,3 +137,20 @@ def test_numpy_data_goes_to_the_device():
     data = hpo.Minibatch({"x": np.zeros((4, 2), np.float32)}, 2)
     assert isinstance(data.data["x"], jax.Array)
     assert equal(data, hpo.Minibatch({"x": jnp.zeros((4, 2), jnp.float32)}, 2))
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+@pytest.mark.parametrize("batch_size", [8, 6])  # divisible by the devices, and not
+def test_minibatch_on_a_mesh_with_explicit_axes(batch_size, replacement):
+    x = jr.normal(jr.key(0), (32, 3))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    split = jax.device_put(
+        (x, x[:, 0]), jax.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    )
+    draw = jax.jit(lambda batches, key: batches.draw(jnp.array(0), jnp.array(3), key))
+    make = lambda data: hpo.Minibatch(data, batch_size, replacement=replacement)
+    got = draw(make(split), jr.key(1))
+    expected = draw(make((x, x[:, 0])), jr.key(1))
+    assert all(jnp.array_equal(a, b) for a, b in zip(got, expected))
+    is_split = not got[0].sharding.is_fully_replicated
+    assert is_split == (batch_size == 8)
