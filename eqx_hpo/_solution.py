@@ -203,7 +203,7 @@ def compare_discretised(
 
 def start_course() -> Course:
     """Makes the course of a run before its first step."""
-    nans = lambda: jnp.full(2, jnp.nan)
+    nans = lambda: jnp.full(2, jnp.nan, float)  # of a strong dtype, as losses are
     return Course(nans(), nans(), jnp.zeros(2, int))
 
 

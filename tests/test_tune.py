@@ -316,6 +316,17 @@ def test_progress(capsys, monkeypatch):
     assert solution.result == hpo.RESULTS.successful
 
 
+@pytest.mark.parametrize("from_host", [False, True])
+def test_compiles_once(from_host, caplog):
+    algorithm = hpo.T1T2(CASE.problem, optax.sgd(0.1), optax.adam(0.05))
+    train = itertools.repeat(CASE.train) if from_host else CASE.train
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        _tune(algorithm, train=train, steps=40, key=None)
+    messages = [record.getMessage() for record in caplog.records]
+    compiled = [x for x in messages if "Compiling jit(_advance)" in x]
+    assert len(compiled) == 1
+
+
 def test_in_a_notebook_there_is_a_bar():
     # Its streams say that they are no terminal.
     stream = type("OutStream", (), {"__module__": "ipykernel.iostream"})()
