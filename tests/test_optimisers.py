@@ -125,6 +125,8 @@ def _rows_of_the_page() -> dict[str, str]:
     return dict(zip(rows, lines, strict=True))
 
 
+# Some of Optax's names are on their way out, and say so.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     "name",
     [
