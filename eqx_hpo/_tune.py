@@ -132,8 +132,7 @@ def tune(
         after.append((interval, lambda: asks_to_stop(callback, run.state)))
     try:
         with ProgressBar(steps, progress) as bar:
-            # A callback may keep the state that it gets: no later step may overwrite
-            # it.
+            # A callback may keep its state: no later step may overwrite it.
             donate = callback is None
             result = drive(run, run.step + steps, before, after, bar, donate)
     except Exception as e:

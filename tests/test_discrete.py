@@ -137,7 +137,7 @@ def test_tune_finds_the_option_and_reports_the_gap(sample):
         jnp.zeros(2),
         hyperparams,
         COSTS,
-        COSTS,
+        jnp.copy(COSTS),
         steps=300,
         key=jr.key(0),
     )
@@ -158,7 +158,7 @@ def test_tune_finds_the_option_and_reports_the_gap(sample):
 def test_without_discrete_hyperparameters_there_is_no_such_report():
     hyperparams = {"c": jnp.ones(3)}
     start = (ALGORITHM, jnp.zeros(2), hyperparams)
-    solution = hpo.tune(*start, COSTS, COSTS, steps=2, key=None)
+    solution = hpo.tune(*start, COSTS, jnp.copy(COSTS), steps=2, key=None)
     assert solution.discretised is None
 
 

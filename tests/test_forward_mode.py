@@ -187,7 +187,7 @@ def test_a_schedule_in_a_call_that_goes_on():
         (0.1, 3, "leading axis"),
         (hpo.Positive(0.1), 3, "leading axis"),
         (hpo.Simplex(jnp.full(4, 0.25)), 3, "leading axis"),
-        (jnp.zeros((0, 2)), 3, "leading axis"),
+        (jnp.zeros((0, 2)), 3, "must not be empty"),
     ],
 )
 def test_bad_schedules(value, every, match):

@@ -223,7 +223,7 @@ def test_model_state_and_aux_of_each_task():
 
     problem = hpo.Problem(train_loss, val_loss, has_aux=True)
     algorithm = hpo.MetaLearner(hpo.T1T2(problem, SGD, ADAM), 2, horizon=2, reptile=0.5)
-    train = val = jnp.array([1.0, 3.0])
+    train, val = jnp.array([1.0, 3.0]), jnp.array([1.0, 3.0])
     state = algorithm.init(
         model, jnp.ones(2), train=train, val=val, model_state=model_state
     )
