@@ -101,6 +101,7 @@ def make_algorithm(
         outer=optax.adam(0.1),
         inner_steps=steps,
         linear_solver=lx.CG(rtol=rtol, atol=1e-12),
+        curvature_steps=5,
     )
 
 

@@ -113,7 +113,7 @@ def train_plain(state: Plain, train: Data, val: Data) -> Plain:
 
 def make_methods() -> dict[str, Method]:
     args = (hpo.Problem(train_loss, val_loss), INNER, OUTER)
-    solver: Any = dict(linear_solver=NEUMANN, warm_start=False)
+    solver: Any = dict(linear_solver=NEUMANN, warm_start=False, curvature_steps=5)
     implicit = hpo.Implicit(*args, inner_steps=INNER_STEPS, **solver)
     t1t2 = hpo.T1T2(*args, inner_steps=INNER_STEPS)
     return {

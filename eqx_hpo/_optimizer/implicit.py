@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._checks import as_flag, as_int, as_number
 from .._custom_types import Batch, Hyperparams, InnerOptimiser, Through
+from .._inner import is_function
 from .._levels import Levels
 from .._misc import tree_add, tree_dot, tree_norm, tree_scale
 from .._problem import Problem
@@ -104,7 +105,7 @@ class Implicit(AbstractAlgorithm):
     def __check_init__(self):
         if self.curvature_steps is not None:
             as_int("curvature_steps", self.curvature_steps, 0)
-        if not isinstance(self.inner, optax.GradientTransformation):
+        if is_function(self.inner):
             raise ValueError(
                 "`inner` must be an `optax.GradientTransformation` here, not a "
                 "function of the hyperparameters: a minimum of the train loss is the "
