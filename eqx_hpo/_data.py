@@ -19,6 +19,7 @@ from ._custom_types import Batch, IntScalar, Key
 from ._misc import as_device_arrays, is_array_or_numpy
 
 
+_NUMBERS = (int, float, complex)
 _ROUNDS = 24  # of the shuffle; each leaves half of the points where they are
 
 
@@ -148,16 +149,21 @@ def as_batches(data: Any, name: str, inner_steps: int | None) -> AbstractBatches
     return batches
 
 
+def holds_numbers(data: PyTree) -> bool:
+    """Tells whether a leaf of `data` is a Python number, and not a flag."""
+    return any(type(x) in _NUMBERS for x in jtu.tree_leaves(data))
+
+
 def numbers_as_arrays(data: PyTree) -> PyTree:
     """Makes arrays of the Python numbers in plain data: static, each other number would
     compile anew. Flags stay as they are, for a loss that branches on one."""
-
-    def is_number(x):
-        return type(x) in (int, float, complex)
-
-    if not any(is_number(x) for x in jtu.tree_leaves(data)):
+    if not holds_numbers(data):
         return data
-    convert = lambda x: jnp.asarray(x, jnp.result_type(type(x))) if is_number(x) else x
+
+    def convert(x):
+        dtype = jnp.result_type(type(x)) if type(x) in _NUMBERS else None
+        return x if dtype is None else jnp.asarray(x, dtype)
+
     is_leaf = lambda x: isinstance(x, AbstractBatches)
     return jtu.tree_map(convert, data, is_leaf=is_leaf)
 

@@ -15,7 +15,7 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
-from ._data import numbers_as_arrays
+from ._data import holds_numbers, numbers_as_arrays
 from ._misc import is_array_or_numpy
 
 
@@ -54,10 +54,11 @@ class _JitMethod:
     def __call__(self, instance: Any, *args: Any, **kwargs: Any) -> Any:
         # A Python number in the data is no reason to compile anew. The state is left
         # alone: a number in the model is a setting.
-        state, data = args[:1], numbers_as_arrays(args[1:])
-        state_kwargs = {k: v for k, v in kwargs.items() if k == "state"}
-        kwargs = numbers_as_arrays({k: v for k, v in kwargs.items() if k != "state"})
-        return self._compiled(instance, *state, *data, **state_kwargs, **kwargs)
+        data = args[1:], {k: x for k, x in kwargs.items() if k != "state"}
+        if holds_numbers(data):
+            rest, named = numbers_as_arrays(data)
+            args, kwargs = (*args[:1], *rest), {**kwargs, **named}
+        return self._compiled(instance, *args, **kwargs)
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
         # A bound method of an `eqx.Module` cannot be hashed, so `jax.jit` would refuse

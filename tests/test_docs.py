@@ -59,6 +59,7 @@ def test_the_example_of_the_readme_has_15_lines():
     assert len([line for line in first.splitlines() if line.strip()]) <= 15
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs_with_few_steps():
     namespace = {"__name__": "docs"}
     with jax.enable_x64(False):

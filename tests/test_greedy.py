@@ -138,7 +138,10 @@ TOY = {
 }
 
 
-@pytest.mark.parametrize("name", TOY)
+@pytest.mark.parametrize(
+    "name",
+    ["greedy", *[pytest.param(x, marks=pytest.mark.slow) for x in ("t1t2", "exact")]],
+)
 def test_toy_of_the_paper(name):
     def train_loss(model, target, batch, key):
         del batch, key

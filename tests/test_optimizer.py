@@ -150,6 +150,7 @@ def test_vmap_over_learning_rates_of_the_optimiser(getkey):
     assert jnp.allclose(batched, jnp.stack([run(0.01), run(0.1)]), rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of `pmap` itself
 def test_pmap_over_seeds_equals_vmap(getkey):
     run = _seeds()
