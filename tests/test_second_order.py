@@ -253,3 +253,92 @@ def test_another_epsilon_compiles_nothing_anew():
 def test_epsilon_is_a_finite_number(epsilon):
     with pytest.raises(ValueError, match="`epsilon` must be a number above zero"):
         hpo.FiniteDifference(epsilon)
+
+
+MATRIX = jr.normal(jr.key(0), (6, 3)) + 1j * jr.normal(jr.key(1), (6, 3))
+
+
+def _complex_train_loss(w, h, batch, key):
+    fit = jnp.mean(jnp.abs(MATRIX @ w - 1.0) ** 2)
+    return fit + jnp.sum(jnp.exp(h) * jnp.abs(w) ** 2) + jnp.sum(jnp.abs(w) ** 4)
+
+
+def _complex_val_loss(w, h, batch, key):
+    return jnp.sum(jnp.abs(w - 1 + 0.5j) ** 2)
+
+
+COMPLEX = hpo.Problem(_complex_train_loss, _complex_val_loss)
+W, H = jnp.array([0.1 + 0.2j, 0.3 - 0.1j, -0.2j]), jnp.array([-1.0, -2.0, 0.3])
+
+
+@pytest.mark.parametrize("name", ["unrolled", "forward_mode", "drmad", *RULES])
+def test_complex_weights_in_parts(name):
+    """The same as real and imaginary parts, by an optimiser that conjugates."""
+    conjugate = optax.stateless(lambda updates, _: jtu.tree_map(jnp.conj, updates))
+    make = {
+        "unrolled": lambda *args: hpo.Unrolled(*args, inner_steps=3),
+        "forward_mode": lambda *args: hpo.ForwardMode(*args, inner_steps=3),
+        "drmad": lambda *args: hpo.DrMAD(*args, inner_steps=3),
+    }
+    default = lambda *args: hpo.Unrolled(*args, RULES[name], inner_steps=3)
+
+    def hypergradient(problem, inner, model):
+        algorithm = make.get(name, default)(problem, inner, optax.sgd(0.1))
+        state = algorithm.init(model, H)
+        assert int(algorithm.step(state, (), ()).skipped) == 0
+        return algorithm.compute_hypergradient(state, (), ())
+
+    def in_parts(loss):
+        return lambda parts, *args: loss(parts[0] + 1j * parts[1], *args)
+
+    losses = in_parts(_complex_train_loss), in_parts(_complex_val_loss)
+    momentum = optax.sgd(0.05, momentum=0.9)
+    got = hypergradient(COMPLEX, optax.chain(conjugate, momentum), W)
+    parts = jnp.stack([W.real, W.imag])
+    expected = hypergradient(hpo.Problem(*losses), momentum, parts)
+    tolerance = 1e-6 if name == "finite_difference" else 1e-12
+    assert relative_error(got, expected) < tolerance
+
+
+def _weighted(dtype, strict):
+    """Logistic regression with a weight for each example. With `strict` the loss works
+    in the precision of the model alone."""
+    x = jr.normal(jr.key(0), (30, 5)).astype(dtype)
+    y = jnp.where(x[:, 0] + 0.5 * x[:, 1] > 0, 1, -1).astype(dtype)
+
+    def losses(w, batch):
+        x, y = batch
+        start = jnp.zeros((), dtype if strict else w.dtype)
+        scale, _ = jax.lax.scan(lambda c, v: (c + v * v, None), start, w)
+        return jax.nn.softplus(-y * (x @ w)) + 0.1 * scale
+
+    train = lambda w, h, batch, key: jnp.mean(h * losses(w, batch))
+    val = lambda w, h, batch, key: jnp.mean(losses(w, batch)).astype(jnp.float32)
+    w, h = jnp.linspace(-0.5, 0.5, 5).astype(dtype), jnp.ones(20, dtype)
+    return hpo.Problem(train, val), w, h, (x[:20], y[:20]), (x[20:], y[20:])
+
+
+@pytest.mark.parametrize("dtype, bound", [(jnp.bfloat16, 2e-2), (jnp.float16, 3e-3)])
+def test_finite_differences_in_half_precision(dtype, bound):
+    problem, w, h, train, val = _weighted(dtype, strict=False)
+    cast = lambda x: x.astype(jnp.float32)
+
+    def hypergradient(rule, w, h, *data):
+        algorithm = hpo.T1T2(problem, optax.sgd(0.1), optax.sgd(0.1), rule)
+        return algorithm.compute_hypergradient(algorithm.init(w, h), *data)
+
+    got = hypergradient(hpo.FiniteDifference(), w, h, train, val)
+    single = jtu.tree_map(cast, (w, h, train, val))
+    expected = hypergradient(hpo.ForwardOverReverse(), *single)
+    assert got.dtype == dtype
+    assert relative_error(got, expected) < bound
+
+
+def test_a_loss_that_needs_half_precision_stays_in_it():
+    problem, w, h, train, val = _weighted(jnp.bfloat16, strict=True)
+    rules = hpo.FiniteDifference(), hpo.ForwardOverReverse()
+    got, exact = [
+        x.compute_hypergradient(x.init(w, h), train, val)
+        for x in (hpo.T1T2(problem, optax.sgd(0.1), optax.sgd(0.1), r) for r in rules)
+    ]
+    assert relative_error(got, exact) < 0.2
