@@ -6,6 +6,7 @@ import eqx_hpo as hpo
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -122,14 +123,31 @@ def test_swapped_losses():
         algorithm.init(CASE.model, CASE.hyperparams, train=CASE.train, val=CASE.val)
 
 
-def test_swapped_arguments():
+@pytest.fixture
+def untyped(monkeypatch):
+    """The library as users have it, without the checks of types of these tests."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield hpo
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_swapped_arguments(untyped):
     algorithm, state = _start()
-    untyped: type = hpo.T1T2
-    with jax.disable_jit(False), pytest.raises(Exception, match="state") as info:
-        algorithm.step(CASE.train, state, CASE.val)
-    del info
-    with pytest.raises(Exception, match="`?problem`?"):
-        untyped(INNER, CASE.problem, OUTER)
+    text = (
+        r"^`state` must be a `BilevelState` \(that of a `Solution` is `solution.state`"
+    )
+    for method in (algorithm.step, algorithm.compute_hypergradient):
+        with pytest.raises(ValueError, match=text):
+            method(CASE.train, state, CASE.val)
+    with pytest.raises(ValueError, match="^`algorithm` must be an algorithm such as"):
+        untyped.tune(CASE.model, algorithm, *CASE.train, {}, steps=1, key=None)
+
+
+def test_integers_of_numpy_are_integers(untyped):
+    solution = _tune(
+        steps=np.int64(3), record_every=np.int32(1), max_skipped=np.int8(2)
+    )
+    assert int(solution.state.step) == 3
 
 
 def test_no_data():
@@ -171,12 +189,12 @@ def test_nan_to_start_from():
         algorithm.init(CASE.model, bad)
 
 
-def test_one_algorithm_to_compare():
+def test_one_algorithm_to_compare(untyped):
     algorithm, _ = _start()
     args = (CASE.model, CASE.hyperparams, CASE.train, CASE.val)
-    compare: type = hpo.compare_hypergradients
-    with pytest.raises(Exception, match="algorithms"):
-        compare(algorithm, *args, key=None)
+    text = r"`algorithms` must be a list .* got a T1T2. Compare a single one as `\[algo"
+    with pytest.raises(ValueError, match=text):
+        untyped.compare_hypergradients(algorithm, *args, key=None)
 
 
 @jax.custom_vjp
