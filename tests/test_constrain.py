@@ -186,7 +186,7 @@ def test_a_box_holds_to_the_last_bit(make, lower, upper, dtype):
     updates = jr.normal(keys[1], (10_000,), dtype)
     outer = make(lower, upper)
     changes, _ = outer.update(updates, outer.init(start), start)
-    got = optax.apply_updates(start, changes)
+    got: Any = optax.apply_updates(start, changes)
     assert got.dtype == dtype
     assert jnp.all(
         (got >= jnp.asarray(lower, dtype)) & (got <= jnp.asarray(upper, dtype))

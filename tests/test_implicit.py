@@ -1,4 +1,5 @@
 import itertools
+from typing import Any
 
 import equinox as eqx
 import eqx_hpo as hpo
@@ -377,7 +378,7 @@ def test_complex_weights():
     h = jnp.array([-1.0, -2.0, 0.3])
     w = jnp.array([0.1 + 0.2j, 0.3 - 0.1j, -0.2j])
     parts = jnp.stack([w.real, w.imag])
-    args = dict(inner_steps=1, linear_solver=lx.CG(1e-12, 1e-12))
+    args: Any = dict(inner_steps=1, linear_solver=lx.CG(1e-12, 1e-12))
     complex_ = hpo.Implicit(hpo.Problem(train_loss, val_loss), STAY, STAY, **args)
     real = hpo.Implicit(
         hpo.Problem(in_parts(train_loss), in_parts(val_loss)), STAY, STAY, **args

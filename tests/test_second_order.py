@@ -1,3 +1,5 @@
+from typing import Any
+
 import equinox as eqx
 import eqx_hpo as hpo
 import jax
@@ -275,7 +277,7 @@ W, H = jnp.array([0.1 + 0.2j, 0.3 - 0.1j, -0.2j]), jnp.array([-1.0, -2.0, 0.3])
 def test_complex_weights_in_parts(name):
     """The same as real and imaginary parts, by an optimiser that conjugates."""
     conjugate = optax.stateless(lambda updates, _: jtu.tree_map(jnp.conj, updates))
-    make = {
+    make: Any = {
         "unrolled": lambda *args: hpo.Unrolled(*args, inner_steps=3),
         "forward_mode": lambda *args: hpo.ForwardMode(*args, inner_steps=3),
         "drmad": lambda *args: hpo.DrMAD(*args, inner_steps=3),

@@ -2,6 +2,7 @@ import functools as ft
 import itertools
 import os
 import signal
+from typing import Any
 
 import equinox as eqx
 import eqx_hpo as hpo
@@ -367,7 +368,8 @@ def test_an_exception_of_a_loader_keeps_what_was_learned():
 
     with pytest.raises(OSError, match="the disk is gone") as info:
         _tune(train=batches())
-    assert int(info.value.solution.state.step) == 6
+    error: Any = info.value
+    assert int(error.solution.state.step) == 6
 
 
 def test_an_exception_before_the_first_step_has_no_solution():
