@@ -282,7 +282,7 @@ def test_complex_weights_in_parts(name):
         "forward_mode": lambda *args: hpo.ForwardMode(*args, inner_steps=3),
         "drmad": lambda *args: hpo.DrMAD(*args, inner_steps=3),
     }
-    default = lambda *args: hpo.Unrolled(*args, RULES[name], inner_steps=3)
+    default: Any = lambda *args: hpo.Unrolled(*args, RULES[name], inner_steps=3)
 
     def hypergradient(problem, inner, model):
         algorithm = make.get(name, default)(problem, inner, optax.sgd(0.1))
