@@ -282,10 +282,13 @@ def test_complex_weights_in_parts(name):
         "forward_mode": lambda *args: hpo.ForwardMode(*args, inner_steps=3),
         "drmad": lambda *args: hpo.DrMAD(*args, inner_steps=3),
     }
-    default: Any = lambda *args: hpo.Unrolled(*args, RULES[name], inner_steps=3)
+    default: Any = lambda *args: hpo.Unrolled(
+        *args, second_order=RULES[name], inner_steps=3
+    )
 
     def hypergradient(problem, inner, model):
-        algorithm = make.get(name, default)(problem, inner, optax.sgd(0.1))
+        args = problem, inner, optax.sgd(0.1)
+        algorithm = make[name](*args) if name in make else default(*args)
         state = algorithm.init(model, H)
         assert int(algorithm.step(state, (), ()).skipped) == 0
         return algorithm.compute_hypergradient(state, (), ())
