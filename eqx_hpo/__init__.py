@@ -47,6 +47,7 @@ from ._optimizer import (
 )
 from ._outer import (
     AbstractPenalty as AbstractPenalty,
+    anchor as anchor,
     Box as Box,
     ElasticNet as ElasticNet,
     GroupLasso as GroupLasso,

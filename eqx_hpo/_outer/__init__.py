@@ -1,3 +1,4 @@
+from .anchor import anchor as anchor
 from .constrain import mirror as mirror, project as project
 from .proximal import (
     AbstractPenalty as AbstractPenalty,
