@@ -40,7 +40,7 @@ from ._progress import ProgressBar
 from ._run import own_copy, Run, start
 from ._solution import RESULTS, Solution
 from ._state import BilevelState
-from ._tune import asks_to_stop, check_start, drive
+from ._tune import asks_to_stop, attach_solution, check_start, drive
 
 
 _LARGEST = 2**31 - 1
@@ -106,7 +106,8 @@ def search(
 
     **Raises:** an `ImportError` without Optuna; a `ValueError` if the ranges do not
     match, are empty, not finite or upside down, if hyperparameters are discrete, or if
-    an option is out of range.
+    an option is out of range. An exception of the callback or of an iterator has the
+    best trial so far as its attribute `solution`.
     """
     check_start(algorithm, key, None)
     what = "an algorithm for one model, such as `T1T2`"
@@ -127,6 +128,9 @@ def search(
     )
     run = Run(trainer, *feeds, key, state, steps, _NEVER)
     best, result = None, RESULTS.successful
+    join = lambda result: _join(
+        algorithm, run.finish(result), result, best, like, study
+    )
     try:
         with ProgressBar(trials * steps, progress, tunes=False) as bar:
             for number in range(1, trials + 1):
@@ -144,7 +148,11 @@ def search(
                     break
     except KeyboardInterrupt:
         result = RESULTS.interrupted
-    return _join(algorithm, run.finish(result), result, best, like, study)
+    except Exception as e:
+        if best is not None and run.is_alive():
+            attach_solution(e, lambda: join(RESULTS.failed))
+        raise
+    return join(result)
 
 
 def _make_trainer(

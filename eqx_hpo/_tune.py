@@ -136,17 +136,21 @@ def tune(
             donate = callback is None
             result = drive(run, run.step + steps, before, after, bar, donate)
     except Exception as e:
-        _attach_solution(e, run)
+        if run.has_begun() and run.is_alive():
+            attach_solution(e, lambda: run.finish(RESULTS.failed))
         raise
     finally:
         if checkpoint is not None and run.is_alive():
             save(checkpoint, run.state)
     with own_error_text():
         solution = run.finish(result)
-    end = solution.state
-    if int(end.total_skipped) > _MANY_SKIPPED * int(end.step):
-        warnings.warn(describe_skipped(end).strip(), stacklevel=2)
+    _warn_of_skipped(solution.state)
     return solution
+
+
+def _warn_of_skipped(state: BilevelState) -> None:
+    if int(state.total_skipped) > _MANY_SKIPPED * int(state.step):
+        warnings.warn(describe_skipped(state).strip(), stacklevel=3)
 
 
 def asks_to_stop(callback: Callable[[BilevelState], Any], state: BilevelState) -> bool:
@@ -163,18 +167,16 @@ def asks_to_stop(callback: Callable[[BilevelState], Any], state: BilevelState) -
         ) from e
 
 
-def _attach_solution(error: Exception, run: Run) -> None:
-    """Saves what was learned before `error`, if anything was."""
-    if not (run.has_begun() and run.is_alive()):
-        return
+def attach_solution(error: Exception, make: Callable[[], Solution]) -> None:
+    """Saves what was learned before `error`."""
     try:
-        solution = run.finish(RESULTS.failed)
+        solution = make()
     except Exception:
         return  # of the same cause
     error.solution = solution  # pyright: ignore[reportAttributeAccessIssue]
     error.add_note(
-        f"The solution up to step {run.step} is the attribute `solution` of this "
-        "exception."
+        f"The solution up to step {int(solution.state.step)} is the attribute "
+        "`solution` of this exception."
     )
 
 

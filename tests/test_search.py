@@ -190,6 +190,24 @@ def test_callback_sees_every_trial_and_stops():
     assert "Best of 3 trials" in solution.message
 
 
+def test_an_exception_keeps_the_best():
+    count = 0
+
+    def callback(state):
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise RuntimeError("from the callback")
+
+    with pytest.raises(RuntimeError, match="from the callback") as info:
+        _search(callback=callback)
+    error: Any = info.value
+    assert error.solution.result == hpo.RESULTS.failed
+    assert "Best of 3 trials" in error.solution.message
+    best = np.nanmin(error.solution.history.val_loss)
+    assert error.solution.state.metrics.val_loss == best
+
+
 def test_ctrl_c_keeps_the_best():
     def batches():
         for i in range(100):
