@@ -273,12 +273,11 @@ COMPLEX = hpo.Problem(_complex_train_loss, _complex_val_loss)
 W, H = jnp.array([0.1 + 0.2j, 0.3 - 0.1j, -0.2j]), jnp.array([-1.0, -2.0, 0.3])
 
 
-@pytest.mark.parametrize("name", ["unrolled", "forward_mode", "drmad", *RULES])
+@pytest.mark.parametrize("name", ["forward_mode", "drmad", *RULES])
 def test_complex_weights_in_parts(name):
     """The same as real and imaginary parts, by an optimiser that conjugates."""
     conjugate = optax.stateless(lambda updates, _: jtu.tree_map(jnp.conj, updates))
     make: Any = {
-        "unrolled": lambda *args: hpo.Unrolled(*args, inner_steps=3),
         "forward_mode": lambda *args: hpo.ForwardMode(*args, inner_steps=3),
         "drmad": lambda *args: hpo.DrMAD(*args, inner_steps=3),
     }
