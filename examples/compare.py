@@ -101,8 +101,7 @@ def make_weights(data: Images, steps: int, seed: int) -> Setting:
     inner = optax.sgd(0.1, momentum=0.9)
     args = (problem, inner, OUTER)
     many: dict[str, Any] = dict(inner_steps=steps, damping=DAMPING)
-    # `lineax.CG` takes a curvature below 100 eps P for zero: in single precision, and
-    # with this many weights, all of them.
+    # Far from a minimum the Hessian may be indefinite, which GMRES can solve.
     solve = lx.GMRES(rtol=1e-3, atol=1e-6, restart=10, max_steps=10)
     algorithms = {
         **make_common(args, steps),

@@ -65,6 +65,9 @@ class Implicit(AbstractAlgorithm):
     close training came, as an [`eqx_hpo.ImplicitReport`][]. A solve that fails does not
     stop the run: its answer is used as long as it is finite.
 
+    Weights may be complex or in half precision: the solver sees real vectors, in single
+    precision at least.
+
     `second_order` is the rule for the mixed product $x^\top \partial^2 C_1 / \partial
     \theta \partial \lambda$. Products with the Hessian are exact in any case.
 
