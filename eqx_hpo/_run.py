@@ -74,6 +74,7 @@ class Run:
         self.state = state
         self._start = self.step = int(state.step)
         self.skipped = int(state.skipped)
+        self._skipped_before = int(state.total_skipped)
         self._algorithm, self._key = algorithm, key
         self._train, self._val = train, val
         self._last_val: AbstractBatches | None = None
@@ -137,6 +138,11 @@ class Run:
     def has_begun(self) -> bool:
         """Tells whether a step was taken."""
         return self.step > self._start
+
+    def share_skipped(self) -> float:
+        """Returns the share of the steps of this run that were skipped."""
+        skipped = int(self.state.total_skipped) - self._skipped_before
+        return skipped / max(1, self.step - self._start)
 
     def is_alive(self) -> bool:
         """Tells whether the state was not lost to a call that failed after donating

@@ -99,7 +99,7 @@ def tune(
     **Returns:** a [`eqx_hpo.Solution`][]. Ctrl-C ends the run early and returns what
     there is, with `RESULTS.interrupted`; a run of non-finite steps ends it with
     `RESULTS.nonfinite`. A loss that ends far above where it began is
-    `RESULTS.diverged`. More than a tenth of skipped steps is a warning.
+    `RESULTS.diverged`. More than a tenth of skipped steps is a warning otherwise.
 
     **Raises:** a `ValueError` if `state` does not match `model` and `hyperparams`, or
     an option is out of range. The error of an `equinox.error_if` inside a loss comes
@@ -144,13 +144,14 @@ def tune(
             save(checkpoint, run.state)
     with own_error_text():
         solution = run.finish(result)
-    _warn_of_skipped(solution.state)
+    _warn_of_skipped(run, solution)
     return solution
 
 
-def _warn_of_skipped(state: BilevelState) -> None:
-    if int(state.total_skipped) > _MANY_SKIPPED * int(state.step):
-        warnings.warn(describe_skipped(state).strip(), stacklevel=3)
+def _warn_of_skipped(run: Run, solution: Solution) -> None:
+    has_said_so = solution.result == RESULTS.nonfinite
+    if run.share_skipped() > _MANY_SKIPPED and not has_said_so:
+        warnings.warn(describe_skipped(solution.state).strip(), stacklevel=3)
 
 
 def asks_to_stop(callback: Callable[[BilevelState], Any], state: BilevelState) -> bool:

@@ -436,7 +436,6 @@ def test_the_report_costs_nothing_unless_asked_for():
     assert products[1] > products[0] + 0.9
 
 
-@pytest.mark.filterwarnings("ignore:20 of 20 steps were not finite")
 def test_the_message_names_the_solver_that_failed():
     # The Hessian is singular, and alpha is not in its range.
     algorithm = hpo.Implicit(
