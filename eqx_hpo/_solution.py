@@ -34,9 +34,9 @@ class RESULTS(lx.RESULTS):  # pyright: ignore
         "attribute `solution`."
     )
     diverged = (
-        "A loss ended far above where it began. Likely causes: a learning rate of the "
-        "inner or of the outer optimiser that is too large, or a hyperparameter that "
-        "has run away (look at `history.hyperparams`)."
+        "The validation loss ended far above where it began. Likely causes: a learning "
+        "rate of the inner or of the outer optimiser that is too large, or a "
+        "hyperparameter that has run away (look at `history.hyperparams`)."
     )
     data_exhausted = (
         "An iterator of batches ended before the last step. Pass an iterable that can "
@@ -67,12 +67,13 @@ class Record(eqx.Module):
 
 
 class Course(eqx.Module):
-    """The `(train, validation)` loss at the first and at the best step of a run, NaN if
-    no step was finite, and the number of the best step."""
+    """The validation loss at the first and at the best step of a run, NaN if no step
+    was finite, and the number of the best step. (The train loss may well grow, as the
+    hyperparameters in it do.)"""
 
-    first: Float[Array, "2"]
-    best: Float[Array, "2"]
-    best_step: Int[Array, "2"]
+    first: Float[Array, ""]
+    best: Float[Array, ""]
+    best_step: Int[Array, ""]
 
 
 class History(eqx.Module):
@@ -203,29 +204,27 @@ def compare_discretised(
 
 def start_course() -> Course:
     """Makes the course of a run before its first step."""
-    nans = lambda: jnp.full(2, jnp.nan, float)  # of a strong dtype, as losses are
-    return Course(nans(), nans(), jnp.zeros(2, int))
+    nan = lambda: jnp.full((), jnp.nan, float)  # of a strong dtype, as losses are
+    return Course(nan(), nan(), jnp.zeros((), int))
 
 
 def follow(course: Course, state: BilevelState) -> Course:
-    """Takes in the losses of a step, unless it was skipped."""
-    losses = jnp.stack([state.metrics.train_loss, state.metrics.val_loss])
-    is_good = state.skipped == 0
-    is_better = is_good & ~(losses >= course.best)  # NaN is no number to be below
+    """Takes in the loss of a step, unless it was skipped."""
+    loss, is_good = state.metrics.val_loss, state.skipped == 0
+    is_better = is_good & ~(loss >= course.best)  # NaN is no number to be below
     return Course(
-        jnp.where(is_good & jnp.isnan(course.first), losses, course.first),
-        jnp.where(is_better, losses, course.best),
+        jnp.where(is_good & jnp.isnan(course.first), loss, course.first),
+        jnp.where(is_better, loss, course.best),
         jnp.where(is_better, state.step, course.best_step),
     )
 
 
 def has_diverged(course: Course, state: BilevelState) -> bool:
-    """Tells whether a loss ended above its first value by more than ten times that
+    """Tells whether the loss ended above its first value by more than ten times that
     value, and ten times what it had gained."""
-    last = np.array([state.metrics.train_loss, state.metrics.val_loss])
-    first, best = np.asarray(course.first), np.asarray(course.best)
-    scale = np.maximum(np.abs(first), first - best)
-    return bool(np.any((scale > 0) & (last - first > 10 * scale)))
+    first, last = float(course.first), float(state.metrics.val_loss)
+    scale = max(abs(first), first - float(course.best))
+    return scale > 0 and last - first > 10 * scale
 
 
 def describe(
@@ -285,13 +284,10 @@ def describe_skipped(state: BilevelState) -> str:
 
 
 def _describe_course(course: Course, state: BilevelState) -> str:
-    text, last = "", (state.metrics.train_loss, state.metrics.val_loss)
-    names = ("Train loss", "Validation loss")
-    for i in (0, 1) if has_diverged(course, state) else (1,):
-        if np.isfinite(course.best[i]) and np.isfinite(last[i]):
-            text += (
-                f" {names[i]} {float(course.first[i]):.4g} at first, "
-                f"{float(course.best[i]):.4g} at best (step {course.best_step[i]}), "
-                f"{float(last[i]):.4g} at the end."
-            )
-    return text
+    best, last = float(course.best), float(state.metrics.val_loss)
+    if not (np.isfinite(best) and np.isfinite(last)):
+        return ""
+    return (
+        f" Validation loss {float(course.first):.4g} at first, {best:.4g} at best "
+        f"(step {int(course.best_step)}), {last:.4g} at the end."
+    )

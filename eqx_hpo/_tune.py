@@ -98,7 +98,7 @@ def tune(
 
     **Returns:** a [`eqx_hpo.Solution`][]. Ctrl-C ends the run early and returns what
     there is, with `RESULTS.interrupted`; a run of non-finite steps ends it with
-    `RESULTS.nonfinite`. A loss that ends far above where it began is
+    `RESULTS.nonfinite`. A validation loss that ends far above where it began is
     `RESULTS.diverged`. More than a tenth of skipped steps is a warning otherwise.
 
     **Raises:** a `ValueError` if `state` does not match `model` and `hyperparams`, or
