@@ -181,7 +181,7 @@ def test_a_foreign_tensor():
 
 def test_nan_to_start_from():
     model = CASE.model.at[2].set(jnp.nan)
-    with pytest.raises(ValueError, match="`model` holds NaN to start from"):
+    with pytest.raises(ValueError, match="`model` must be free of NaN to start from"):
         _tune(model=model)
     algorithm, _ = _start()
     bad = {"penalty": CASE.hyperparams["penalty"].at[0].set(jnp.nan)}

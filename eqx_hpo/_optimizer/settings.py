@@ -3,13 +3,13 @@
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import optax
-from jax.core import Tracer
 from jaxtyping import PyTree
 
-from .._checks import as_int, check_type
+from .._checks import as_int, check_all, check_type
 from .._custom_types import Model
 from .._explain import uncalled
 from .._hyperparameter import check_no_placeholders
@@ -84,16 +84,8 @@ def check_model(model: Model, model_state: PyTree) -> None:
 
 def _check_no_nan(name: str, tree: PyTree) -> None:
     """Names what would make all steps fail. An infinity may be meant, as in a mask."""
+    no_nan = lambda values: ~np.isnan(values)
     for path, x in jtu.tree_leaves_with_path(tree):
-        is_traced = isinstance(x, Tracer)
-        if not eqx.is_inexact_array(x) or is_traced or not _is_here(x):
-            continue
-        if np.isnan(np.asarray(x)).any():
-            raise ValueError(
-                f"`{name}{jtu.keystr(path)}` holds NaN to start from, so no step could "
-                "be finite."
-            )
-
-
-def _is_here(x: Any) -> bool:
-    return not hasattr(x, "is_fully_addressable") or x.is_fully_addressable
+        if eqx.is_inexact_array(x):
+            place = f"{name}{jtu.keystr(path)}"
+            check_all(place, jnp.asarray(x), no_nan, "free of NaN to start from")
