@@ -18,6 +18,7 @@ from ._discrete import (
     Integer as Integer,
     Switch as Switch,
 )
+from ._fit import fit as fit
 from ._hyperparameter import (
     AbstractHyperparameter as AbstractHyperparameter,
     Interval as Interval,
@@ -32,6 +33,7 @@ from ._hyperparameter import (
 from ._levels import Levels as Levels
 from ._linear_solver import Neumann as Neumann, Nystrom as Nystrom
 from ._meta import MetaLearner as MetaLearner
+from ._monitor import Best as Best, Monitor as Monitor, Readings as Readings
 from ._optimizer import (
     AbstractAlgorithm as AbstractAlgorithm,
     AbstractBilevelOptimizer as AbstractBilevelOptimizer,

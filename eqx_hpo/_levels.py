@@ -30,7 +30,7 @@ from ._custom_types import (
 from ._data import AbstractBatches
 from ._hyperparameter import at_inner_step
 from ._inner import apply_inner
-from ._misc import as_single, holds_half, match_dtypes, tree_zeros
+from ._misc import as_device_arrays, as_single, holds_half, match_dtypes, tree_zeros
 from ._problem import evaluate_train, evaluate_val, Problem
 from ._second_order import AbstractSecondOrder, FiniteDifference
 from ._state import BilevelState, InnerState
@@ -55,7 +55,9 @@ class TracedLoss(eqx.Module):
     def __call__(self, params: PyTree, *args: Any) -> Any:
         is_traced = self.single is None or holds_half((params, args[1]))
         traced = self.traced if is_traced else self.single
-        return traced(params, *args)  # pyright: ignore[reportOptionalCall]
+        # A result that depends on nothing comes as an array of NumPy.
+        out = traced(params, *args)  # pyright: ignore[reportOptionalCall]
+        return as_device_arrays(out)
 
     def in_single_precision(
         self, params: PyTree, model_state: PyTree, hyperparams: Hyperparams, *rest: Any

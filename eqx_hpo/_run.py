@@ -7,6 +7,7 @@ device, and the host drains them when their block is full.
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any, cast
 
 import equinox as eqx
@@ -15,9 +16,15 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
-from jax import lax
 from jaxtyping import PyTree
 
+from ._advance import (
+    advance_donating,
+    advance_keeping,
+    Inputs,
+    leap_donating,
+    leap_keeping,
+)
 from ._checks import check_same_structure
 from ._custom_types import Hyperparams, Key, Model
 from ._data import AbstractBatches, as_batches
@@ -25,16 +32,14 @@ from ._discrete import has_discrete, without_noise
 from ._feed import Feed
 from ._hyperparameter import unwrap
 from ._jaxpr import holds_primitive
-from ._jit import jit_without_waiting
 from ._misc import is_array_or_numpy
-from ._optimizer import AbstractBilevelOptimizer, failed_solve
+from ._monitor import Watcher
+from ._optimizer import AbstractBilevelOptimizer, failed_solve, PlainTraining
 from ._solution import (
     as_history,
     compare_discretised,
-    Course,
     describe,
     Discretised,
-    follow,
     has_diverged,
     History,
     Record,
@@ -47,6 +52,7 @@ from ._state import BilevelState
 
 
 _CALL_SECONDS = 0.1  # what a call of many steps should take
+_LEAP_SECONDS = 1.0  # likewise, where each call has a cost of its own
 _HISTORY_NUMBERS = 2**20  # in a block of the history
 _HISTORY_ROWS = 256
 
@@ -82,6 +88,7 @@ class Run:
         self._recorder = _Recorder(state, interval)
         self._course = start_course()
         self._pace = _Pace(_can_loop(algorithm, state, train, val, key))
+        self._leaps = self._pace.loops and isinstance(algorithm, PlainTraining)
         self._status: Any = None  # of the last call, where it is not yet known
 
     def restart(
@@ -97,36 +104,51 @@ class Run:
     def advance(self, limit: int, donate: bool) -> None:
         """Takes at most `limit` steps."""
         limit = min(limit, self._recorder.room(self.step), self._pace.steps)
+        inputs = self._inputs(limit)
+        begun, start = self.step, time.monotonic()
+        if self._leaps:
+            status = self._call(leap_donating if donate else leap_keeping, inputs)
+            self.step, self.skipped = jax.device_get(status).tolist()
+            # From the first step that is not finite on, each step is looked at.
+            self._leaps = self.step == begun + limit
+        if self.step == begun:
+            status = self._call(advance_donating if donate else advance_keeping, inputs)
+            self._take_in(status)
+        if self._pace.loops:
+            goal = _LEAP_SECONDS if self._leaps else _CALL_SECONDS
+            self._pace.adapt(time.monotonic() - start, limit, goal)
+        self._recorder.drain_if_full(self.step)
+
+    def _inputs(self, limit: int) -> Inputs:
         train, val = self._train.next(), self._val.next()
         self._last_val = as_batches(val, "val", None)
-        call = _advance_donating if donate else _advance_keeping
         number = jnp.result_type(int).type  # as that of `state.step`
-        start = time.monotonic()
-        carry = (self.state, self._recorder.rows, self._course)
-        (self.state, self._recorder.rows, self._course), status = call(
-            carry,
-            _Inputs(
-                algorithm=self._algorithm,
-                train=train,
-                val=val,
-                key=self._key,
-                limit=number(limit),
-                interval=number(self._recorder.interval),
-                drained=number(self._recorder.drained),
-                max_skipped=number(self._max_skipped),
-                loops=self._pace.loops,
-            ),
+        return Inputs(
+            algorithm=self._algorithm,
+            train=train,
+            val=val,
+            key=self._key,
+            limit=number(limit),
+            interval=number(self._recorder.interval),
+            drained=number(self._recorder.drained),
+            max_skipped=number(self._max_skipped),
+            loops=self._pace.loops,
         )
+
+    def _call(self, call: Callable[..., Any], inputs: Inputs) -> Any:
+        carry = (self.state, self._recorder.rows, self._course)
+        (self.state, self._recorder.rows, self._course), status = call(carry, inputs)
+        return status
+
+    def _take_in(self, status: Any) -> None:
         if self._pace.loops:
             self.step, self.skipped = jax.device_get(status).tolist()
-            self._pace.adapt(time.monotonic() - start, limit)
-        else:
-            # Waits for the step before this one: one is always under way.
-            if self._status is not None:
-                self.skipped = int(jax.device_get(self._status)[1])
-            self._status = status
-            self.step += 1
-        self._recorder.drain_if_full(self.step)
+            return
+        # Waits for the step before this one: one is always under way.
+        if self._status is not None:
+            self.skipped = int(jax.device_get(self._status)[1])
+        self._status = status
+        self.step += 1
 
     def has_failed(self) -> bool:
         """Tells whether too many steps in a row were skipped."""
@@ -150,9 +172,10 @@ class Run:
         arrays = jtu.tree_leaves(eqx.filter(self.state, eqx.is_array))
         return not any(x.is_deleted() for x in arrays)
 
-    def finish(self, result: Any) -> Solution:
-        """Builds the `Solution` of the run so far."""
-        history = self._recorder.finish(self.state, self.step)
+    def finish(self, result: Any, watcher: Watcher | None = None) -> Solution:
+        """Builds the `Solution` of the run so far: of the best state, if there is a
+        monitor that saw one."""
+        history = self._recorder.finish(self.state, self.step, watcher)
         self.skipped = int(self.state.skipped)
         solve = failed_solve(self.state.metrics.diagnostics)
         if result == RESULTS.successful:
@@ -160,16 +183,22 @@ class Run:
         # The next step draws its noise anew anyhow.
         hyperparams = without_noise(self.state.hyperparams)
         self.state = dataclasses.replace(self.state, hyperparams=hyperparams)
-        discretised = self._discretise()
+        best = None if watcher is None else watcher.best
+        chosen = self.state if best is None else best.state
+        hyperparams = without_noise(chosen.hyperparams)
+        discretised = self._discretise(chosen)
         message = describe(result, self.state, self._course, solve, discretised)
+        if watcher is not None:
+            message += watcher.describe()
         return Solution(
-            model=self.state.model,
+            model=chosen.model,
             hyperparams=hyperparams,
             values=unwrap(hyperparams),
             history=history,
             result=cast(RESULTS, result),
             state=self.state,
             message=message,
+            best=best,
             discretised=discretised,
         )
 
@@ -183,27 +212,27 @@ class Run:
             return RESULTS.diverged
         return RESULTS.successful
 
-    def _discretise(self) -> Discretised | None:
-        if not has_discrete(self.state.hyperparams) or self._last_val is None:
+    def _discretise(self, state: BilevelState) -> Discretised | None:
+        if not has_discrete(state.hyperparams) or self._last_val is None:
             return None
         key = None if self._key is None else jr.fold_in(self._key, self.step)
         problem = self._algorithm.problem
-        return compare_discretised(problem, self.state, self._last_val, key)
+        return compare_discretised(problem, state, self._last_val, key)
 
 
 class _Pace:
-    """How many steps a call takes: one, or in loops as many as fill a tenth of a
-    second, short enough to look at Ctrl-C and to draw the progress bar."""
+    """How many steps a call takes: one, or in loops as many as fill a short time, so
+    that Ctrl-C is looked at and the progress bar moves."""
 
     def __init__(self, loops: bool):
         self.loops = loops
         self.steps = 1
 
-    def adapt(self, seconds: float, taken: int) -> None:
+    def adapt(self, seconds: float, taken: int, goal: float) -> None:
         # Only where the pace was what bounded the call: else it would grow for ever.
-        if seconds < _CALL_SECONDS / 2 and taken == self.steps:
+        if seconds < goal / 2 and taken == self.steps:
             self.steps *= 2
-        elif seconds > _CALL_SECONDS * 2 and self.steps > 1:
+        elif seconds > goal * 2 and self.steps > 1:
             self.steps //= 2
 
 
@@ -232,13 +261,16 @@ class _Recorder:
         if step // self.interval - self.drained == self._capacity:
             self._drain(step)
 
-    def finish(self, state: BilevelState, step: int) -> History:
-        """Joins all rows, with that of the last step."""
+    def finish(
+        self, state: BilevelState, step: int, watcher: Watcher | None
+    ) -> History:
+        """Joins all rows, with that of the last step, and what a monitor read."""
         self._drain(step)
         last = jtu.tree_map(lambda x: np.asarray(x)[None], record(state))
         if len(self._blocks) == 0 or self._blocks[-1].step[-1] != last.step[0]:
             self._blocks.append(last)
-        return as_history(self._blocks)
+        readings = None if watcher is None else watcher.readings()
+        return as_history(self._blocks, readings)
 
     def _drain(self, step: int) -> None:
         count = step // self.interval - self.drained
@@ -325,54 +357,3 @@ def _can_loop(algorithm, state, train: Feed, val: Feed, key: Key) -> bool:
 
     jaxpr = jax.make_jaxpr(step)(arrays).jaxpr
     return not holds_primitive(jaxpr, {"conv_general_dilated"})
-
-
-class _Inputs(eqx.Module):
-    """What `_advance` reads and does not change."""
-
-    algorithm: AbstractBilevelOptimizer
-    train: Any
-    val: Any
-    key: Key
-    limit: Any
-    interval: Any
-    drained: Any
-    max_skipped: Any
-    loops: bool = eqx.field(static=True)
-
-
-def _advance(carry: tuple[BilevelState, Record, Course], inputs: _Inputs):
-    """Takes `limit` steps, or one; writes a row of the history where one is due."""
-    state, rows, course = carry
-    arrays, static = eqx.partition(state, eqx.is_array)
-
-    def body(carry):
-        count, arrays, rows, course = carry
-        state = eqx.combine(arrays, static)
-        key = None if inputs.key is None else jr.fold_in(inputs.key, state.step)
-        state = inputs.algorithm.step(state, inputs.train, inputs.val, key=key)
-        number = state.step // inputs.interval - 1 - inputs.drained
-
-        def write(rows):
-            put = lambda block, x: block.at[number].set(x)
-            return jtu.tree_map(put, rows, record(state))
-
-        is_due = state.step % inputs.interval == 0
-        rows = lax.cond(is_due, write, lambda rows: rows, rows)
-        arrays = eqx.filter(state, eqx.is_array)
-        return count + 1, arrays, rows, follow(course, state)
-
-    def proceed(carry):
-        count, arrays, _, _ = carry
-        return (count < inputs.limit) & (arrays.skipped < inputs.max_skipped)
-
-    start = (jnp.array(0), arrays, rows, course)
-    loops = inputs.loops
-    end = lax.while_loop(proceed, body, start) if loops else body(start)
-    _, arrays, rows, course = end
-    status = jnp.stack([arrays.step, arrays.skipped])
-    return (eqx.combine(arrays, static), rows, course), status
-
-
-_advance_keeping = jit_without_waiting(_advance, donate_first=False)
-_advance_donating = jit_without_waiting(_advance, donate_first=True)

@@ -28,6 +28,7 @@ from ._checks import (
 from ._custom_types import Batch, Hyperparams, Key, Model
 from ._data import AbstractBatches, Minibatch
 from ._discrete import has_discrete
+from ._drive import asks_to_stop, attach_solution, check_start, drive
 from ._feed import Feed
 from ._hyperparameter import canonical, is_placeholder, partition_raw, Simplex, unwrap
 from ._misc import as_device_arrays
@@ -40,7 +41,6 @@ from ._progress import ProgressBar
 from ._run import own_copy, Run, start
 from ._solution import RESULTS, Solution
 from ._state import BilevelState
-from ._tune import asks_to_stop, attach_solution, check_start, drive
 
 
 _LARGEST = 2**31 - 1

@@ -14,6 +14,7 @@ from ._custom_types import Hyperparams, Key, Model
 from ._data import AbstractBatches
 from ._discrete import discretise, without_noise
 from ._hyperparameter import unwrap
+from ._monitor import Best, Readings
 from ._problem import evaluate_val, Problem
 from ._state import BilevelState, float_scalar
 
@@ -29,6 +30,7 @@ class RESULTS(lx.RESULTS):  # pyright: ignore
     )
     interrupted = "The run was interrupted from the keyboard."
     stopped = "The callback asked to stop."
+    patience = "The monitor saw nothing better for as long as its `patience` lasts."
     failed = (
         "An exception ended the run. It was raised, with the solution so far as its "
         "attribute `solution`."
@@ -87,6 +89,8 @@ class History(eqx.Module):
     - `hyperparams`: the unwrapped hyperparameters after it, each array with a leading
         axis over the records. If there are more than 100,000 numbers in all, arrays of
         more than three are recorded as `(mean, minimum, maximum)`.
+    - `monitor`: the [`eqx_hpo.Readings`][] of a [`eqx_hpo.Monitor`][], `None` without
+        one.
     """
 
     step: Int[np.ndarray, " records"]
@@ -95,6 +99,7 @@ class History(eqx.Module):
     hypergradient_norm: Float[np.ndarray, " records"]
     skipped: Int[np.ndarray, " records"]
     hyperparams: PyTree[Any]
+    monitor: Readings | None
 
 
 class Discretised(eqx.Module):
@@ -124,13 +129,15 @@ class Solution(eqx.Module):
 
     **Attributes:**
 
-    - `model`: the trained model.
+    - `model`: the trained model: that of the best state with a
+        [`eqx_hpo.Monitor`][], else of the last one. So are the next two.
     - `hyperparams`: the tuned hyperparameters, placeholders included.
     - `values`: their constrained values.
     - `history`: a [`eqx_hpo.History`][].
     - `result`: an item of [`eqx_hpo.RESULTS`][]; compare it by `==`.
     - `state`: the last state; pass it to `tune` to go on.
     - `message`: the result in words, with the step at which it came about.
+    - `best`: the [`eqx_hpo.Best`][] state that the monitor saw, `None` without one.
     - `discretised`: an [`eqx_hpo.Discretised`][] if there are discrete hyperparameters
         ([`eqx_hpo.Choice`][], [`eqx_hpo.Integer`][], [`eqx_hpo.Switch`][]), else
         `None`.
@@ -143,6 +150,7 @@ class Solution(eqx.Module):
     result: RESULTS
     state: BilevelState
     message: str
+    best: Best | None
     discretised: Discretised | None
 
 
@@ -168,7 +176,7 @@ def _summarise(x: Array) -> Array:
     return jnp.stack([jnp.mean(x), jnp.min(x), jnp.max(x)])
 
 
-def as_history(blocks: list[Record]) -> History:
+def as_history(blocks: list[Record], monitor: Readings | None) -> History:
     """Joins blocks of records, each with a leading axis."""
     joined = jtu.tree_map(lambda *x: np.concatenate(x), *blocks)
     return History(
@@ -178,6 +186,7 @@ def as_history(blocks: list[Record]) -> History:
         hypergradient_norm=joined.hypergradient_norm,
         skipped=joined.skipped,
         hyperparams=joined.hyperparams,
+        monitor=monitor,
     )
 
 

@@ -112,7 +112,8 @@ class Estimate(eqx.Module):
     - `memory`: the algorithm's memory after them.
     - `hypergradient`: an estimate of $dC_2/d\lambda$, shaped like the unwrapped
         hyperparameters, `None` where a leaf is not an inexact array.
-    - `train`, `val`: the last `(loss, aux)` of each level.
+    - `train`, `val`: the last `(loss, aux)` of each level; `None` for `val` if it was
+        not taken.
     - `diagnostics`: goes into `state.metrics.diagnostics`.
     """
 
@@ -120,7 +121,7 @@ class Estimate(eqx.Module):
     memory: Memory
     hypergradient: Hyperparams
     train: tuple[FloatScalar, Any]
-    val: tuple[FloatScalar, Any]
+    val: tuple[FloatScalar, Any] | None
     diagnostics: Any = None
 
 

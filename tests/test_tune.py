@@ -443,7 +443,8 @@ def test_checkpoint_every(tmp_path, monkeypatch):
     steps = []
     real = hpo.save
     monkeypatch.setattr(
-        "eqx_hpo._tune.save", lambda path, s: (steps.append(int(s.step)), real(path, s))
+        "eqx_hpo._drive.save",
+        lambda path, s: (steps.append(int(s.step)), real(path, s)),
     )
     _tune(checkpoint=tmp_path / "state", checkpoint_every=5)
     assert steps == [5, 10, 12]

@@ -284,7 +284,7 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
         if train is None or val is None:
             return state
         warn_if_same(train, val)
-        levels = _make_levels(self, state, plain, train, val, key, _itself)
+        levels = levels_of_step(self, state, plain, train, val, key)
         warn_if_unreached(levels, inner, plain, self.through)
         if not self.problem.has_aux:
             return state
@@ -385,7 +385,7 @@ def raw_estimate(
     start = at_inner_step(plain, jnp.zeros((), int))
     warn_of_recompilation(algorithm, state, {"train": train, "val": val})
     check_optimiser_states(state, algorithm.inner, algorithm.outer, start, raw)
-    levels = _make_levels(algorithm, state, plain, train, val, key, mean or _itself)
+    levels = levels_of_step(algorithm, state, plain, train, val, key, mean)
     if unroll is not None:
         levels = dataclasses.replace(levels, unroll=unroll)
     inner, memory = inner_state(state), state.memory
@@ -394,16 +394,16 @@ def raw_estimate(
     return dataclasses.replace(estimate, hypergradient=gradient)
 
 
-def _make_levels(
+def levels_of_step(
     algorithm: AbstractAlgorithm,
     state: BilevelState,
     plain: Hyperparams,
     train: Batch | AbstractBatches,
     val: Batch | AbstractBatches,
     key: Key,
-    mean: Callable[[PyTree], PyTree],
+    mean: Callable[[PyTree], PyTree] | None = None,
 ) -> Levels:
-    """Makes the levels of the next call of `step`."""
+    """Makes the levels of the next call of `step`; arguments as of `raw_estimate`."""
 
     def make(key):
         return make_levels(
@@ -416,7 +416,7 @@ def _make_levels(
             as_batches(val, "val", algorithm.inner_steps),
             state.step * algorithm.inner_steps,
             key,
-            mean,
+            mean or _itself,
         )
 
     data = {"train": train, "val": val}

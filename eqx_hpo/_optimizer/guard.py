@@ -62,7 +62,10 @@ def next_state(
     - `has_aux`: whether the losses have an `aux`.
     """
     gradient = estimate.hypergradient
-    losses = (estimate.train[0], estimate.val[0])
+    # What is not taken is no reason to skip a step.
+    nothing = (float_scalar(jnp.nan), None)
+    val = nothing if estimate.val is None else estimate.val
+    losses = [x[0] for x in (estimate.train, estimate.val) if x is not None]
     raw, constants = partition_raw(hyperparams)
     noise, fixed = eqx.partition(constants, eqx.is_array)
     old_noise = eqx.filter(partition_raw(state.hyperparams)[1], eqx.is_array)
@@ -77,10 +80,10 @@ def next_state(
     (inner, memory), noise = tree_where(is_good, (new, noise), (old, old_noise))
     untrained = eqx.filter(state.model, eqx.is_inexact_array, inverse=True)
     metrics = Metrics(
-        train_loss=float_scalar(losses[0]),
-        val_loss=float_scalar(losses[1]),
+        train_loss=float_scalar(estimate.train[0]),
+        val_loss=float_scalar(val[0]),
         hypergradient_norm=float_scalar(tree_norm(gradient)),
-        aux=(estimate.train[1], estimate.val[1]) if has_aux else None,
+        aux=(estimate.train[1], val[1]) if has_aux else None,
         diagnostics=estimate.diagnostics,
     )
     step, is_first = state.step + 1, ~is_good & (state.total_skipped == 0)
@@ -161,6 +164,12 @@ def _all_finite(
         lambda *operands: _join(make_pairs(*operands), _reduce_with_old),
         *operands,
     )
+
+
+def all_finite(new: PyTree, old: PyTree, others: PyTree) -> Bool[Array, ""]:
+    """Tells whether all numbers of `others` are finite, and all of `new`, or an
+    infinity that `old` has."""
+    return _all_finite(lambda pairs: pairs, [*_pairs(new, old), *_pairs(others)])
 
 
 def _is_small(arrays: list[Any]) -> bool:

@@ -1,36 +1,75 @@
-"""Training alone, without a hypergradient, for black-box searches."""
+"""Training alone, without a hypergradient: for `fit`, and for black-box searches.
 
-from typing import ClassVar
+One step is a step as of any algorithm, guard included. `leap` takes many, at the cost
+of plain training: it looks at the end alone whether all was finite.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import optax
 from jax import lax
+from jaxtyping import Array, Bool
 
-from .._custom_types import Hyperparams, InnerOptimiser, Through
+from .._custom_types import (
+    Batch,
+    FloatScalar,
+    Hyperparams,
+    InnerOptimiser,
+    IntScalar,
+    Key,
+    Through,
+)
+from .._discrete import refresh
+from .._hyperparameter import unwrap_values
 from .._levels import Levels
-from .._misc import tree_zeros
+from .._misc import match_dtypes, tree_where, tree_zeros
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder, ReverseOverReverse
-from .._state import Estimate, InnerState, Memory
-from .memoryless import AbstractMemoryless
+from .._state import (
+    BilevelState,
+    Estimate,
+    float_scalar,
+    inner_state,
+    InnerState,
+    Memory,
+    Metrics,
+)
+from .base import AbstractAlgorithm, levels_of_step
+from .guard import all_finite
 
 
-class PlainTraining(AbstractMemoryless):
-    """Leaves the hyperparameters as they are. The validation loss is taken in every
-    call of `step` whose number is a multiple of `validate_every`; else it is zero.
+class PlainTraining(AbstractAlgorithm):
+    """Leaves the hyperparameters as they are.
+
+    The validation loss is taken in the first call of `step`, in each one whose number
+    is a multiple of `validate_every`, and in number `last`. In between, the one that
+    was taken last is reported again. With `validate_every=None` there is none.
     """
 
     problem: Problem
     inner: InnerOptimiser
     outer: optax.GradientTransformation = optax.set_to_zero()
+    last: IntScalar | None = eqx.field(kw_only=True, default=None)
     inner_steps: int = eqx.field(static=True, kw_only=True, default=1)
     unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
-    validate_every: int = eqx.field(static=True, kw_only=True, default=1)
+    validate_every: int | None = eqx.field(static=True, kw_only=True, default=1)
     second_order: ClassVar[AbstractSecondOrder] = ReverseOverReverse()  # never used
     through: ClassVar[Through] = "values"
     val_at_each_step: ClassVar[bool] = False
+
+    def init_memory(
+        self, inner: InnerState, hyperparams: Hyperparams, batch: Batch
+    ) -> Memory:
+        del inner, hyperparams, batch
+        return Memory(lasting=float_scalar(0.0))
+
+    def init_diagnostics(self) -> None:
+        return None
 
     def estimate(
         self,
@@ -40,10 +79,95 @@ class PlainTraining(AbstractMemoryless):
         memory: Memory,
     ) -> Estimate:
         inner, train = levels.run(inner, hyperparams, 0, self.inner_steps)
-        last = jnp.asarray(self.inner_steps - 1)
-        validate = lambda: levels.validate(inner, hyperparams, last)
-        zeros = tree_zeros(jax.eval_shape(validate))
+        gradient = tree_zeros(eqx.filter(hyperparams, eqx.is_inexact_array))
+        val, memory = self._validate(levels, inner, hyperparams, memory)
+        return Estimate(inner, memory, gradient, train, val)
+
+    def leap(
+        self, state: BilevelState, count: IntScalar, train: Any, val: Any, key: Key
+    ) -> tuple[BilevelState, Bool[Array, ""]]:
+        """Takes the next `count` steps of a run with the key `key`, and looks only at
+        their end whether all was finite. The validation loss is taken there, if at all.
+
+        **Returns:** the state after the steps, and true; or the state given, and false.
+        """
+        step, hyperparams = state.step, state.hyperparams
+        plain = unwrap_values(hyperparams)
+        levels = levels_of_step(self, state, plain, train, val, key)
+
+        def at(number):
+            here = step + number
+            step_key = None if key is None else jr.fold_in(key, here)
+            return refresh(hyperparams, step_key, here), dataclasses.replace(
+                levels,
+                position=here * self.inner_steps,
+                episode_position=state.episode_step + number * self.inner_steps,
+                key=step_key,
+            )
+
+        def move(number, inner):
+            hyperparams, levels = at(number)
+            return levels.run(inner, unwrap_values(hyperparams), 0, self.inner_steps)
+
+        def body(number, inner):
+            return match_dtypes(move(number, inner)[0], inner)
+
+        # The report of the last step alone is of use: the others are not computed.
+        old = inner_state(state)
+        inner, report = move(count - 1, lax.fori_loop(0, count - 1, body, old))
+        inner = match_dtypes(inner, old)
+        hyperparams, levels = at(count - 1)
+        plain = unwrap_values(hyperparams)
+        val_report, memory = self._validate(levels, inner, plain, state.memory)
+        losses = [x[0] for x in (report, val_report) if x is not None]
+        is_good = all_finite(inner, old, losses)
+        untrained = eqx.filter(state.model, eqx.is_inexact_array, inverse=True)
+        new = dataclasses.replace(
+            state,
+            model=eqx.combine(inner.params, untrained),
+            hyperparams=hyperparams,
+            inner_opt_state=inner.opt_state,
+            memory=memory,
+            model_state=inner.model_state,
+            step=step + count,
+            episode_step=state.episode_step + count * self.inner_steps,
+            skipped=jnp.zeros_like(state.skipped),
+            metrics=_report(self.problem, report, val_report),
+        )
+        arrays, static = eqx.partition(new, eqx.is_array)
+        kept = tree_where(is_good, arrays, eqx.filter(state, eqx.is_array))
+        return eqx.combine(kept, static), is_good
+
+    def _validate(
+        self,
+        levels: Levels,
+        inner: InnerState,
+        hyperparams: Hyperparams,
+        memory: Memory,
+    ) -> tuple[tuple[FloatScalar, Any] | None, Memory]:
+        if self.validate_every is None:
+            return None, memory
+        index = jnp.asarray(self.inner_steps - 1)
+        validate = lambda: levels.validate(inner, hyperparams, index)
+        _, no_aux = tree_zeros(jax.eval_shape(validate))
         number = levels.position // self.inner_steps + 1
-        val = lax.cond(number % self.validate_every == 0, validate, lambda: zeros)
-        arrays = eqx.filter(hyperparams, eqx.is_inexact_array)
-        return Estimate(inner, memory, tree_zeros(arrays), train, val)
+        is_due = (number == 1) | (number % self.validate_every == 0)
+        if self.last is not None:
+            is_due |= number == self.last
+
+        def take():
+            loss, aux = validate()
+            return float_scalar(loss), aux
+
+        val = lax.cond(is_due, take, lambda: (memory.lasting, no_aux))
+        return val, Memory(lasting=val[0])
+
+
+def _report(problem: Problem, train: Any, val: Any) -> Metrics:
+    val = (jnp.nan, None) if val is None else val
+    return Metrics(
+        train_loss=float_scalar(train[0]),
+        val_loss=float_scalar(val[0]),
+        hypergradient_norm=float_scalar(0.0),
+        aux=(train[1], val[1]) if problem.has_aux else None,
+    )
