@@ -136,9 +136,13 @@ LEGAL = {
     # Hyperparameters may be none at all, and hold what is no number.
     "*.hyperparams": {"None", "1.5", "object", "empty", *TREES, *FUNCTIONS},
     # Options of the drivers.
-    "tune.state": {"None"},
-    "tune.re*_every": {"None"},
-    "tune.checkpoint": {"None", "'a'"},
+    "[tf]*.state": {"None"},
+    "[tf]*.re*_every": {"None"},
+    "[tf]*.checkpoint": {"None", "'a'"},
+    "Monitor.metric": {*FUNCTIONS},
+    "Monitor.patience": {"None"},
+    "Monitor.best": {"None"},
+    "*.monitor": {"None"},
     "compare_hypergradients.inner_opt_state": {"None"},
 }
 
@@ -156,7 +160,7 @@ SKIPPED = {
     "*.train": set(WRONG) - {"strings", "empty", "tensor"},
     "*.val": set(WRONG) - {"strings", "empty", "tensor"},
     # Each structure compiles anew.
-    "tune.hyperparams": {"object", "empty", "[]", "()", *FUNCTIONS},
+    "[tf]*.hyperparams": {"object", "empty", "[]", "()", *FUNCTIONS},
     "compare_hypergradients.hyperparams": set(WRONG) - {"1j", "nan", "tensor"},
 }
 
@@ -165,6 +169,10 @@ def _loss(model, hyperparams, batch, key):
     """Looks at nothing else, so that nothing else is wrong to it."""
     del hyperparams, batch, key
     return jnp.sum(model**2)
+
+
+def _metric(state):
+    return 0.0
 
 
 @ft.cache
@@ -224,7 +232,10 @@ def _calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "select_top_k": {"k": 1},
         "save": {"path": file, "state": state},
         "load": {"path": file, "like": state},
+        "Monitor": {"metric": _metric, "every": 1},
         "tune": driver | {"hyperparams": ones, "progress": False},
+        "fit": {x: y for x, y in driver.items() if x != "val"}
+        | {"hyperparams": ones, "progress": False},
         "search": driver
         | {"low": ones, "high": 2 * ones, "trials": 1, "progress": False},
         "compare_hypergradients": {"algorithms": [plain], **start, **data, "key": None},
@@ -293,6 +304,7 @@ def _failures(rows: list[tuple[str, str, str]]) -> dict[str, dict[str, str]]:
 
 # The results that the library makes, which are made of whatever it puts in.
 RECORDS = {
+    "Best",
     "BilevelState",
     "Comparison",
     "ComparisonRow",
@@ -304,6 +316,7 @@ RECORDS = {
     "Levels",
     "Memory",
     "Metrics",
+    "Readings",
     "RESULTS",
     "Solution",
 }
@@ -327,7 +340,7 @@ def _as_users_have_it(monkeypatch, tmp_path):
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-DRIVERS = {"compare_hypergradients", "search", "tune"}
+DRIVERS = {"compare_hypergradients", "fit", "search", "tune"}
 
 
 @pytest.mark.parametrize(
