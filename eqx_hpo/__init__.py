@@ -18,6 +18,7 @@ from ._discrete import (
     Integer as Integer,
     Switch as Switch,
 )
+from ._folds import folds as folds
 from ._hyperparameter import (
     AbstractHyperparameter as AbstractHyperparameter,
     Interval as Interval,
@@ -50,6 +51,7 @@ from ._outer import (
     anchor as anchor,
     Box as Box,
     ElasticNet as ElasticNet,
+    gate as gate,
     GroupLasso as GroupLasso,
     L1 as L1,
     mirror as mirror,
@@ -77,6 +79,7 @@ from ._state import (
     InnerState as InnerState,
     Memory as Memory,
     Metrics as Metrics,
+    TaskReport as TaskReport,
 )
 from ._tune import tune as tune
 

@@ -111,6 +111,8 @@ LEGAL = {
     "Minibatch.data": {"array"},
     "Minibatch.replacement": {"True"},
     "Stacked.batches": {"array"},
+    "folds.data": {"array"},
+    "gate.threshold": {"0", "1.5", "int64"},
     "select_top_k.groups": FUNCTIONS,
     "select_top_k.rotate": {"0", "int64"},
     "project.projection": FUNCTIONS,
@@ -195,6 +197,7 @@ def _calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "Schedule": schedule,
         "Minibatch": {"data": ones, "batch_size": 1},
         "Stacked": {"batches": ones},
+        "folds": {"data": ones, "count": 2},
         "Neumann": {"terms": 2, "learning_rate": 0.1},
         "Nystrom": {"rank": 1, "damping": 0.1},
         "L1": {"strength": 0.1},
@@ -219,6 +222,7 @@ def _calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "discretise": {"hyperparams": ones},
         "project": {"projection": optax.projections.projection_simplex},
         "anchor": {"strength": 0.1},
+        "gate": {"threshold": 0.1},
         "mirror": {},
         "proximal": {"penalty": hpo.L1(0.1), "learning_rate": 0.1},
         "select_top_k": {"k": 1},
@@ -306,6 +310,7 @@ RECORDS = {
     "Metrics",
     "RESULTS",
     "Solution",
+    "TaskReport",
 }
 
 
