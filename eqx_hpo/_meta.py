@@ -35,8 +35,8 @@ from ._state import BilevelState, Estimate, inner_state, Memory, TaskReport
 from ._tasks import (
     check_own_state,
     first_row,
+    mean_and_error,
     rows_of,
-    standard_error,
     Start,
     task_axis,
     with_rows,
@@ -345,13 +345,11 @@ class MetaLearner(AbstractBilevelOptimizer):
         )
         inner, episode, train_report, val_report, diagnostics = of_tasks
         mean = lambda tree: jtu.tree_map(lambda x: jnp.mean(x, axis=0), tree)
-        error = None
-        if self.tasks > 1:
-            error = jtu.tree_map(standard_error, hypergradients)
+        hypergradient, error = mean_and_error(hypergradients, self.tasks)
         return Estimate(
             inner=inner,
             memory=Memory((start, episode), lasting),
-            hypergradient=mean(hypergradients),
+            hypergradient=hypergradient,
             train=(mean(train_report[0]), train_report[1]),
             val=(mean(val_report[0]), val_report[1]),
             diagnostics=TaskReport(error, diagnostics),
