@@ -1,5 +1,6 @@
 import importlib.metadata
 
+from ._audit import Audit as Audit, audit as audit
 from ._checkpoint import load as load, save as save
 from ._data import (
     AbstractBatches as AbstractBatches,

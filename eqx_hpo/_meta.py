@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
@@ -20,6 +21,7 @@ from ._checks import as_int, as_share, check_key, check_type
 from ._custom_types import Batch, Hyperparams, InnerOptimiser, Key, Model
 from ._data import AbstractBatches, as_batches
 from ._discrete import refresh
+from ._exact import exact_hypergradient, Keys
 from ._hyperparameter import partition_raw
 from ._jit import jit_method
 from ._misc import as_device_arrays, match_dtypes
@@ -380,3 +382,28 @@ class MetaLearner(AbstractBilevelOptimizer):
         if key is None:
             return None
         return key[None] if self.tasks == 1 else jr.split(key, self.tasks)
+
+
+def exact_over_tasks(
+    learner: MetaLearner,
+    state: BilevelState,
+    train: Batch | AbstractBatches,
+    val: Batch | AbstractBatches,
+    keys: Keys,
+    calls: int,
+) -> Hyperparams:
+    """Computes the mean over tasks of the exact hypergradient, in an episode that does
+    not end within `calls` calls of `step`."""
+    _, state = without_shared(learner._start_episode_if_due(state))
+    own = None if keys is None else jax.vmap(learner._task_keys)(keys)
+
+    def exact(row, train, val, own):
+        plain, single = learner.algorithm, with_rows(state, row)
+        found = exact_hypergradient(plain, single, train, val, (keys, own), calls)
+        return found, None
+
+    batches = as_batches(train, "train", None), as_batches(val, "val", None)
+    axes = (0, *[task_axis(x) for x in batches], 1)
+    mapped = learner._over_tasks(exact, axes)
+    hypergradients, _ = mapped(rows_of(state), *batches, own)
+    return mean_and_error(hypergradients, learner.tasks)[0]

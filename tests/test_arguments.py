@@ -231,6 +231,13 @@ def _calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "tune": driver | {"hyperparams": ones, "progress": False},
         "search": driver
         | {"low": ones, "high": 2 * ones, "trials": 1, "progress": False},
+        "audit": {
+            "algorithm": plain,
+            "state": state,
+            **data,
+            "horizon": 1,
+            "key": None,
+        },
         "compare_hypergradients": {"algorithms": [plain], **start, **data, "key": None},
     }
     methods = {
@@ -297,6 +304,7 @@ def _failures(rows: list[tuple[str, str, str]]) -> dict[str, dict[str, str]]:
 
 # The results that the library makes, which are made of whatever it puts in.
 RECORDS = {
+    "Audit",
     "BilevelState",
     "Comparison",
     "ComparisonRow",

@@ -76,7 +76,11 @@ def test_behind_adam_a_coordinate_stands_still():
 def test_other_transformations_do_not_notice():
     """One that takes no extra arguments at all."""
     sgd = optax.sgd(0.1)
-    bare = optax.GradientTransformation(sgd.init, lambda g, s, p: sgd.update(g, s, p))
+
+    def update(updates, state, params=None):
+        return sgd.update(updates, state, params)
+
+    bare = optax.GradientTransformation(sgd.init, update)
     left, _ = _run(bare, None)
     right, _ = _run(optax.sgd(0.1), None)
     assert relative_error(left.hyperparams, right.hyperparams) == 0
