@@ -5,7 +5,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
-from ._checks import as_int, check_key, check_type
+from ._checks import as_int, check_key, check_leaves, check_type
 from ._custom_types import Batch, Hyperparams, Key
 from ._data import AbstractBatches, numbers_as_arrays
 from ._exact import call_keys, cosine, exact_hypergradient
@@ -95,6 +95,8 @@ def audit(
             "`horizon` must be a multiple of the inner steps in a call of `step`, "
             f"{algorithm.inner_steps}; got {horizon}."
         )
+    for name, data in (("train", train), ("val", val)):
+        check_leaves(name, data)
     train, val = numbers_as_arrays(train), numbers_as_arrays(val)
     calls = horizon // algorithm.inner_steps
     return _audit(algorithm, state, train, val, key, calls)
