@@ -1,5 +1,6 @@
 import importlib.metadata
 
+from ._audit import Audit as Audit, audit as audit
 from ._checkpoint import load as load, save as save
 from ._data import (
     AbstractBatches as AbstractBatches,
@@ -19,6 +20,7 @@ from ._discrete import (
     Switch as Switch,
 )
 from ._fit import fit as fit
+from ._folds import folds as folds
 from ._hyperparameter import (
     AbstractHyperparameter as AbstractHyperparameter,
     Interval as Interval,
@@ -52,6 +54,7 @@ from ._outer import (
     anchor as anchor,
     Box as Box,
     ElasticNet as ElasticNet,
+    gate as gate,
     GroupLasso as GroupLasso,
     L1 as L1,
     mirror as mirror,
@@ -79,6 +82,7 @@ from ._state import (
     InnerState as InnerState,
     Memory as Memory,
     Metrics as Metrics,
+    TaskReport as TaskReport,
 )
 from ._tune import tune as tune
 

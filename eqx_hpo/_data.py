@@ -81,7 +81,7 @@ class Minibatch(AbstractBatches):
         **Raises:** a `ValueError` if `data` is empty, its leading axes differ, or
         `batch_size` is out of range.
         """
-        size = _leading_axis("data", data)
+        size = leading_axis("data", data)
         self.data = as_device_arrays(data)
         self.batch_size = _as_batch_size(batch_size, size)
         self.replacement = as_flag("replacement", replacement)
@@ -119,7 +119,7 @@ class Stacked(AbstractBatches):
 
         **Raises:** a `ValueError` if it is empty or the leading axes differ.
         """
-        _leading_axis("batches", batches)
+        leading_axis("batches", batches)
         self.batches = as_device_arrays(batches)
 
     def draw(self, index: IntScalar, position: IntScalar, key: Key) -> Batch:
@@ -147,6 +147,25 @@ def as_batches(data: Any, name: str, inner_steps: int | None) -> AbstractBatches
                 f"`{name}` is empty: it holds an array of shape {x.shape}."
             )
     return batches
+
+
+def leading_axis(name: str, data: PyTree[Any]) -> int:
+    """Finds the length of the leading axis that all arrays of `data` must have."""
+    check_leaves(name, data)
+    leaves = jtu.tree_leaves(data)
+    shapes = [getattr(x, "shape", None) for x in leaves]
+    if len(leaves) == 0 or any(shape is None or len(shape) == 0 for shape in shapes):
+        raise ValueError(
+            f"`{name}` must be a pytree of arrays with a leading axis; got shapes "
+            f"{shapes}."
+        )
+    lengths = {shape[0] for shape in shapes if shape is not None}
+    if len(lengths) > 1 or lengths == {0}:
+        raise ValueError(
+            f"`{name}` needs the same, non-empty leading axis in all arrays; got "
+            f"shapes {shapes}."
+        )
+    return lengths.pop()
 
 
 def holds_numbers(data: PyTree) -> bool:
@@ -202,24 +221,6 @@ def mix_batches(
 def _is_number(x: Any) -> bool:
     dtype = getattr(x, "dtype", None)
     return dtype is not None and not jnp.issubdtype(dtype, jax.dtypes.prng_key)
-
-
-def _leading_axis(name: str, data: PyTree[Any]) -> int:
-    check_leaves(name, data)
-    leaves = jtu.tree_leaves(data)
-    shapes = [getattr(x, "shape", None) for x in leaves]
-    if len(leaves) == 0 or any(shape is None or len(shape) == 0 for shape in shapes):
-        raise ValueError(
-            f"`{name}` must be a pytree of arrays with a leading axis; got shapes "
-            f"{shapes}."
-        )
-    lengths = {shape[0] for shape in shapes if shape is not None}
-    if len(lengths) > 1 or lengths == {0}:
-        raise ValueError(
-            f"`{name}` needs the same, non-empty leading axis in all arrays; got "
-            f"shapes {shapes}."
-        )
-    return lengths.pop()
 
 
 def _as_batch_size(batch_size: Any, size: int) -> int:

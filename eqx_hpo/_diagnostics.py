@@ -23,8 +23,8 @@ from ._checks import (
 )
 from ._custom_types import Batch, Hyperparams, Model
 from ._data import AbstractBatches
-from ._exact import exact_hypergradient, Reference
-from ._misc import as_device_arrays, is_array_or_numpy, tree_dot, tree_norm
+from ._exact import call_keys, cosine, exact_hypergradient, Reference
+from ._misc import as_device_arrays, is_array_or_numpy, tree_norm
 from ._optimizer import (
     AbstractAlgorithm,
     AbstractBilevelOptimizer,
@@ -177,8 +177,9 @@ def compare_hypergradients(
         training = (id(algorithm.problem), id(algorithm.inner))
         training = (*training, calls)
         if training not in references:
+            keys = call_keys(key, calls)
             references[training] = exact_hypergradient(
-                algorithm, state, train, val, key, calls, reference
+                algorithm, state, train, val, (keys, keys), calls, reference
             )
         exact = references[training]
         data = (train, val)
@@ -231,11 +232,11 @@ def _row(name, algorithm, state, data, key, calls, exact, repeats) -> Comparison
     got = state.outer_opt_state
     if int(state.skipped) > 0:
         got = jtu.tree_map(lambda x: jnp.full_like(x, jnp.nan), got)
-    cosine, error = _compare(got, exact)
+    error = tree_norm(jtu.tree_map(jnp.subtract, got, exact)) / tree_norm(exact)
     return ComparisonRow(
         name=name,
-        cosine=cosine,
-        relative_error=error,
+        cosine=float(cosine(got, exact)),
+        relative_error=float(error),
         seconds=statistics.median(seconds[-repeats:]) / algorithm.inner_steps,
         flops=_flops(probe, state, data, key),
         temporaries=0 if memory is None else memory.temp_size_in_bytes,
@@ -296,10 +297,3 @@ def _flops(algorithm, state, data, key) -> float:
 
     analysis = jax.jit(estimate).lower(arrays).compile().cost_analysis()
     return float((analysis or {}).get("flops", float("nan"))) / steps
-
-
-def _compare(got: PyTree, exact: PyTree) -> tuple[float, float]:
-    """Computes the cosine and the relative error."""
-    norms = tree_norm(got) * tree_norm(exact)
-    error = tree_norm(jtu.tree_map(jnp.subtract, got, exact))
-    return float(tree_dot(got, exact) / norms), float(error / tree_norm(exact))

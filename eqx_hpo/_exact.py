@@ -8,14 +8,16 @@ import jax
 import jax.flatten_util as jfu
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree, Shaped
 
 from ._custom_types import Batch, Hyperparams, Key
 from ._data import AbstractBatches, as_batches
 from ._discrete import refresh
 from ._hyperparameter import partition_raw, unwrap_values
-from ._levels import make_levels
+from ._levels import make_levels, repeat_step
+from ._misc import tree_dot, tree_norm, tree_scale
 from ._optimizer import AbstractAlgorithm
 from ._optimizer.tracing import default_unroll
 from ._second_order import ReverseOverReverse
@@ -23,6 +25,18 @@ from ._state import BilevelState, inner_state
 
 
 Reference = Literal["unrolled", "differences"]
+Keys = Shaped[Array, "calls ..."] | None
+
+_LONG = (
+    64  # inner steps from which on memory counts for more than a second forward pass
+)
+
+
+def call_keys(key: Key, calls: int) -> Keys:
+    """Makes the keys of so many calls of `step`."""
+    if key is None:
+        return None
+    return jax.vmap(lambda call: jr.fold_in(key, call))(jnp.arange(calls))
 
 
 def exact_hypergradient(
@@ -30,17 +44,26 @@ def exact_hypergradient(
     state: BilevelState,
     train: Batch | AbstractBatches,
     val: Batch | AbstractBatches,
-    key: Key,
+    keys: tuple[Keys, Keys],
     calls: int,
-    reference: Reference,
+    reference: Reference = "unrolled",
 ) -> Hyperparams:
-    """Differentiates the last validation loss of `calls` calls of `step`, whose inner
-    steps all have the hyperparameters of `state`, by reverse mode or by central
-    differences. Step `i` draws with `fold_in(key, i)`."""
+    """Differentiates the last validation loss of `calls` more calls of `step`, whose
+    inner steps all have the hyperparameters of `state`, by reverse mode or by central
+    differences.
+
+    `keys` has those of each call: for the noise of placeholders, and for all else."""
     raw, _ = partition_raw(state.hyperparams)
     differentiate = _central_differences if reference == "differences" else _by_autodiff
     # The data are arguments: as constants XLA would hold them, and fold them.
-    return differentiate(raw, algorithm, state, train, val, key, calls)
+    return differentiate(raw, algorithm, state, train, val, keys, calls)
+
+
+def cosine(left: PyTree, right: PyTree) -> Float[Array, ""]:
+    """Computes the cosine of the angle between two hypergradients, of any size; NaN if
+    one is zero."""
+    unit = lambda tree: tree_scale(1 / tree_norm(tree), tree)
+    return tree_dot(unit(left), unit(right))
 
 
 @eqx.filter_jit
@@ -61,7 +84,7 @@ def _central_differences(raw: Hyperparams, *args: Any) -> Hyperparams:
     return unflatten(lax.map(difference, jnp.arange(x.size)))
 
 
-def _final_loss(raw, algorithm, state, train, val, key, calls) -> Float[Array, ""]:
+def _final_loss(raw, algorithm, state, train, val, keys, calls) -> Float[Array, ""]:
     inner_steps = algorithm.inner_steps
     steps = calls * inner_steps
 
@@ -69,33 +92,36 @@ def _final_loss(raw, algorithm, state, train, val, key, calls) -> Float[Array, "
         """Makes the levels, the hyperparameters and the number within the call of a
         step."""
         call = step // inner_steps
-        call_key = None if key is None else jr.fold_in(key, call)
-        noisy = refresh(state.hyperparams, call_key, call)
+        noise_key, key = jtu.tree_map(lambda x: x[call], keys)
+        number = state.step + call
+        noisy = refresh(state.hyperparams, noise_key, number)
         plain = unwrap_values(eqx.combine(raw, partition_raw(noisy)[1]))
+        episode_step = state.episode_step + call * inner_steps
         levels = make_levels(
             algorithm.problem,
             algorithm.inner,
             ReverseOverReverse(),
-            dataclasses.replace(state, episode_step=call * inner_steps),
+            dataclasses.replace(state, episode_step=episode_step),
             plain,
             as_batches(train, "train", inner_steps),
             as_batches(val, "val", inner_steps),
-            call * inner_steps,
-            call_key,
+            number * inner_steps,
+            key,
             mean=lambda tree: tree,
         )
         return levels, plain, step % inner_steps
 
-    @jax.checkpoint
-    def advance(arrays, step):
+    def advance(carry):
+        arrays, step = carry
         levels, hyperparams, index = at(step)
         inner = eqx.combine(arrays, fixed)
         inner, _ = levels.update(inner, hyperparams, index)
-        return eqx.filter(inner, eqx.is_array), None
+        return eqx.filter(inner, eqx.is_array), step + 1
 
     arrays, fixed = eqx.partition(inner_state(state), eqx.is_array)
-    levels, _, _ = at(jnp.array(0))
-    unroll = default_unroll(levels, steps)
-    arrays, _ = lax.scan(advance, arrays, jnp.arange(steps), unroll=unroll)
+    first = jnp.zeros((), int)
+    unroll = default_unroll(at(first)[0], steps)
+    depth = 2 if steps > _LONG else 1
+    arrays, _ = repeat_step(advance, (arrays, first), steps, depth, unroll)
     levels, hyperparams, index = at(jnp.asarray(steps - 1))
     return levels.validate(eqx.combine(arrays, fixed), hyperparams, index)[0]

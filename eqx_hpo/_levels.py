@@ -228,7 +228,9 @@ class Levels(eqx.Module):
         )
         # The index is carried: an array of them would grow with the steps.
         carry = (state, tree_zeros(empty), jnp.asarray(start))
-        state, report, _ = _repeat(step, carry, stop - start, recompute, self.unroll)
+        state, report, _ = repeat_step(
+            step, carry, stop - start, recompute, self.unroll
+        )
         return state, report
 
     def evaluate(
@@ -383,7 +385,7 @@ def with_pullback(
     return inner, lambda alpha: vjp(alpha)[0], report
 
 
-def _repeat(
+def repeat_step(
     step: Callable[[Any], Any], carry: Any, count: int, depth: int, unroll: int
 ) -> Any:
     """Applies `step` `count` times, by `depth` nested scans over `jax.checkpoint`ed

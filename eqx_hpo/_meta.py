@@ -6,9 +6,10 @@ estimate of the wrapped algorithm over the rows. The algorithm sees one task at 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
@@ -18,8 +19,10 @@ from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 from ._checks import as_int, as_share, check_key, check_type
 from ._custom_types import Batch, Hyperparams, InnerOptimiser, Key, Model
-from ._data import AbstractBatches, as_batches, Stacked
+from ._data import AbstractBatches, as_batches
 from ._discrete import refresh
+from ._exact import exact_hypergradient, Keys
+from ._hyperparameter import partition_raw
 from ._jit import jit_method
 from ._misc import as_device_arrays, match_dtypes
 from ._optimizer import (
@@ -30,27 +33,21 @@ from ._optimizer import (
     warn_if_same,
 )
 from ._problem import Problem
-from ._state import (
-    BilevelState,
-    check_state,
-    Estimate,
-    inner_state,
-    InnerState,
-    Memory,
+from ._state import BilevelState, Estimate, inner_state, Memory, TaskReport
+from ._tasks import (
+    check_own_state,
+    first_row,
+    mean_and_error,
+    rows_of,
+    Start,
+    task_axis,
+    with_rows,
+    with_shared,
+    without_shared,
 )
 
 
-T = TypeVar("T")
-
 _AXIS = "tasks"
-
-
-class _Start(eqx.Module):
-    """Where the tasks start from: `inner` is the inner state of a single one, without
-    the optimiser's; `known` tells whether an episode has begun."""
-
-    inner: InnerState
-    known: Bool[Array, ""]
 
 
 class MetaLearner(AbstractBilevelOptimizer):
@@ -59,7 +56,9 @@ class MetaLearner(AbstractBilevelOptimizer):
 
     Each task has its own weights, inner optimiser state and batches, with a leading
     axis for the tasks in `state.model`, in `train` and in `val`. The hypergradient is
-    the mean over the tasks. The losses are those of a single task, and so is the model
+    the mean over the tasks, and `state.metrics.diagnostics` tells its standard error,
+    as a [`eqx_hpo.TaskReport`][]. The tasks may be the folds of one data set, see
+    [`eqx_hpo.folds`][]. The losses are those of a single task, and so is the model
     that `init` and `restart` take. Make a [`eqx_hpo.Minibatch`][] for each task by
     `eqx.filter_vmap(lambda x: hpo.Minibatch(x, 8))(data)`; in [`eqx_hpo.Stacked`][] the
     axis of the tasks comes after that of the inner steps.
@@ -160,10 +159,10 @@ class MetaLearner(AbstractBilevelOptimizer):
                 "There is no shared initialisation without episodes: give "
                 "`MetaLearner` a `horizon`."
             )
-        _check_own_state(state)
+        check_own_state(state)
         start, _ = self._next_start(state)
         untrained = eqx.filter(state.model, eqx.is_inexact_array, inverse=True)
-        return eqx.combine(start.inner.params, _first_row(untrained))
+        return eqx.combine(start.inner.params, first_row(untrained))
 
     def init(
         self,
@@ -189,10 +188,16 @@ class MetaLearner(AbstractBilevelOptimizer):
         start = None
         if self.horizon is not None:
             inner = dataclasses.replace(inner_state(single), opt_state=None)
-            start = _Start(jtu.tree_map(jnp.zeros_like, inner), jnp.array(False))
+            start = Start(jtu.tree_map(jnp.zeros_like, inner), jnp.array(False))
         copy = lambda x: jnp.broadcast_to(x, (self.tasks, *x.shape))
-        rows = jtu.tree_map(lambda x: copy(x) if eqx.is_array(x) else x, _rows(single))
-        return _with_start(_with_rows(single, rows), start)
+        rows = jtu.tree_map(
+            lambda x: copy(x) if eqx.is_array(x) else x, rows_of(single)
+        )
+        error = None
+        if self.tasks > 1:
+            raw, _ = partition_raw(single.hyperparams)
+            error = jtu.tree_map(lambda x: jnp.full_like(x, jnp.nan), raw)
+        return with_shared(with_rows(single, rows), (start, error))
 
     @jit_method
     def step(
@@ -203,7 +208,7 @@ class MetaLearner(AbstractBilevelOptimizer):
         *,
         key: Key = None,
     ) -> BilevelState:
-        _check_own_state(state)
+        check_own_state(state)
         check_key(key)
         started = self._start_episode_if_due(state)
         hyperparams = refresh(state.hyperparams, key, state.step)
@@ -225,7 +230,7 @@ class MetaLearner(AbstractBilevelOptimizer):
         *,
         key: Key = None,
     ) -> Hyperparams:
-        _check_own_state(state)
+        check_own_state(state)
         check_key(key)
         state = self._start_episode_if_due(state)
         hyperparams = refresh(state.hyperparams, key, state.step)
@@ -235,11 +240,12 @@ class MetaLearner(AbstractBilevelOptimizer):
     def restart(
         self, state: BilevelState, model: Model, *, model_state: PyTree = None
     ) -> BilevelState:
-        _check_own_state(state)
-        start, rows = _without_start(state)
+        check_own_state(state)
+        (start, error), rows = without_shared(state)
         if start is not None:
             start = jtu.tree_map(jnp.zeros_like, start)
-        return _with_start(self._restart_rows(rows, model, model_state), start)
+        rows = self._restart_rows(rows, model, model_state)
+        return with_shared(rows, (start, error))
 
     def _first_task(self, name: str, data: Batch | AbstractBatches):
         """Takes the first task's share of `train` or `val`."""
@@ -247,10 +253,10 @@ class MetaLearner(AbstractBilevelOptimizer):
             return None
         batches = as_batches(data, name, self.inner_steps)
         self._check_task_axis(name, batches)
-        return _first_row(as_device_arrays(data), _task_axis(batches))
+        return first_row(as_device_arrays(data), task_axis(batches))
 
     def _check_task_axis(self, name: str, batches: AbstractBatches) -> None:
-        axis = _task_axis(batches)
+        axis = task_axis(batches)
         arrays = eqx.filter(batches, eqx.is_array_like)
         for path, x in jtu.tree_leaves_with_path(arrays):
             shape = jnp.shape(x)
@@ -261,7 +267,7 @@ class MetaLearner(AbstractBilevelOptimizer):
                     f"`{name}{jtu.keystr(path)}`."
                 )
 
-    def _next_start(self, state: BilevelState) -> tuple[_Start, Bool[Array, ""]]:
+    def _next_start(self, state: BilevelState) -> tuple[Start, Bool[Array, ""]]:
         """Finds where the present episode starts from, after Reptile if one has just
         ended, and whether a new one begins right now."""
         assert self.horizon is not None
@@ -279,37 +285,37 @@ class MetaLearner(AbstractBilevelOptimizer):
             return jnp.where(start.known, jnp.where(due, moved, old), first)
 
         now = jtu.tree_map(move, start.inner, trained)
-        return _Start(now, jnp.array(True)), start.known & due
+        return Start(now, jnp.array(True)), start.known & due
 
     def _start_episode_if_due(self, state: BilevelState) -> BilevelState:
         if self.horizon is None:
             return state
         start, restarts = self._next_start(state)
-        _, rows = _without_start(state)
+        (_, error), rows = without_shared(state)
         arrays, static = eqx.partition(rows, eqx.is_array)
 
         def restart():
             untrained = eqx.filter(state.model, eqx.is_inexact_array, inverse=True)
-            model = eqx.combine(start.inner.params, _first_row(untrained))
+            model = eqx.combine(start.inner.params, first_row(untrained))
             fresh = self._restart_rows(rows, model, start.inner.model_state)
             return match_dtypes(eqx.filter(fresh, eqx.is_array), arrays)
 
         arrays = lax.cond(restarts, restart, lambda: arrays)
-        return _with_start(eqx.combine(arrays, static), start)
+        return with_shared(eqx.combine(arrays, static), (start, error))
 
     def _restart_rows(
         self, state: BilevelState, model: Model, model_state: PyTree
     ) -> BilevelState:
-        """Restarts each task. The memory of `state` is without the start."""
+        """Restarts each task. `state` is without what the tasks share."""
 
         def restart(row):
-            single = _with_rows(state, row)
+            single = with_rows(state, row)
             fresh = self.algorithm.restart(single, model, model_state=model_state)
-            return _rows(fresh), None
+            return rows_of(fresh), None
 
-        rows, _ = self._over_tasks(restart, (0,))(_rows(state))
+        rows, _ = self._over_tasks(restart, (0,))(rows_of(state))
         zero = jnp.zeros_like(state.episode_step)
-        return dataclasses.replace(_with_rows(state, rows), episode_step=zero)
+        return dataclasses.replace(with_rows(state, rows), episode_step=zero)
 
     def _mean_estimate(
         self,
@@ -323,10 +329,10 @@ class MetaLearner(AbstractBilevelOptimizer):
         batches = as_batches(train, "train", None), as_batches(val, "val", None)
         for name, x in zip(("train", "val"), batches):
             self._check_task_axis(name, x)
-        start, state = _without_start(state)
+        (start, _), state = without_shared(state)
 
         def estimate(row, train, val, key):
-            single = _with_rows(state, row)
+            single = with_rows(state, row)
             shared = lambda tree: lax.pmean(tree, _AXIS) if self.tasks > 1 else tree
             x = raw_estimate(
                 self.algorithm, single, hyperparams, train, val, key, shared
@@ -334,20 +340,22 @@ class MetaLearner(AbstractBilevelOptimizer):
             of_task = (x.inner, x.memory.episode, x.train, x.val, x.diagnostics)
             return (of_task, x.hypergradient), x.memory.lasting
 
-        data_axes = [_task_axis(x) for x in batches]
+        data_axes = [task_axis(x) for x in batches]
         mapped = self._over_tasks(estimate, (0, *data_axes, 0))
         (of_tasks, hypergradients), lasting = mapped(
-            _rows(state), *batches, self._task_keys(key)
+            rows_of(state), *batches, self._task_keys(key)
         )
         inner, episode, train_report, val_report, diagnostics = of_tasks
         mean = lambda tree: jtu.tree_map(lambda x: jnp.mean(x, axis=0), tree)
+        hypergradient, error = mean_and_error(hypergradients, self.tasks)
         return Estimate(
             inner=inner,
             memory=Memory((start, episode), lasting),
-            hypergradient=mean(hypergradients),
+            hypergradient=hypergradient,
             train=(mean(train_report[0]), train_report[1]),
             val=(mean(val_report[0]), val_report[1]),
-            diagnostics=diagnostics,
+            diagnostics=TaskReport(error, diagnostics),
+            error=error,
         )
 
     def _over_tasks(self, fn: Callable[..., Any], axes: tuple[int, ...]) -> Any:
@@ -362,7 +370,7 @@ class MetaLearner(AbstractBilevelOptimizer):
 
         def single(*args):
             # Not mapped, which would round products otherwise.
-            firsts = [_first_row(x, axis) for x, axis in zip(args, axes)]
+            firsts = [first_row(x, axis) for x, axis in zip(args, axes)]
             own, shared = fn(*firsts)
             add = lambda x: x[None] if eqx.is_array(x) else x
             return jtu.tree_map(add, own), shared
@@ -376,56 +384,26 @@ class MetaLearner(AbstractBilevelOptimizer):
         return key[None] if self.tasks == 1 else jr.split(key, self.tasks)
 
 
-def _check_own_state(state: Any) -> None:
-    check_state("state", state)
-    episode = state.memory.episode
-    if not (isinstance(episode, tuple) and len(episode) == 2):
-        raise ValueError(
-            "`state` is not that of a `MetaLearner`. Make it by `init` of the same one."
-        )
+def exact_over_tasks(
+    learner: MetaLearner,
+    state: BilevelState,
+    train: Batch | AbstractBatches,
+    val: Batch | AbstractBatches,
+    keys: Keys,
+    calls: int,
+) -> Hyperparams:
+    """Computes the mean over tasks of the exact hypergradient, in an episode that does
+    not end within `calls` calls of `step`."""
+    _, state = without_shared(learner._start_episode_if_due(state))
+    own = None if keys is None else jax.vmap(learner._task_keys)(keys)
 
+    def exact(row, train, val, own):
+        plain, single = learner.algorithm, with_rows(state, row)
+        found = exact_hypergradient(plain, single, train, val, (keys, own), calls)
+        return found, None
 
-def _rows(state: BilevelState) -> tuple[PyTree, ...]:
-    """Takes out the parts of a state that each task has its own of."""
-    return (
-        state.model,
-        state.inner_opt_state,
-        state.memory.episode,
-        state.model_state,
-        state.metrics.aux,
-        state.metrics.diagnostics,
-    )
-
-
-def _with_rows(state: BilevelState, rows: tuple[PyTree, ...]) -> BilevelState:
-    model, opt_state, episode, model_state, aux, diagnostics = rows
-    metrics = dataclasses.replace(state.metrics, aux=aux, diagnostics=diagnostics)
-    return dataclasses.replace(
-        state,
-        model=model,
-        inner_opt_state=opt_state,
-        memory=dataclasses.replace(state.memory, episode=episode),
-        model_state=model_state,
-        metrics=metrics,
-    )
-
-
-def _with_start(rows: BilevelState, start: _Start | None) -> BilevelState:
-    memory = dataclasses.replace(rows.memory, episode=(start, rows.memory.episode))
-    return dataclasses.replace(rows, memory=memory)
-
-
-def _without_start(state: BilevelState) -> tuple[_Start | None, BilevelState]:
-    start, episode = state.memory.episode
-    memory = dataclasses.replace(state.memory, episode=episode)
-    return start, dataclasses.replace(state, memory=memory)
-
-
-def _first_row(tree: T, axis: int = 0) -> T:
-    take = lambda x: x[(slice(None),) * axis + (0,)]
-    return jtu.tree_map(lambda x: take(x) if eqx.is_array(x) else x, tree)
-
-
-def _task_axis(batches: AbstractBatches) -> int:
-    """Finds the axis of the tasks in the arrays of `train` or `val`."""
-    return 1 if isinstance(batches, Stacked) else 0
+    batches = as_batches(train, "train", None), as_batches(val, "val", None)
+    axes = (0, *[task_axis(x) for x in batches], 1)
+    mapped = learner._over_tasks(exact, axes)
+    hypergradients, _ = mapped(rows_of(state), *batches, own)
+    return mean_and_error(hypergradients, learner.tasks)[0]

@@ -21,7 +21,8 @@ class Metrics(eqx.Module):
         arrays.
     - `aux`: `(train_aux, val_aux)` with `Problem(..., has_aux=True)`, else `None`.
     - `diagnostics`: the algorithm's own report on its estimate. An
-        [`eqx_hpo.ImplicitReport`][] from [`eqx_hpo.Implicit`][], otherwise `None`.
+        [`eqx_hpo.ImplicitReport`][] from [`eqx_hpo.Implicit`][], a
+        [`eqx_hpo.TaskReport`][] from [`eqx_hpo.MetaLearner`][], otherwise `None`.
 
     The numbers are NaN before the first step. A skipped step reports the values that
     caused the skip.
@@ -32,6 +33,31 @@ class Metrics(eqx.Module):
     hypergradient_norm: Float[Array, ""]
     aux: Any
     diagnostics: Any = None
+
+
+class TaskReport(eqx.Module):
+    r"""How far the tasks of [`eqx_hpo.MetaLearner`][] agree on the hypergradient, in
+    `state.metrics.diagnostics`.
+
+    The hypergradient is the mean over the tasks, and its standard error is $s /
+    \sqrt{n}$ with $s$ the standard deviation over the $n$ tasks. A coordinate whose
+    hypergradient is no larger than that may have the wrong sign: [`eqx_hpo.gate`][]
+    leaves it where it is.
+
+    The error is right where tasks are independent. [`eqx_hpo.folds`][] share most of
+    their train data, so it is an approximation for them. Repeated folds share all of
+    their data: each further repeat makes the reported error smaller, though it brings
+    no new data. It is then too small by about the square root of the repeats.
+
+    **Attributes:**
+
+    - `standard_error`: that of each coordinate, shaped as the hypergradient. `None`
+        with a single task, NaN before the first step.
+    - `tasks`: the diagnostics of the wrapped algorithm, with an axis for the tasks.
+    """
+
+    standard_error: Hyperparams
+    tasks: Any
 
 
 class Memory(eqx.Module):
@@ -115,6 +141,8 @@ class Estimate(eqx.Module):
     - `train`, `val`: the last `(loss, aux)` of each level; `None` for `val` if it was
         not taken.
     - `diagnostics`: goes into `state.metrics.diagnostics`.
+    - `error`: the standard error of the hypergradient, which the outer update gets as
+        the argument `error`. `None` for single models.
     """
 
     inner: InnerState
@@ -123,6 +151,7 @@ class Estimate(eqx.Module):
     train: tuple[FloatScalar, Any]
     val: tuple[FloatScalar, Any] | None
     diagnostics: Any = None
+    error: Hyperparams = None
 
 
 def check_state(name: str, state: Any) -> None:

@@ -111,6 +111,8 @@ LEGAL = {
     "Minibatch.data": {"array"},
     "Minibatch.replacement": {"True"},
     "Stacked.batches": {"array"},
+    "folds.data": {"array"},
+    "gate.threshold": {"0", "1.5", "int64"},
     "select_top_k.groups": FUNCTIONS,
     "select_top_k.rotate": {"0", "int64"},
     "project.projection": FUNCTIONS,
@@ -203,6 +205,7 @@ def _calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "Schedule": schedule,
         "Minibatch": {"data": ones, "batch_size": 1},
         "Stacked": {"batches": ones},
+        "folds": {"data": ones, "count": 2},
         "Neumann": {"terms": 2, "learning_rate": 0.1},
         "Nystrom": {"rank": 1, "damping": 0.1},
         "L1": {"strength": 0.1},
@@ -227,6 +230,7 @@ def _calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "discretise": {"hyperparams": ones},
         "project": {"projection": optax.projections.projection_simplex},
         "anchor": {"strength": 0.1},
+        "gate": {"threshold": 0.1},
         "mirror": {},
         "proximal": {"penalty": hpo.L1(0.1), "learning_rate": 0.1},
         "select_top_k": {"k": 1},
@@ -238,6 +242,13 @@ def _calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         | {"hyperparams": ones, "progress": False},
         "search": driver
         | {"low": ones, "high": 2 * ones, "trials": 1, "progress": False},
+        "audit": {
+            "algorithm": plain,
+            "state": state,
+            **data,
+            "horizon": 1,
+            "key": None,
+        },
         "compare_hypergradients": {"algorithms": [plain], **start, **data, "key": None},
     }
     methods = {
@@ -305,6 +316,7 @@ def _failures(rows: list[tuple[str, str, str]]) -> dict[str, dict[str, str]]:
 # The results that the library makes, which are made of whatever it puts in.
 RECORDS = {
     "Best",
+    "Audit",
     "BilevelState",
     "Comparison",
     "ComparisonRow",
@@ -319,6 +331,7 @@ RECORDS = {
     "Readings",
     "RESULTS",
     "Solution",
+    "TaskReport",
 }
 
 

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+import lineax as lx
 import numpy as np
 import optax
 import pytest
+from eqx_hpo._tasks import mean_and_error
 
-from .helpers import arrays, relative_error
+from .helpers import arrays, equal, relative_error
 from .problems import ridge
 
 
@@ -237,6 +239,73 @@ def test_model_state_and_aux_of_each_task():
     # (1/2 + 3/2) / 2 = 1 after the first step, 1.5 after the second.
     assert np.allclose(means, [[0.5, 1.5], [0.75, 2.25], [0.875, 1.875]])
     assert arrays(state.model_state)[0].shape == (2,)
+
+
+@pytest.mark.parametrize("name", ["t1t2", "hyperdistill"])
+def test_the_report_keeps_its_structure_and_survives_a_file(name, tmp_path):
+    """From `init` on, so that nothing compiles twice."""
+    algorithm = hpo.MetaLearner(ALGORITHMS[name], 3, horizon=HORIZON)
+    case, (train, val) = ridge(), _tasks(3)
+    state = algorithm.init(case.model, case.hyperparams, train=train)
+    report = state.metrics.diagnostics
+    assert isinstance(report, hpo.TaskReport) and report.tasks is None
+    assert jnp.all(jnp.isnan(report.standard_error["penalty"]))
+    specs = lambda tree: [(x.shape, x.dtype, x.weak_type) for x in arrays(tree)]
+    for _ in range(2):
+        new = algorithm.step(state, train, val)
+        assert jtu.tree_structure(new) == jtu.tree_structure(state)
+        assert specs(new) == specs(state)
+        state = new
+    restarted = algorithm.restart(state, case.model)
+    assert equal(restarted.metrics, state.metrics)
+    hpo.save(tmp_path / "state", state)
+    like = algorithm.init(case.model, case.hyperparams, train=train)
+    loaded = hpo.load(tmp_path / "state", like)
+    assert equal(loaded, state)
+    after = algorithm.step(loaded, train, val)
+    assert equal(after, algorithm.step(state, train, val))
+
+
+def test_a_single_task_has_no_standard_error():
+    algorithm = hpo.MetaLearner(ALGORITHMS["t1t2"], 1)
+    case, (train, val) = ridge(), _tasks(1)
+    state = algorithm.init(case.model, case.hyperparams)
+    assert state.metrics.diagnostics == hpo.TaskReport(None, None)
+    state = algorithm.step(state, train, val)
+    assert state.metrics.diagnostics == hpo.TaskReport(None, None)
+
+
+@pytest.mark.parametrize("size", [3, 2000])
+@pytest.mark.parametrize("tasks", [2, 5, 11])
+def test_mean_and_standard_error(size, tasks):
+    """Of values that are equal but for some last bits too, in single precision."""
+    noise = jr.normal(jr.key(0), (tasks, size), jnp.float32)
+    cases = noise, 1 + 1e-6 * noise, 1e8 * noise, noise.astype(jnp.bfloat16)
+    got = jax.jit(ft.partial(mean_and_error, tasks=tasks))(cases)
+    for x, mean, error in zip(cases, *got):
+        exact = np.asarray(x, np.float64)
+        expected = exact.std(0, ddof=1) / tasks**0.5
+        assert mean.dtype == error.dtype == x.dtype
+        tolerance = 2 * jnp.finfo(x.dtype).eps
+        assert np.allclose(error.astype(float), expected, rtol=max(tolerance, 1e-6))
+        scale = np.abs(exact).max()
+        assert np.allclose(mean.astype(float), exact.mean(0), atol=scale * tolerance)
+
+
+def test_the_report_of_each_solve():
+    """Under that of the tasks; the outcome of `tune` is still that of one that
+    fails."""
+    case, (train, val) = ridge(), _tasks(3)
+    few = lx.CG(rtol=1e-12, atol=1e-12, max_steps=1)
+    plain = hpo.Implicit(PROBLEM, SGD, ADAM, inner_steps=1, linear_solver=few)
+    algorithm = hpo.MetaLearner(plain, 3)
+    run = ft.partial(hpo.tune, algorithm, case.model, case.hyperparams, train, val)
+    solution = run(steps=1, key=None, progress=False)
+    assert solution.result == hpo.RESULTS.promote(lx.RESULTS.max_steps_reached)
+    assert "CG" in solution.message
+    report = solution.state.metrics.diagnostics
+    assert report.tasks.solver_steps.shape == (3,)
+    assert report.standard_error["penalty"].shape == (6,)
 
 
 def test_bad_arguments():

@@ -73,7 +73,7 @@ def next_state(
     new = match_dtypes((estimate.inner, estimate.memory), old)
     is_good, raw, outer_opt_state = _update_outer(
         outer,
-        gradient,
+        (gradient, estimate.error),
         (raw, state.outer_opt_state),
         [*_pairs(new, old), *_pairs((losses, gradient))],
     )
@@ -105,35 +105,36 @@ def next_state(
 
 def _update_outer(
     outer: optax.GradientTransformation,
-    gradient: PyTree,
+    given: tuple[PyTree, PyTree],
     old: tuple[PyTree, PyTree],
     pairs: _Pairs,
 ) -> tuple[Bool[Array, ""], PyTree, PyTree]:
     """Moves the `raw` arrays, if `pairs` and the result are finite; `old` holds them
-    and the state of the optimiser.
+    and the state of the optimiser, `given` the hypergradient and its standard error.
 
     **Returns:** whether all was finite; the new arrays; the new state.
     """
     leaves, treedef = jtu.tree_flatten(old)
-    gradients = jtu.tree_leaves(gradient)
+    given_leaves = jtu.tree_leaves(given)
 
-    def update(gradient, old):
-        raw, opt_state = old
-        return match_dtypes(outer_update(outer, gradient, opt_state, raw), old)
+    def update(given, old):
+        (gradient, error), (raw, opt_state) = given, old
+        new = outer_update(outer, gradient, opt_state, raw, error)
+        return match_dtypes(new, old)
 
     # Traced once, even where it is computed twice.
-    closed = jax.make_jaxpr(update)(gradient, old)
-    move = lambda gradients, leaves: jaxpr_as_fun(closed)(*gradients, *leaves)
-    moved = move(gradients, leaves)
+    closed = jax.make_jaxpr(update)(given, old)
+    move = lambda given, leaves: jaxpr_as_fun(closed)(*given, *leaves)
+    moved = move(given_leaves, leaves)
     if _is_small(leaves) or holds_primitive(closed.jaxpr, _DEAR):
         is_good = _all_finite(lambda pairs: pairs, [*pairs, *_pairs(moved, leaves)])
     else:
-        again = lambda gradients, leaves: _pairs(move(gradients, leaves), leaves)
+        again = lambda given, leaves: _pairs(move(given, leaves), leaves)
         is_good = lax.cond(
             _all_finite(lambda pairs: pairs, pairs),
             lambda *operands: _all_finite(again, *operands),
             lambda *operands: jnp.array(False),
-            gradients,
+            given_leaves,
             leaves,
         )
     leaves = tree_where(is_good, moved, leaves)

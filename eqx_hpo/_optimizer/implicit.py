@@ -19,7 +19,7 @@ from .._misc import tree_add, tree_dot, tree_norm, tree_scale
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder, ForwardOverReverse
 from .._solution import RESULTS
-from .._state import Estimate, float_scalar, InnerState, Memory
+from .._state import Estimate, float_scalar, InnerState, Memory, TaskReport
 from .base import AbstractAlgorithm
 from .hessian import as_covector, as_vector, Point
 
@@ -242,6 +242,8 @@ def _scaling(
 def failed_solve(diagnostics: Any) -> tuple[RESULTS, str] | None:
     """Returns the result of a linear solve that was not successful, the first one over
     tasks, and the name of the solver; `None` if there is none."""
+    if isinstance(diagnostics, TaskReport):
+        diagnostics = diagnostics.tasks
     if not isinstance(diagnostics, ImplicitReport):
         return None
     failed = jnp.atleast_1d(diagnostics.result != RESULTS.successful)

@@ -1,5 +1,6 @@
 from .anchor import anchor as anchor
 from .constrain import mirror as mirror, project as project
+from .gate import gate as gate
 from .proximal import (
     AbstractPenalty as AbstractPenalty,
     Box as Box,

@@ -11,15 +11,18 @@ def outer_update(
     gradient: PyTree,
     opt_state: PyTree,
     raw: PyTree,
+    error: PyTree = None,
 ) -> tuple[PyTree, PyTree]:
     """Moves `raw` once.
 
-    The hypergradient is passed on as the extra argument `grad` too. A transformation
-    late in a chain can still see it there.
+    The hypergradient is passed on as the extra argument `grad` too, and its standard
+    error as `error`. A transformation late in a chain can still see them there.
 
     **Returns:** the new `raw` and the new state of the optimiser.
     """
     outer = optax.with_extra_args_support(outer)
     with usual_promotion():
-        updates, opt_state = outer.update(gradient, opt_state, raw, grad=gradient)
+        updates, opt_state = outer.update(
+            gradient, opt_state, raw, grad=gradient, error=error
+        )
     return optax.apply_updates(raw, updates), opt_state

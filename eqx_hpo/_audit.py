@@ -1,0 +1,123 @@
+"""The hypergradient of a run, at any time beside the exact one of a longer horizon."""
+
+import equinox as eqx
+import jax.random as jr
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, PyTree
+
+from ._checks import as_int, check_key, check_leaves, check_type
+from ._custom_types import Batch, Hyperparams, Key
+from ._data import AbstractBatches, numbers_as_arrays
+from ._exact import call_keys, cosine, exact_hypergradient
+from ._meta import exact_over_tasks, MetaLearner
+from ._misc import tree_norm
+from ._optimizer import AbstractAlgorithm, AbstractBilevelOptimizer
+from ._state import BilevelState, check_state
+
+
+class Audit(eqx.Module):
+    """The hypergradient that an algorithm estimates, beside the exact one.
+
+    **Attributes:**
+
+    - `cosine`: of the angle between the two, over all `raw` arrays. At 1 the direction
+        is right, below 0 the hyperparameters move the wrong way.
+    - `norm_ratio`: the norm of the estimate over that of the exact one.
+    - `cosines`, `norm_ratios`: the same for each `raw` array by itself, in its place.
+        The cosine over all hides a learning rate among thousands of decays. Of a single
+        number the cosine is 1 or -1.
+
+    They are NaN where a hypergradient is zero or not finite.
+    """
+
+    cosine: Float[Array, ""]
+    norm_ratio: Float[Array, ""]
+    cosines: PyTree
+    norm_ratios: PyTree
+
+
+def audit(
+    algorithm: AbstractBilevelOptimizer,
+    state: BilevelState,
+    train: Batch | AbstractBatches,
+    val: Batch | AbstractBatches,
+    *,
+    horizon: int,
+    key: Key,
+) -> Audit:
+    r"""Puts the hypergradient that `algorithm` estimates at `state` beside the exact
+    one over `horizon` inner steps from there. An algorithm that looks a few steps ahead
+    prefers what pays at once: this tells, in the course of a run, by how much.
+
+    ```python
+    log = []
+    solution = hpo.tune(
+        algorithm, model, hyperparams, train, val, steps=1000, key=key,
+        record_every=100,
+        callback=lambda state: log.append(
+            hpo.audit(algorithm, state, train, val, horizon=500, key=key)
+        ),
+    )
+    ```
+
+    The exact one is the derivative of the validation loss after `horizon` more inner
+    steps, with the hyperparameters held where they are, by reverse mode through all of
+    these steps. It is $\partial C_2 / \partial \lambda$ at the weights that they reach,
+    and what the hyperparameters do to these weights from `state` on. What they did
+    before does not count. Each call of `step` draws its own batches and its own noise,
+    so with small validation batches the two differ by their noise too: give a large one
+    as `val`. With episodes, none ends within the horizon.
+
+    `state` is not changed. Memory grows with the square root of `horizon`, time in
+    proportion. It is compiled once for all calls, and may be called within `jax.jit`.
+
+    **Arguments:**
+
+    - `algorithm`: the algorithm, or a [`eqx_hpo.MetaLearner`][], for which both are
+        means over its tasks.
+    - `state`: from `init` or `step` of the same algorithm.
+    - `train`, `val`: as for `step`.
+    - `horizon`: the number of inner steps, a multiple of the `inner_steps` of the
+        algorithm. Good ones reach to the end of training.
+    - `key`: a PRNG key, or `None` if nothing is random.
+
+    **Returns:** an [`eqx_hpo.Audit`][].
+
+    **Raises:** a `ValueError` if an argument is of the wrong kind.
+    """
+    kinds = (AbstractAlgorithm, MetaLearner)
+    check_type("algorithm", algorithm, kinds, "an algorithm, such as `T1T2`")
+    check_state("state", state)
+    check_key(key)
+    horizon = as_int("horizon", horizon, 1)
+    if horizon % algorithm.inner_steps != 0:
+        raise ValueError(
+            "`horizon` must be a multiple of the inner steps in a call of `step`, "
+            f"{algorithm.inner_steps}; got {horizon}."
+        )
+    for name, data in (("train", train), ("val", val)):
+        check_leaves(name, data)
+    train, val = numbers_as_arrays(train), numbers_as_arrays(val)
+    calls = horizon // algorithm.inner_steps
+    return _audit(algorithm, state, train, val, key, calls)
+
+
+@eqx.filter_jit
+def _audit(algorithm, state, train, val, key, calls: int) -> Audit:
+    keys = call_keys(key, calls)
+    first = None if key is None else jr.fold_in(key, 0)
+    got = algorithm.compute_hypergradient(state, train, val, key=first)
+    exact = _exact(algorithm, state, train, val, keys, calls)
+    ratio = lambda x, y: tree_norm(x) / tree_norm(y)
+    return Audit(
+        cosine=cosine(got, exact),
+        norm_ratio=ratio(got, exact),
+        cosines=jtu.tree_map(cosine, got, exact),
+        norm_ratios=jtu.tree_map(ratio, got, exact),
+    )
+
+
+def _exact(algorithm, state, train, val, keys, calls: int) -> Hyperparams:
+    if isinstance(algorithm, MetaLearner):
+        return exact_over_tasks(algorithm, state, train, val, keys, calls)
+    return exact_hypergradient(algorithm, state, train, val, (keys, keys), calls)

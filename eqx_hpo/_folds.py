@@ -1,0 +1,111 @@
+"""Folds of cross-validation, for `MetaLearner` to train a model on each."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+from jaxtyping import Array, Int, PyTree
+
+from ._checks import as_int, check_key
+from ._custom_types import Key
+from ._data import leading_axis
+from ._misc import as_device_arrays
+
+
+def folds(
+    data: PyTree[Any], count: int, *, repeats: int = 1, key: Key = None
+) -> tuple[PyTree[Array], PyTree[Array]]:
+    """Splits data into the folds of cross-validation. [`eqx_hpo.MetaLearner`][] with
+    `tasks=count * repeats` then trains a model on each, with the same hyperparameters,
+    and moves these by the mean hypergradient. `state.metrics.diagnostics` tells its
+    standard error, see [`eqx_hpo.TaskReport`][].
+
+    ```python
+    import eqx_hpo as hpo
+    import jax.numpy as jnp
+    import jax.random as jr
+    import optax
+
+
+    def val_loss(weights, decay, batch, key):
+        x, y = batch
+        return jnp.mean((x @ weights - y) ** 2)
+
+
+    def train_loss(weights, decay, batch, key):
+        penalty = jnp.sum(decay * weights**2)
+        return val_loss(weights, decay, batch, key) + penalty
+
+
+    x = jr.normal(jr.key(0), (60, 10))
+    y = x[:, 0] + jr.normal(jr.key(1), (60,))
+    train, val = hpo.folds((x, y), 5, repeats=2)
+
+    problem = hpo.Problem(train_loss, val_loss)
+    algorithm = hpo.T1T2(problem, optax.sgd(0.1), optax.adam(0.05))
+    algorithm = hpo.MetaLearner(algorithm, tasks=10)
+    decay = hpo.Positive(jnp.full(10, 0.1))
+    solution = hpo.tune(
+        algorithm, jnp.zeros(10), decay, train, val, steps=100, key=jr.key(2)
+    )
+    ```
+
+    A train part for each fold holds the data about `count` times. For large data, fold
+    the indices and let the loss gather the rows of data that it closes over, which are
+    then held once: `train, val = hpo.folds(jnp.arange(len(x)), 5)`, and in the loss
+    `x[index], y[index]`, where `index` is the batch.
+
+    Minibatches are made for each fold by
+    `eqx.filter_vmap(lambda part: hpo.Minibatch(part, 32))(train)`.
+
+    Hyperparameters with an entry for each example need to know which examples a fold
+    has. Put the index among the data, `hpo.folds((x, y, jnp.arange(len(x))), 5)`, and
+    let the loss take `weights[index]`.
+
+    **Arguments:**
+
+    - `data`: a pytree of arrays with the same leading axis, of length `n`.
+    - `count`: the number of folds, from 2 to `n`. With `n` of them each holds out a
+        single row.
+    - `repeats`: how often to split anew. Further splits lower the noise of the mean,
+        but they share their data, so the standard error that is reported comes out too
+        small, by about the square root of `repeats`.
+    - `key`: a PRNG key for the order of the rows; a fixed one by default. The rows are
+        always shuffled, since data often come sorted by class.
+
+    **Returns:** `(train, val)`, shaped like `data` with one more axis at the front, of
+    length `count * repeats`. A validation part has `n // count` rows, a train part has
+    all others. In each repeat a row is held out at most once: the `n % count` rows that
+    are left over stay in every train part.
+
+    **Raises:** a `ValueError` if `data` is empty, its leading axes differ, or an
+    argument is out of range.
+    """
+    size = leading_axis("data", data)
+    count, repeats = _as_count(count, size), as_int("repeats", repeats, 1)
+    check_key(key)
+    keys = jr.split(jr.key(0) if key is None else key, repeats)
+    orders = jax.vmap(lambda key: jr.permutation(key, size))(keys)
+    held_out = size // count
+    first = held_out * jnp.arange(count)[:, None]
+    val = first + jnp.arange(held_out)
+    train = jnp.arange(size - held_out)
+    train = jnp.where(train < first, train, train + held_out)
+    data = as_device_arrays(data)
+    return _take(data, orders[:, train]), _take(data, orders[:, val])
+
+
+def _as_count(count: Any, size: int) -> int:
+    number = as_int("count", count, 2)
+    if number > size:
+        raise ValueError(
+            f"`count` must be from 2 to the {size} rows of `data`; got {number}."
+        )
+    return number
+
+
+def _take(data: PyTree[Array], rows: Int[Array, "repeats count n"]) -> PyTree[Array]:
+    rows = rows.reshape(-1, rows.shape[-1])
+    return jtu.tree_map(lambda x: x[rows], data)

@@ -1,0 +1,129 @@
+"""The state of many tasks, taken apart: rows, of which each task has its own, and what
+the tasks share. `MetaLearner` maps over the rows."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import lax
+from jaxtyping import Array, Bool, Float, PyTree
+
+from ._custom_types import Hyperparams
+from ._data import AbstractBatches, Stacked
+from ._misc import as_single
+from ._state import BilevelState, check_state, InnerState, TaskReport
+
+
+T = TypeVar("T")
+
+_FEW = 2**10  # numbers up to which a loop is not worth its compilation
+
+
+class Start(eqx.Module):
+    """Where the tasks start from: `inner` is the inner state of a single one, without
+    the optimiser's; `known` tells whether an episode has begun."""
+
+    inner: InnerState
+    known: Bool[Array, ""]
+
+
+def check_own_state(state: Any) -> None:
+    check_state("state", state)
+    episode = state.memory.episode
+    if not (isinstance(episode, tuple) and len(episode) == 2):
+        raise ValueError(
+            "`state` is not that of a `MetaLearner`. Make it by `init` of the same one."
+        )
+
+
+def rows_of(state: BilevelState) -> tuple[PyTree, ...]:
+    """Takes out the parts of a state that each task has its own of."""
+    return (
+        state.model,
+        state.inner_opt_state,
+        state.memory.episode,
+        state.model_state,
+        state.metrics.aux,
+        state.metrics.diagnostics,
+    )
+
+
+def with_rows(state: BilevelState, rows: tuple[PyTree, ...]) -> BilevelState:
+    model, opt_state, episode, model_state, aux, diagnostics = rows
+    metrics = dataclasses.replace(state.metrics, aux=aux, diagnostics=diagnostics)
+    return dataclasses.replace(
+        state,
+        model=model,
+        inner_opt_state=opt_state,
+        memory=dataclasses.replace(state.memory, episode=episode),
+        model_state=model_state,
+        metrics=metrics,
+    )
+
+
+def with_shared(
+    rows: BilevelState, shared: tuple[Start | None, Hyperparams]
+) -> BilevelState:
+    """Adds what tasks share: the start of an episode, and the standard error."""
+    start, error = shared
+    memory = dataclasses.replace(rows.memory, episode=(start, rows.memory.episode))
+    report = TaskReport(error, rows.metrics.diagnostics)
+    metrics = dataclasses.replace(rows.metrics, diagnostics=report)
+    return dataclasses.replace(rows, memory=memory, metrics=metrics)
+
+
+def without_shared(
+    state: BilevelState,
+) -> tuple[tuple[Start | None, Hyperparams], BilevelState]:
+    (start, episode), report = state.memory.episode, state.metrics.diagnostics
+    memory = dataclasses.replace(state.memory, episode=episode)
+    metrics = dataclasses.replace(state.metrics, diagnostics=report.tasks)
+    rows = dataclasses.replace(state, memory=memory, metrics=metrics)
+    return (start, report.standard_error), rows
+
+
+def mean_and_error(tree: PyTree, tasks: int) -> tuple[PyTree, PyTree]:
+    """Computes the mean over tasks, and its standard error if there are several."""
+    if tasks == 1:
+        return first_row(tree), None
+    leaves, treedef = jtu.tree_flatten(tree)
+    pairs = [_mean_and_error(x) for x in leaves]
+    mean, error = ([pair[i] for pair in pairs] for i in (0, 1))
+    return treedef.unflatten(mean), treedef.unflatten(error)
+
+
+def _mean_and_error(x: Float[Array, "tasks ..."]) -> tuple[Array, Array]:
+    # From the first task on: differences of nearly equal values are exact.
+    count, first = len(x), as_single(x[0])
+    mean = _add_up(lambda row: as_single(row) - first, x) / count
+    squares = _add_up(lambda row: (as_single(row) - first - mean) ** 2, x)
+    error = jnp.sqrt(squares / (count * (count - 1)))
+    return (first + mean).astype(x.dtype), error.astype(x.dtype)
+
+
+def _add_up(fn: Callable[[Array], Array], x: Float[Array, "tasks ..."]) -> Array:
+    """Adds up `fn` of each task, which acts on entries. On CPUs XLA takes tens of times
+    as long to reduce along the leading axis as to add its rows."""
+
+    def by_rows(x):
+        add = lambda i, total: total + fn(x[i])
+        start = jnp.zeros_like(as_single(x[0]))
+        return lax.fori_loop(0, len(x), add, start, unroll=min(len(x), 8))
+
+    at_once = lambda x: jnp.sum(fn(x), axis=0)
+    if x[0].size < _FEW:
+        return at_once(x)
+    return lax.platform_dependent(x, cpu=by_rows, default=at_once)
+
+
+def first_row(tree: T, axis: int = 0) -> T:
+    take = lambda x: x[(slice(None),) * axis + (0,)]
+    return jtu.tree_map(lambda x: take(x) if eqx.is_array(x) else x, tree)
+
+
+def task_axis(batches: AbstractBatches) -> int:
+    """Finds the axis of the tasks in the arrays of `train` or `val`."""
+    return 1 if isinstance(batches, Stacked) else 0
