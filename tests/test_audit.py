@@ -22,7 +22,8 @@ def _choice_loss(model, h, batch, key):
     return jnp.mean((x @ mixed + noise - y) ** 2) + h["decay"] * jnp.sum(model**2)
 
 
-@pytest.mark.parametrize("tasks", [None, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tasks", [None, 3])
 def test_the_exact_algorithm_beside_itself(tasks):
     """With random batches, random losses and noise in a placeholder, in the midst of a
     run."""
@@ -51,6 +52,7 @@ def test_the_exact_algorithm_beside_itself(tasks):
     assert isinstance(got.cosines["decay"], hpo.Positive)
 
 
+@pytest.mark.slow
 def test_epochs_go_on_where_the_run_is():
     """The batches of the exact one are those that the run would have next."""
     case = ridge()

@@ -168,16 +168,17 @@ def _compare_with_runs_of_their_own(
     assert int(state.skipped) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, batch_size",
     [
         ("t1t2", 6),
-        pytest.param("unrolled", None, marks=pytest.mark.slow),
-        pytest.param("greedy", 6, marks=pytest.mark.slow),
-        pytest.param("t1t2", None, marks=pytest.mark.slow),
-        pytest.param("unrolled", 6, marks=pytest.mark.slow),
-        pytest.param("greedy", None, marks=pytest.mark.slow),
-        pytest.param("implicit", None, marks=pytest.mark.slow),
+        ("t1t2", None),
+        ("unrolled", 6),
+        ("unrolled", None),
+        ("greedy", 6),
+        ("greedy", None),
+        ("implicit", None),
     ],
 )
 def test_folds_equal_runs_of_their_own(name, batch_size):
@@ -211,6 +212,7 @@ def test_weights_of_held_out_examples_get_nothing_from_their_fold():
     assert relative_error(got, total / 3) < 1e-12
 
 
+@pytest.mark.slow
 def test_folds_of_indices_hold_the_data_once():
     """The loss gathers the rows of what it closes over."""
     x, y = _data(jr.key(0))
@@ -318,9 +320,8 @@ def _square_loss(weights, h, batch, key):
     return jnp.mean((x @ weights - y) ** 2)
 
 
-@pytest.mark.parametrize(
-    "name", ["implicit", pytest.param("unrolled", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["implicit", "unrolled"])
 def test_leave_one_out_is_the_derivative_of_press(name):
     x, y = _data(jr.key(2), 15)
     log_decay = jnp.log(0.2)

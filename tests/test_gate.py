@@ -73,6 +73,7 @@ def test_behind_adam_a_coordinate_stands_still():
     assert jnp.all(state.outer_opt_state[0][0].mu["penalty"] != 0)
 
 
+@pytest.mark.slow
 def test_other_transformations_do_not_notice():
     """One that takes no extra arguments at all."""
     sgd = optax.sgd(0.1)
