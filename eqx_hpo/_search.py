@@ -1,8 +1,9 @@
 """Black-box baselines: `search` trains afresh with what an Optuna sampler proposes, and
 gives the `Solution` that `tune` gives.
 
-All trials are episodes of one run: they share its compiled code, its data and its
-history. Between two of them new hyperparameters are put in place.
+Trials run in rounds, all trials of a round side by side. All rounds share compiled code
+and data. Optuna's study holds what was tried; of the states only that of the best trial
+is kept.
 """
 
 import dataclasses
@@ -10,26 +11,15 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
-import equinox as eqx
-import jax.numpy as jnp
-import jax.random as jr
-import jax.tree_util as jtu
+import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from ._checks import (
-    as_flag,
-    as_int,
-    check_function,
-    check_same_structure,
-    check_type,
-    shown,
-)
+from ._checks import as_flag, as_int, check_function, check_type
 from ._custom_types import Batch, Hyperparams, Key, Model
 from ._data import AbstractBatches, Minibatch
-from ._discrete import has_discrete
 from ._feed import Feed
-from ._hyperparameter import canonical, is_placeholder, partition_raw, Simplex, unwrap
+from ._hyperparameter import partition_raw, unwrap
 from ._misc import as_device_arrays
 from ._optimizer import (
     AbstractAlgorithm,
@@ -37,14 +27,16 @@ from ._optimizer import (
     PlainTraining,
 )
 from ._progress import ProgressBar
-from ._run import own_copy, Run, start
-from ._solution import RESULTS, Solution
+from ._pruning import AbstractPruning, make_pruning
+from ._rounds import recorded, Rounds
+from ._solution import History, RESULTS, Solution
+from ._space import Space
 from ._state import BilevelState
-from ._tune import asks_to_stop, attach_solution, check_start, drive
+from ._study import import_optuna, Study
+from ._tune import asks_to_stop, attach_solution, check_start
 
 
 _LARGEST = 2**31 - 1
-_NEVER = _LARGEST  # a failed trial does not end the run, however long it goes on
 
 
 def search(
@@ -58,7 +50,12 @@ def search(
     trials: int,
     steps: int,
     key: Key,
-    sampler: Literal["random", "tpe"] | Any = "tpe",
+    sampler: Literal["random", "tpe", "gp"] | Any = "tpe",
+    parallel: int = 1,
+    pruner: Literal["halving"] | Any = None,
+    report_every: int | None = None,
+    storage: Any = None,
+    study_name: str = "search",
     progress: bool = True,
     callback: Callable[[BilevelState], Any] | None = None,
     model_state: PyTree = None,
@@ -114,45 +111,38 @@ def search(
     check_type("algorithm", algorithm, AbstractAlgorithm, what)
     assert isinstance(algorithm, AbstractAlgorithm)
     trials, steps = as_int("trials", trials, 1), as_int("steps", steps, 1)
-    progress = as_flag("progress", progress)
+    parallel, progress = as_int("parallel", parallel, 1), as_flag("progress", progress)
+    if report_every is not None:
+        report_every = as_int("report_every", report_every, 1)
     if callback is not None:
         check_function("callback", callback, "a function of the state, or `None`")
-    space = _Space(canonical(low, "low"), canonical(high, "high"))
-    study = _Study(sampler, key)
+    check_type("study_name", study_name, str, "a string")
+    optuna = import_optuna()
+    space = Space(low, high, optuna.distributions)
+    base = optuna.pruners.BasePruner
+    pruning = make_pruning(pruner, steps, parallel, report_every, base)
     trainer = _make_trainer(algorithm, steps, trials)
     whole = val.data if isinstance(val, Minibatch) else val
     feeds = Feed(train, "train", trainer.inner_steps), Feed(whole, "val", None)
-    state = start(trainer, model, space.low, *feeds, key, None, model_state)
+    if storage is not None:
+        _check_repeatable(feeds)
+    study = Study(space, sampler, pruner, key, steps, storage, study_name)
     like = algorithm.init(
         model, space.low, train=feeds[0].peek(), model_state=model_state, key=key
     )
-    run = Run(trainer, *feeds, key, state, steps, _NEVER)
-    best, result = None, RESULTS.successful
-    join = lambda result: _join(
-        algorithm, run.finish(result), result, best, like, study
-    )
-    try:
-        with ProgressBar(trials * steps, progress, tunes=False) as bar:
-            for number in range(1, trials + 1):
-                trial = study.ask(space)
-                run.restart(model, model_state, space.place(trial.params))
-                result = drive(run, number * steps, [], [], bar, donate=True)
-                if result != RESULTS.successful:
-                    break
-                if study.tell(trial, run.state):
-                    best = own_copy(run.state, run.state)
-                if callback is not None and asks_to_stop(
-                    callback, own_copy(run.state, run.state)
-                ):
-                    result = RESULTS.stopped
-                    break
-    except KeyboardInterrupt:
-        result = RESULTS.interrupted
-    except Exception as e:
-        if best is not None and run.is_alive():
-            attach_solution(e, lambda: join(RESULTS.failed))
-        raise
-    return join(result)
+    total = math.ceil((trials - study.finished) / parallel) + (study.best is not None)
+    with ProgressBar(total * steps, progress, tunes=False) as bar:
+        start = (model, space.low, feeds, key, model_state)
+        rounds = Rounds(trainer, *start, parallel, bar)
+        loop = _Loop(rounds, study, pruning, callback)
+        join = lambda result: _join(algorithm, loop, result, like)
+        try:
+            result = loop.run(trials, parallel)
+        except Exception as e:
+            if loop.best is not None:
+                attach_solution(e, lambda: join(RESULTS.failed))
+            raise
+        return join(result)
 
 
 def _make_trainer(
@@ -173,132 +163,118 @@ def _make_trainer(
     )
 
 
-class _Space:
-    """The box that is searched, coordinate by coordinate."""
-
-    def __init__(self, low: Hyperparams, high: Hyperparams):
-        check_same_structure("high", high, low, "`low`")
-        if has_discrete(low):
+def _check_repeatable(feeds: tuple[Feed, Feed]) -> None:
+    for name, feed in zip(("train", "val"), feeds, strict=True):
+        if not feed.is_static:
             raise ValueError(
-                "`low` holds relaxed discrete hyperparameters, which `search` cannot "
-                "vary. Take them out, and call `search` for each choice."
+                "With `storage` the best trial may have to be trained again, so "
+                f"`{name}` must be arrays or a `Minibatch`; got an iterator."
             )
-        self.low = low
-        raw, self._constants = partition_raw(low)
-        high_raw, constants = partition_raw(high)
-        if not eqx.tree_equal(self._constants, constants):
-            raise ValueError(
-                "`low` and `high` must have the same constants, such as the bounds of "
-                f"an `Interval`; got {self._constants} and {constants}."
-            )
-        leaves, self._treedef = jtu.tree_flatten_with_path(raw)
-        others = jtu.tree_leaves(high_raw)
-        in_any_order = _paths_of_simplices(low)
-        self._shapes, self.ranges = [], {}
-        for (path, x), y in zip(leaves, others, strict=True):
-            self._shapes.append((x.shape, x.dtype))
-            ends = np.stack([x, y]).reshape(2, -1).T.tolist()
-            name = jtu.keystr(path)
-            for i, pair in enumerate(ends):
-                if pair[0] > pair[1] and name not in in_any_order:
-                    raise ValueError(
-                        f"`low{name}` is above `high{name}`: at coordinate {i} their "
-                        f"unconstrained values are {pair[0]} and {pair[1]}."
-                    )
-                self.ranges[f"{name}[{i}]"] = (min(pair), max(pair))
-        if len(self.ranges) == 0:
-            raise ValueError("`low` holds no hyperparameters to search for.")
-
-    def place(self, params: dict[str, float]) -> Hyperparams:
-        """Makes the hyperparameters that have the coordinates of a trial."""
-        numbers = iter([params[name] for name in self.ranges])
-        leaves = []
-        for shape, dtype in self._shapes:
-            flat = [next(numbers) for _ in range(math.prod(shape))]
-            leaves.append(jnp.asarray(flat, dtype).reshape(shape))
-        return eqx.combine(jtu.tree_unflatten(self._treedef, leaves), self._constants)
 
 
-def _paths_of_simplices(hyperparams: Hyperparams) -> set[str]:
-    nodes = jtu.tree_leaves_with_path(hyperparams, is_leaf=is_placeholder)
-    return {f"{jtu.keystr(path)}.raw" for path, x in nodes if isinstance(x, Simplex)}
+class _Loop:
+    """Round after round. `best` is the state of the best trial so far."""
 
+    def __init__(
+        self,
+        rounds: Rounds,
+        study: Study,
+        pruning: AbstractPruning,
+        callback: Callable[[BilevelState], Any] | None,
+    ):
+        self.rounds, self.study, self.pruning = rounds, study, pruning
+        self._callback, self._stops = callback, False
+        self.best: BilevelState | None = None
 
-class _Study:
-    """Optuna's study, and the best validation loss so far."""
+    def run(self, trials: int, parallel: int) -> Any:
+        """Goes on until so many trials are finished; returns an item of `RESULTS`."""
+        study, result = self.study, RESULTS.successful
+        try:
+            if study.best is not None:
+                result = self._train_again(study.best)
+            while result == RESULTS.successful and study.finished < trials:
+                result = self._round(min(parallel, trials - study.finished))
+        except KeyboardInterrupt:
+            result = RESULTS.interrupted
+        return result
 
-    def __init__(self, sampler: Any, key: Key):
-        self._optuna = _import_optuna()
-        samplers = self._optuna.samplers
-        seed = 0 if key is None else int(jr.randint(key, (), 0, 2**31 - 1))
-        if isinstance(sampler, str) and sampler == "random":
-            sampler = samplers.RandomSampler(seed)
-        elif isinstance(sampler, str) and sampler == "tpe":
-            sampler = samplers.TPESampler(seed=seed)
-        elif not isinstance(sampler, samplers.BaseSampler):
-            raise ValueError(
-                "`sampler` must be 'random', 'tpe' or a sampler of `optuna.samplers`; "
-                f"got {shown(sampler)}."
-            )
-        verbosity = self._optuna.logging.get_verbosity()
-        self._optuna.logging.set_verbosity(self._optuna.logging.WARNING)
-        self._study = self._optuna.create_study(sampler=sampler)
-        self._optuna.logging.set_verbosity(verbosity)
-        self.best_loss, self.best = math.inf, 0
-        self.failed: list[bool] = []  # of each trial
+    def _train_again(self, number: int) -> Any:
+        """Trains the best trial of an earlier call, whose state is not there."""
+        (params,) = [x.params for x in self.study.trials() if x.number == number]
+        self.rounds.begin(self.study.space.raw([params]), [number])
+        result = self.rounds.advance(self.pruning.rungs[-1])
+        if result == RESULTS.successful:
+            self.best = self.rounds.state(0)
+        return result
 
-    def ask(self, space: _Space) -> Any:
-        new = self._optuna.distributions.FloatDistribution
-        return self._study.ask({name: new(*x) for name, x in space.ranges.items()})
+    def _round(self, count: int) -> Any:
+        trials = self.study.ask(count)
+        params = [trial.params for trial in trials]
+        numbers = [trial.number for trial in trials]
+        self.rounds.begin(self.study.space.raw(params), numbers)
+        alive = dict(enumerate(trials))  # by their row
+        for step in self.pruning.rungs:
+            result = self.rounds.advance(step)
+            if result != RESULTS.successful:
+                return result
+            alive = self._judge(alive, step)
+            if len(alive) == 0:
+                break
+        return RESULTS.stopped if self._stops else RESULTS.successful
 
-    def tell(self, trial: Any, state: BilevelState) -> bool:
-        """Takes the state at the end of a trial; tells whether it is the best."""
-        self.failed.append(bool(state.skipped > 0))
-        if self.failed[-1]:
-            self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
-            return False
-        loss = float(state.metrics.val_loss)
-        self._study.tell(trial, loss)
-        if loss >= self.best_loss:
-            return False
-        self.best_loss, self.best = loss, len(self.failed)
-        return True
+    def _judge(self, alive: dict[int, Any], step: int) -> dict[int, Any]:
+        """Ends the trials that go no further, and returns the others."""
+        report = self.rounds.report()
+        losses = np.where(report.has_failed, np.nan, report.val_loss)
+        done = step == self.pruning.rungs[-1]
+        trials, rows = list(alive.values()), list(alive)
+        if done:
+            going_on = [False] * len(trials)
+        else:
+            going_on = self.pruning.go_on(trials, losses[rows], step)
+        for row, trial, goes_on in zip(rows, trials, going_on, strict=True):
+            if goes_on:
+                continue
+            facts = {
+                "steps": step,
+                "train_loss": float(report.train_loss[row]),
+                "skipped": int(report.skipped[row]),
+            }
+            self._end(row, trial, float(losses[row]), facts, done)
+        left = {row: x for row, x, goes_on in zip(rows, trials, going_on) if goes_on}
+        return self._shrink(left, len(losses))
 
+    def _end(
+        self, row: int, trial: Any, loss: float, facts: dict[str, Any], done: bool
+    ) -> None:
+        if self.study.tell(trial, loss, facts, done):
+            self.best = self.rounds.state(row)
+        if self._callback is not None:
+            # The other trials of the round are not in vain: it comes to its end.
+            self._stops |= asks_to_stop(self._callback, self.rounds.state(row))
 
-def _import_optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as e:
-        raise ImportError(
-            "`search` needs Optuna: `pip install 'eqx_hpo[optuna]'`."
-        ) from e
-    return optuna
+    def _shrink(self, alive: dict[int, Any], size: int) -> dict[int, Any]:
+        """Goes over to a smaller program if one holds what is left."""
+        fitting = [x for x in self.pruning.sizes if len(alive) <= x < size]
+        if len(alive) == 0 or len(fitting) == 0:
+            return alive
+        self.rounds.keep(list(alive), min(fitting))
+        return dict(enumerate(alive.values()))
 
 
 def _join(
-    algorithm: AbstractAlgorithm,
-    last: Solution,
-    result: Any,
-    best: BilevelState | None,
-    like: BilevelState,
-    study: _Study,
+    algorithm: AbstractAlgorithm, loop: _Loop, result: Any, like: BilevelState
 ) -> Solution:
-    """Puts the best trial in the place of the last one, in a state that `tune`
-    takes. `result` tells how the search ended."""
-    tried, failed = len(study.failed), sum(study.failed)
-    # Without the row of a trial that was cut short.
-    history = jtu.tree_map(lambda x: x[:tried], last.history)
-    val_loss = np.where(study.failed, np.nan, history.val_loss)
-    message = f"Best of {tried} trials: number {study.best}, validation loss "
-    message += f"{study.best_loss:.4g}."
-    if failed > 0:
-        message += f" Trials that were not finite: {failed}."
-    if best is None:
-        if result == RESULTS.successful:
-            result = RESULTS.nonfinite
-        best, message = last.state, f"No trial was completed: {failed} failed."
+    """Makes the solution of the best trial, in a state that `tune` takes. `result`
+    tells how the search ended."""
+    last, study = loop.rounds.finish(result), loop.study
+    history = _make_history(loop, last.history)
+    message = _describe(loop, history)
+    if loop.best is None and study.finished > 0 and result == RESULTS.successful:
+        result = RESULTS.nonfinite
     if result != RESULTS.successful:
         message = f"{RESULTS[result]} {message}"
+    best = loop.rounds.fresh if loop.best is None else loop.best
     outer_opt_state = algorithm.outer.init(partition_raw(best.hyperparams)[0])
     # No `aux`: that of `val` as a whole may have another shape.
     diagnostics = like.metrics.diagnostics
@@ -314,8 +290,41 @@ def _join(
         model=best.model,
         hyperparams=best.hyperparams,
         values=unwrap(best.hyperparams),
-        history=dataclasses.replace(history, val_loss=val_loss),
+        history=history,
         result=result,
         state=state,
         message=message,
     )
+
+
+def _make_history(loop: _Loop, last: History) -> History:
+    trials, study = loop.study.trials(), loop.study
+    facts = [study.facts(trial) for trial in trials]
+    column = lambda name, like: np.array([x[name] for x in facts], like.dtype)
+    raw = study.space.raw([trial.params for trial in trials])
+    hyperparams = jax.device_get(recorded(loop.rounds.fresh, raw))
+    return dataclasses.replace(
+        last,
+        step=column("steps", last.step),
+        train_loss=column("train_loss", last.train_loss),
+        val_loss=column("val_loss", last.val_loss),
+        hypergradient_norm=np.zeros(len(trials), last.hypergradient_norm.dtype),
+        skipped=column("skipped", last.skipped),
+        hyperparams=hyperparams,
+    )
+
+
+def _describe(loop: _Loop, history: History) -> str:
+    study, full = loop.study, loop.pruning.rungs[-1]
+    failed, pruned = study.count("FAIL"), study.count("PRUNED")
+    if loop.best is None:
+        text = f"No trial was completed: {failed} failed."
+    else:
+        text = f"Best of {study.finished} trials: number {study.best + 1}, "
+        text += f"validation loss {study.best_loss:.4g}."
+    if pruned > 0:
+        text += f" Trials that were pruned: {pruned}, so that {history.step.sum()} of "
+        text += f"{full * study.finished} steps were taken."
+    if failed > 0 and loop.best is not None:
+        text += f" Trials that were not finite: {failed}."
+    return text

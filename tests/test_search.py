@@ -62,7 +62,7 @@ def _train_by_hand(hyperparams, steps):
 def test_each_trial_is_a_training_from_the_start(sampler):
     solution = _search(sampler=sampler)
     history = solution.history
-    assert history.step.tolist() == [4, 8, 12, 16, 20]
+    assert history.step.tolist() == [4] * 5
     assert np.all((-4 <= history.hyperparams) & (history.hyperparams <= 2))
     assert len(np.unique(history.hyperparams)) == 30
     for hyperparams, loss in zip(history.hyperparams, history.val_loss):
@@ -232,7 +232,7 @@ def test_data_that_end_end_the_search():
     solution = _search(train=iter([CASE.train] * 20))
     assert solution.result == hpo.RESULTS.data_exhausted
     assert "Best of 2 trials" in solution.message
-    assert solution.history.step.tolist() == [4, 8]
+    assert solution.history.step.tolist() == [4, 4]
     assert solution.state.metrics.val_loss == solution.history.val_loss.min()
     none = _search(train=iter([CASE.train] * 5))
     assert none.result == hpo.RESULTS.data_exhausted
@@ -256,7 +256,6 @@ def test_data_that_end_end_the_search():
             "same constants",
         ),
         ({"trials": 2**20, "steps": 2**11}, "inner steps"),
-        ({"low": hpo.Choice(3), "high": hpo.Choice(3)}, "discrete"),
         ({"trials": 0}, "`trials`"),
         ({"steps": 0}, "`steps`"),
         ({"sampler": "grid"}, "`sampler`"),
