@@ -7,7 +7,8 @@ from typing import Any
 import equinox as eqx
 import numpy as np
 
-from ._checks import shown
+from ._checks import as_int, shown
+from ._space import import_optuna
 
 
 _FACTOR = 3  # of the successive halving
@@ -72,24 +73,25 @@ class OptunaPruning(AbstractPruning):
 
 
 def make_pruning(
-    pruner: Any, steps: int, parallel: int, report_every: int | None, base: type
+    pruner: Any, steps: int, parallel: int, report_every: int | None
 ) -> AbstractPruning:
-    """`base` is the class of Optuna's pruners."""
-    if report_every is not None and not isinstance(pruner, base):
-        raise ValueError(
-            "`report_every` is for a pruner of `optuna.pruners`; `pruner` is "
-            f"{shown(pruner)}."
-        )
+    every = max(1, steps // 10)
+    if report_every is not None:
+        every = as_int("report_every", report_every, 1)
+        if pruner is None or isinstance(pruner, str):
+            raise ValueError(
+                "`report_every` is for a pruner of `optuna.pruners`, and `pruner` is "
+                f"{pruner!r}. Leave it out."
+            )
     if pruner is None:
         return NoPruning([steps], [parallel])
     if isinstance(pruner, str) and pruner == "halving":
         return _make_halving(steps, parallel)
-    if not isinstance(pruner, base):
+    if not isinstance(pruner, import_optuna().pruners.BasePruner):
         raise ValueError(
             "`pruner` must be 'halving', a pruner of `optuna.pruners`, or `None`; got "
             f"{shown(pruner)}."
         )
-    every = max(1, steps // 10) if report_every is None else report_every
     sizes = [parallel]
     while sizes[-1] > 1:
         sizes.append(math.ceil(sizes[-1] / 2))

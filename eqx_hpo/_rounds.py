@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ._custom_types import Hyperparams, Key, Model
 from ._feed import Feed
 from ._hyperparameter import partition_raw
-from ._optimizer import for_each, ParallelTraining, PlainTraining
+from ._optimizer import for_each, ParallelTraining, TrialTraining
 from ._progress import ProgressBar
 from ._run import own_copy, Run, start
 from ._solution import record, Solution
@@ -42,22 +42,23 @@ class Rounds:
 
     def __init__(
         self,
-        trainer: PlainTraining,
+        trainer: TrialTraining,
         model: Model,
         low: Hyperparams,
-        feeds: tuple[Feed, Feed],
+        train: Feed,
+        val: Feed,
         key: Key,
         model_state: PyTree,
         parallel: int,
         bar: ProgressBar,
     ):
         self._algorithm = ParallelTraining(trainer, key)
-        args = (model, low, *feeds, key, None, model_state)
+        args = (model, low, train, val, key, None, model_state)
         state = start(self._algorithm, *args)
-        self.fresh = _take(state.memory.episode, 0)
-        self._run = Run(self._algorithm, *feeds, None, state, _NEVER, _NEVER)
+        self.fresh = _take(state.memory.episode, np.array(0))
+        self._run = Run(self._algorithm, train, val, None, state, _NEVER, _NEVER)
         self._parallel, self._bar = parallel, bar
-        self._steps_of_each = trainer.validate_every
+        self._steps_of_each = trainer.steps
 
     def begin(self, raw: PyTree[np.ndarray], numbers: list[int]) -> None:
         """Starts a round. Where it holds fewer trials than fit, the last one fills the
@@ -85,7 +86,7 @@ class Rounds:
 
     def state(self, row: int) -> BilevelState:
         """Copies the state of a trial."""
-        return _take(self._rows(), row)
+        return _take(self._rows(), np.array(row))
 
     def keep(self, rows: list[int], size: int) -> None:
         """Goes on with some trials of the round, in a program that holds `size`."""
@@ -111,7 +112,7 @@ def _begin(
     state: BilevelState,
     fresh: BilevelState,
     raw: PyTree[Array],
-    starts: Int[Array, " trials"],
+    starts: Int[Any, " trials"],
 ) -> BilevelState:
     constants = partition_raw(fresh.hyperparams)[1]
 
@@ -135,16 +136,12 @@ def _report(rows: BilevelState) -> Report:
 
 
 @eqx.filter_jit
-def _keep(rows: BilevelState, numbers: Int[Array, " trials"]) -> BilevelState:
+def _keep(rows: BilevelState, numbers: Int[Any, " trials"]) -> BilevelState:
     return jtu.tree_map(lambda x: x[numbers] if eqx.is_array(x) else x, rows)
 
 
-def _take(rows: BilevelState, number: int) -> BilevelState:
-    return _take_compiled(rows, np.array(number))
-
-
 @eqx.filter_jit
-def _take_compiled(rows: BilevelState, number: Int[Array, ""]) -> BilevelState:
+def _take(rows: BilevelState, number: Int[Any, ""]) -> BilevelState:
     return jtu.tree_map(lambda x: x[number] if eqx.is_array(x) else x, rows)
 
 

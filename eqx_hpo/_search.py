@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -24,7 +25,7 @@ from ._misc import as_device_arrays
 from ._optimizer import (
     AbstractAlgorithm,
     AbstractBilevelOptimizer,
-    PlainTraining,
+    TrialTraining,
 )
 from ._progress import ProgressBar
 from ._pruning import AbstractPruning, make_pruning
@@ -32,7 +33,7 @@ from ._rounds import recorded, Rounds
 from ._solution import History, RESULTS, Solution
 from ._space import Space
 from ._state import BilevelState
-from ._study import import_optuna, Study
+from ._study import Study
 from ._tune import asks_to_stop, attach_solution, check_start
 
 
@@ -81,30 +82,56 @@ def search(
         parameter of the search, uniform between the two: `Positive` is searched by
         its logarithm, a plain array or `Real` as it is. No coordinate of `low` may be
         above that of `high`; only in a `Simplex`, of which not all entries can be
-        lower, each coordinate takes its two ends in whatever order they come.
-    - `train`, `val`: the data, as for `tune`. The validation loss is taken once, at the
-        end of a trial; on all data where `val` is an [`eqx_hpo.Minibatch`][].
+        lower, each coordinate takes its two ends in whatever order they come. Discrete
+        hyperparameters are searched as what they are, and the losses see discrete
+        values: an [`eqx_hpo.Integer`][] goes from `low` to `high`, both included. Of a
+        [`eqx_hpo.Choice`][] all options are tried, and both positions of an
+        [`eqx_hpo.Switch`][], whatever their logits.
+    - `train`, `val`: the data, as for `tune`. The validation loss is taken at the end
+        of a trial, and where `pruner` asks for it; on all data where `val` is an
+        [`eqx_hpo.Minibatch`][]. The batches of an iterator go to all trials that are
+        trained side by side.
     - `trials`: the number of trainings.
     - `steps`: of each, in calls of `algorithm.step`.
     - `key`: a PRNG key, or `None` if nothing is random. It seeds the sampler too.
-    - `sampler`: `"random"`, `"tpe"` (tree-structured Parzen estimator), or a sampler of
-        `optuna.samplers` for continuous parameters.
+    - `sampler`: `"random"`, `"tpe"` (tree-structured Parzen estimator), `"gp"`
+        (Gaussian process; needs SciPy and PyTorch), or a sampler of `optuna.samplers`.
+    - `parallel`: how many trials to train side by side, as one compiled program with
+        their states in memory. Each has the keys and the batches that it would have
+        alone: `"random"` finds the same for any number, up to rounding. The other
+        samplers learn from the results of a round when it has ended.
+    - `pruner`: ends bad trials early. `"halving"` (successive halving) lets the best
+        third of the trials of a round go on for three times the steps, again and again,
+        until those that are left have taken `steps`. A pruner of `optuna.pruners` is
+        told the validation loss of each trial and asked, after every `report_every`
+        steps. Once enough trials of a round have ended, a smaller program goes on.
+    - `report_every`: see `pruner`; a tenth of `steps` by default.
+    - `storage`: where Optuna keeps the trials: the URL of a database, such as
+        `"sqlite:///search.db"`, or a storage of `optuna.storages`. The same call then
+        goes on where an earlier one was ended or killed, and `trials` is the total. It
+        first trains the best trial so far again. The data must be arrays or
+        [`eqx_hpo.Minibatch`][]. One process at a time may use a study.
+    - `study_name`: the name of the study in `storage`.
     - `progress`: whether to show the progress, as in `tune`.
-    - `callback`: called as `callback(state)` after each trial; the search stops if it
-        returns `True`.
+    - `callback`: called as `callback(state)` after each trial; the search stops at the
+        end of the round if it returns something true.
     - `model_state`: an `eqx.nn.State`, for losses that take and return one.
 
     **Returns:** a [`eqx_hpo.Solution`][] with the model, the hyperparameters and the
-    `state` of the best trial, which `tune` can go on from. `history` has one record for
-    each trial, in their order, with `step` the number of steps so far. A trial that
-    ends in steps that are not finite has failed, with NaN as its validation loss, and
-    `RESULTS.nonfinite` says that all have. The validation loss of the best trial is
+    `state` of the best trial, which `tune` can go on from. In it discrete
+    hyperparameters are straight-through, and `discretised` is `None`. `history` has one
+    record for each trial, in their order, with `step` the number of steps that it took.
+    A trial that ends in steps that are not finite has failed, with NaN as its
+    validation loss, and `RESULTS.nonfinite` says that no trial was completed. That of a
+    pruned trial is the last one that was taken; it is never the best. `message` counts
+    both kinds, and the steps. The validation loss of the best trial is
     `state.metrics.val_loss`. Ctrl-C ends the search with the best so far.
 
-    **Raises:** an `ImportError` without Optuna; a `ValueError` if the ranges do not
-    match, are empty, not finite or upside down, if hyperparameters are discrete, or if
-    an option is out of range. An exception of the callback or of an iterator has the
-    best trial so far as its attribute `solution`.
+    **Raises:** an `ImportError` without Optuna, or what `sampler` needs; a `ValueError`
+    if the ranges do not match, are empty, not finite or upside down, if the study in
+    `storage` is of other ranges, `steps` or `key`, or if an option is out of range. An
+    exception of the callback or of an iterator has the best trial so far as its
+    attribute `solution`.
     """
     check_start(algorithm, key, None)
     what = "an algorithm for one model, such as `T1T2`"
@@ -112,63 +139,59 @@ def search(
     assert isinstance(algorithm, AbstractAlgorithm)
     trials, steps = as_int("trials", trials, 1), as_int("steps", steps, 1)
     parallel, progress = as_int("parallel", parallel, 1), as_flag("progress", progress)
-    if report_every is not None:
-        report_every = as_int("report_every", report_every, 1)
     if callback is not None:
         check_function("callback", callback, "a function of the state, or `None`")
-    check_type("study_name", study_name, str, "a string")
-    optuna = import_optuna()
-    space = Space(low, high, optuna.distributions)
-    base = optuna.pruners.BasePruner
-    pruning = make_pruning(pruner, steps, parallel, report_every, base)
+    space = Space(low, high)
+    pruning = make_pruning(pruner, steps, parallel, report_every)
     trainer = _make_trainer(algorithm, steps, trials)
     whole = val.data if isinstance(val, Minibatch) else val
     feeds = Feed(train, "train", trainer.inner_steps), Feed(whole, "val", None)
     if storage is not None:
-        _check_repeatable(feeds)
+        _check_repeatable(*feeds)
     study = Study(space, sampler, pruner, key, steps, storage, study_name)
     like = algorithm.init(
         model, space.low, train=feeds[0].peek(), model_state=model_state, key=key
     )
-    total = math.ceil((trials - study.finished) / parallel) + (study.best is not None)
-    with ProgressBar(total * steps, progress, tunes=False) as bar:
-        start = (model, space.low, feeds, key, model_state)
+    to_do = math.ceil((trials - study.finished) / parallel) + (study.best is not None)
+    with ProgressBar(max(0, to_do) * steps, progress, tunes=False) as bar:
+        start = (model, space.low, *feeds, key, model_state)
         rounds = Rounds(trainer, *start, parallel, bar)
         loop = _Loop(rounds, study, pruning, callback)
-        join = lambda result: _join(algorithm, loop, result, like)
         try:
             result = loop.run(trials, parallel)
         except Exception as e:
             if loop.best is not None:
-                attach_solution(e, lambda: join(RESULTS.failed))
+                failed = RESULTS.failed
+                attach_solution(e, lambda: _join(algorithm, loop, failed, like))
             raise
-        return join(result)
+    return _join(algorithm, loop, result, like)
 
 
 def _make_trainer(
     algorithm: AbstractAlgorithm, steps: int, trials: int
-) -> PlainTraining:
+) -> TrialTraining:
     inner_steps = trials * steps * algorithm.inner_steps
     if inner_steps > _LARGEST:
         raise ValueError(
             f"`trials` and `steps` make {inner_steps} inner steps in all, but only "
             f"{_LARGEST} can be counted. Lower one of them."
         )
-    return PlainTraining(
+    return TrialTraining(
         algorithm.problem,
         algorithm.inner,
+        due=jnp.asarray(steps),
+        steps=steps,
         inner_steps=algorithm.inner_steps,
         unroll=algorithm.unroll,
-        validate_every=steps,
     )
 
 
-def _check_repeatable(feeds: tuple[Feed, Feed]) -> None:
-    for name, feed in zip(("train", "val"), feeds, strict=True):
+def _check_repeatable(train: Feed, val: Feed) -> None:
+    for name, feed in (("train", train), ("val", val)):
         if not feed.is_static:
             raise ValueError(
-                "With `storage` the best trial may have to be trained again, so "
-                f"`{name}` must be arrays or a `Minibatch`; got an iterator."
+                f"`{name}` is an iterator. With `storage` it must be arrays or a "
+                "`Minibatch`, so that the best trial can be trained again."
             )
 
 
@@ -317,7 +340,7 @@ def _make_history(loop: _Loop, last: History) -> History:
 def _describe(loop: _Loop, history: History) -> str:
     study, full = loop.study, loop.pruning.rungs[-1]
     failed, pruned = study.count("FAIL"), study.count("PRUNED")
-    if loop.best is None:
+    if loop.best is None or study.best is None:
         text = f"No trial was completed: {failed} failed."
     else:
         text = f"Best of {study.finished} trials: number {study.best + 1}, "

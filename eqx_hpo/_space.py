@@ -16,6 +16,16 @@ from ._discrete import AbstractDiscrete, Choice, Integer, Switch
 from ._hyperparameter import canonical, is_placeholder, partition_raw, Simplex
 
 
+def import_optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as e:
+        raise ImportError(
+            "`search` needs Optuna: `pip install 'eqx_hpo[optuna]'`."
+        ) from e
+    return optuna
+
+
 class _Leaf(NamedTuple):
     """One `raw` array. `to_raw` makes it of its parameters, for many trials at once:
     arrays of shape `[trials, parameters]` become `[trials, entries]`."""
@@ -34,8 +44,7 @@ class Space:
     - `distributions`: one for each parameter, by its name.
     """
 
-    def __init__(self, low: Hyperparams, high: Hyperparams, distributions: Any):
-        """`distributions` is the module of Optuna."""
+    def __init__(self, low: Hyperparams, high: Hyperparams):
         low, high = canonical(low, "low"), canonical(high, "high")
         check_same_structure("high", high, low, "`low`")
         self.low = low = _harden(low)
@@ -54,9 +63,7 @@ class Space:
         for (path, x), y in ends:
             name = jtu.keystr(path)
             owner = owners.get(name.removesuffix(".raw"))
-            found, to_raw = _parameters(
-                distributions, name, owner, np.asarray(x), np.asarray(y)
-            )
+            found, to_raw = _parameters(name, owner, np.asarray(x), np.asarray(y))
             names = [f"{name}[{i}]" for i in range(len(found))]
             self._leaves.append(_Leaf(names, found, to_raw, x.shape, x.dtype))
         self.distributions: dict[str, Any] = {}
@@ -77,10 +84,11 @@ class Space:
 
 
 def _parameters(
-    new: Any, path: str, owner: Any, low: np.ndarray, high: np.ndarray
+    path: str, owner: Any, low: np.ndarray, high: np.ndarray
 ) -> tuple[list[Any], Callable[[np.ndarray], np.ndarray]]:
     """Finds the distributions of a `raw` array from `low` to `high`, and the function
     from their values to it. `owner` is the placeholder that holds it."""
+    new = import_optuna().distributions
     if isinstance(owner, Choice):
         options = low.shape[-1]
         choice = new.CategoricalDistribution(range(options))

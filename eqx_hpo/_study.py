@@ -12,7 +12,7 @@ import numpy as np
 
 from ._checks import check_type, shown
 from ._custom_types import Key
-from ._space import Space
+from ._space import import_optuna, Space
 
 
 _ATTRIBUTE = "eqx_hpo"  # under which a study and its trials hold what is ours
@@ -41,8 +41,9 @@ class Study:
         self._seed = 0 if key is None else int(jr.randint(key, (), 0, 2**31 - 1))
         self.space, self._sampler = space, sampler
         _check_sampler(sampler, self._optuna.samplers.BaseSampler)
-        is_own = isinstance(pruner, self._optuna.pruners.BasePruner)
-        self._study = self._open(storage, name, pruner if is_own else None)
+        check_type("study_name", name, str, "a string")
+        pruner = None if isinstance(pruner, str) else pruner
+        self._study = self._open(storage, name, pruner)
         self._check_settings(steps, name, is_stored=storage is not None)
         states = self._optuna.trial.TrialState
         trials = self._study.get_trials(deepcopy=False)
@@ -160,16 +161,6 @@ class Study:
     def count(self, state: str) -> int:
         """Counts the trials that ended in a state of Optuna's."""
         return sum(trial.state.name == state for trial in self.trials())
-
-
-def import_optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as e:
-        raise ImportError(
-            "`search` needs Optuna: `pip install 'eqx_hpo[optuna]'`."
-        ) from e
-    return optuna
 
 
 def _check_sampler(sampler: Any, base: type) -> None:

@@ -17,6 +17,7 @@ from .implicit import (
 from .parallel_training import (
     for_each as for_each,
     ParallelTraining as ParallelTraining,
+    TrialTraining as TrialTraining,
 )
 from .plain_training import PlainTraining as PlainTraining
 from .t1t2 import T1T2 as T1T2

@@ -5,39 +5,86 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import optax
+from jax import lax
 from jaxtyping import PyTree
 
-from .._custom_types import Batch, Hyperparams, InnerOptimiser, Key, Model
+from .._custom_types import (
+    Batch,
+    Hyperparams,
+    InnerOptimiser,
+    IntScalar,
+    Key,
+    Model,
+    Through,
+)
 from .._data import AbstractBatches
 from .._jit import jit_method
+from .._levels import Levels
+from .._misc import any_mapped, tree_zeros
 from .._problem import Problem
-from .._state import BilevelState, Memory
+from .._second_order import AbstractSecondOrder, ReverseOverReverse
+from .._state import BilevelState, Estimate, InnerState, Memory
 from .base import AbstractBilevelOptimizer
-from .plain_training import PlainTraining
+from .memoryless import AbstractMemoryless
+
+
+class TrialTraining(AbstractMemoryless):
+    """Trains with fixed hyperparameters, trial after trial of `steps` calls. The
+    validation loss is taken in call number `due` of each trial; else it is zero."""
+
+    problem: Problem
+    inner: InnerOptimiser
+    outer: optax.GradientTransformation = optax.set_to_zero()
+    due: IntScalar = eqx.field(kw_only=True)
+    steps: int = eqx.field(static=True, kw_only=True)
+    inner_steps: int = eqx.field(static=True, kw_only=True)
+    unroll: int | None = eqx.field(static=True, kw_only=True)
+    second_order: ClassVar[AbstractSecondOrder] = ReverseOverReverse()  # never used
+    through: ClassVar[Through] = "values"
+    val_at_each_step: ClassVar[bool] = False
+
+    def estimate(
+        self,
+        levels: Levels,
+        inner: InnerState,
+        hyperparams: Hyperparams,
+        memory: Memory,
+    ) -> Estimate:
+        inner, train = levels.run(inner, hyperparams, 0, self.inner_steps)
+        last = jnp.asarray(self.inner_steps - 1)
+        validate = lambda: levels.validate(inner, hyperparams, last)
+        zeros = tree_zeros(jax.eval_shape(validate))
+        number = levels.position // self.inner_steps + 1
+        is_due = (number - self.due) % self.steps == 0
+        # Mapped, it is still a branch: trials side by side are due together.
+        val = lax.cond(any_mapped(is_due), validate, lambda: zeros)
+        arrays = eqx.filter(hyperparams, eqx.is_inexact_array)
+        return Estimate(inner, memory, tree_zeros(arrays), train, val)
 
 
 class ParallelTraining(AbstractBilevelOptimizer):
-    """Plain trainings as one algorithm, each with its own hyperparameters and its own
-    step counter, hence with the keys and the batches that it would have alone.
+    """Trials side by side as one algorithm, each with its own hyperparameters and step
+    counter, hence with the keys and the batches that it would have alone.
 
     `state.memory.episode` holds their states, with a leading axis, and
-    `state.memory.lasting` at which step of a trial the validation loss is due. `step`
-    has no use for the key of the run, as each training folds `key` with its own step.
+    `state.memory.lasting` the step of a trial at which the validation loss is due.
+    `step` has no use for a key of the run: each trial folds `key` with its own step.
     """
 
     problem: Problem
     inner: InnerOptimiser
     outer: optax.GradientTransformation
     inner_steps: int = eqx.field(static=True)
-    trainer: PlainTraining
+    trainer: TrialTraining
     key: Key
     val_at_each_step: ClassVar[bool] = False
 
-    def __init__(self, trainer: PlainTraining, key: Key):
+    def __init__(self, trainer: TrialTraining, key: Key):
         self.problem, self.inner = trainer.problem, trainer.inner
         self.outer, self.inner_steps = trainer.outer, trainer.inner_steps
         self.trainer, self.key = trainer, key
@@ -78,7 +125,7 @@ class ParallelTraining(AbstractBilevelOptimizer):
     ) -> BilevelState:
         del key
         due = state.memory.lasting
-        trainer = eqx.tree_at(lambda x: x.validate_at, self.trainer, due)
+        trainer = eqx.tree_at(lambda x: x.due, self.trainer, due)
 
         def step(row):
             key = None if self.key is None else jr.fold_in(self.key, row.step)

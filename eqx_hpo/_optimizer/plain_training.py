@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from .._custom_types import Hyperparams, InnerOptimiser, IntScalar, Through
+from .._custom_types import Hyperparams, InnerOptimiser, Through
 from .._levels import Levels
-from .._misc import any_mapped, tree_zeros
+from .._misc import tree_zeros
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder, ReverseOverReverse
 from .._state import Estimate, InnerState, Memory
@@ -19,8 +19,7 @@ from .memoryless import AbstractMemoryless
 
 class PlainTraining(AbstractMemoryless):
     """Leaves the hyperparameters as they are. The validation loss is taken in every
-    call of `step` whose number is `validate_at`, or that and a multiple of
-    `validate_every`; else it is zero.
+    call of `step` whose number is a multiple of `validate_every`; else it is zero.
     """
 
     problem: Problem
@@ -29,7 +28,6 @@ class PlainTraining(AbstractMemoryless):
     inner_steps: int = eqx.field(static=True, kw_only=True, default=1)
     unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
     validate_every: int = eqx.field(static=True, kw_only=True, default=1)
-    validate_at: IntScalar | int = eqx.field(kw_only=True, default=0)
     second_order: ClassVar[AbstractSecondOrder] = ReverseOverReverse()  # never used
     through: ClassVar[Through] = "values"
     val_at_each_step: ClassVar[bool] = False
@@ -46,8 +44,6 @@ class PlainTraining(AbstractMemoryless):
         validate = lambda: levels.validate(inner, hyperparams, last)
         zeros = tree_zeros(jax.eval_shape(validate))
         number = levels.position // self.inner_steps + 1
-        is_due = (number - self.validate_at) % self.validate_every == 0
-        # Under `vmap` still a branch: trainings side by side are due together.
-        val = lax.cond(any_mapped(is_due), validate, lambda: zeros)
+        val = lax.cond(number % self.validate_every == 0, validate, lambda: zeros)
         arrays = eqx.filter(hyperparams, eqx.is_inexact_array)
         return Estimate(inner, memory, tree_zeros(arrays), train, val)
