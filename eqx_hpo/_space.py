@@ -45,11 +45,11 @@ class Space:
     """
 
     def __init__(self, low: Hyperparams, high: Hyperparams):
-        low, high = canonical(low, "low"), canonical(high, "high")
+        self.low = low = _harden(canonical(low, "low"), "low")
+        high = _harden(canonical(high, "high"), "high")
         check_same_structure("high", high, low, "`low`")
-        self.low = low = _harden(low)
         raw, constants = partition_raw(low)
-        high_raw, high_constants = partition_raw(_harden(high))
+        high_raw, high_constants = partition_raw(high)
         if not eqx.tree_equal(constants, high_constants):
             raise ValueError(
                 "`low` and `high` must have the same constants, such as the bounds of "
@@ -130,7 +130,7 @@ def _check_order(path: str, pairs: list[Any], what: str) -> None:
             )
 
 
-def _harden(hyperparams: Hyperparams) -> Hyperparams:
+def _harden(hyperparams: Hyperparams, name: str) -> Hyperparams:
     """Makes discrete placeholders unwrap to their discrete values: straight through,
     and without noise."""
 
@@ -144,7 +144,7 @@ def _harden(hyperparams: Hyperparams) -> Hyperparams:
             return Integer(x.discretise(), *bounds, straight_through=True)
         if isinstance(x, AbstractDiscrete):
             raise ValueError(
-                f"`low{jtu.keystr(path)}` is {kind(x)}, a discrete hyperparameter "
+                f"`{name}{jtu.keystr(path)}` is {kind(x)}, a discrete hyperparameter "
                 "whose values `search` does not know. It knows `Choice`, `Switch` and "
                 "`Integer`."
             )

@@ -77,7 +77,7 @@ class Study:
         to_json = self._optuna.distributions.distribution_to_json
         ranges = {x: to_json(y) for x, y in self.space.distributions.items()}
         digest = hashlib.sha256(json.dumps(ranges).encode()).hexdigest()
-        settings = {"steps": steps, "key": self._seed, "low` and `high": digest}
+        settings = {"steps": steps, "key": self._seed, "low` or `high": digest}
         known = self._study.user_attrs.get(_ATTRIBUTE)
         if known is None and len(self._study.get_trials(deepcopy=False)) > 0:
             raise ValueError(
