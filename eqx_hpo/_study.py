@@ -41,7 +41,8 @@ class Study:
         self._seed = 0 if key is None else int(jr.randint(key, (), 0, 2**31 - 1))
         self.space, self._sampler = space, sampler
         _check_sampler(sampler, self._optuna.samplers.BaseSampler)
-        check_type("study_name", name, str, "a string")
+        if not isinstance(name, str) or name == "":
+            raise ValueError(f"`study_name` must be a string; got {shown(name)}.")
         pruner = None if isinstance(pruner, str) else pruner
         self._study = self._open(storage, name, pruner)
         self._check_settings(steps, name, is_stored=storage is not None)

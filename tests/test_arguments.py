@@ -139,6 +139,10 @@ LEGAL = {
     "tune.state": {"None"},
     "tune.re*_every": {"None"},
     "tune.checkpoint": {"None", "'a'"},
+    "search.pruner": {"None"},
+    "search.report_every": {"None"},
+    "search.storage": {"None"},
+    "search.study_name": {"'a'"},
     "compare_hypergradients.inner_opt_state": {"None"},
 }
 
