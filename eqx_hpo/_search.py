@@ -98,8 +98,9 @@ def search(
         (Gaussian process; needs SciPy and PyTorch), or a sampler of `optuna.samplers`.
     - `parallel`: how many trials to train side by side, as one compiled program with
         their states in memory. Each has the keys and the batches that it would have
-        alone: `"random"` finds the same for any number, up to rounding. The other
-        samplers learn from the results of a round when it has ended.
+        alone: `"random"` finds the same for any number, up to rounding, which a long
+        training may amplify. The other samplers learn from the results of a round when
+        it has ended.
     - `pruner`: ends bad trials early. `"halving"` (successive halving) lets the best
         third of the trials of a round go on for three times the steps, again and again,
         until those that are left have taken `steps`. A pruner of `optuna.pruners` is
@@ -122,10 +123,11 @@ def search(
     hyperparameters are straight-through, and `discretised` is `None`. `history` has one
     record for each trial, in their order, with `step` the number of steps that it took.
     A trial that ends in steps that are not finite has failed, with NaN as its
-    validation loss, and `RESULTS.nonfinite` says that no trial was completed. That of a
-    pruned trial is the last one that was taken; it is never the best. `message` counts
-    both kinds, and the steps. The validation loss of the best trial is
-    `state.metrics.val_loss`. Ctrl-C ends the search with the best so far.
+    validation loss. That of a pruned trial is the last one that was taken; it is never
+    the best. `message` counts both kinds, and the steps. `RESULTS.nonfinite` says that
+    no trial was completed: then the solution is `model` and `low`. The validation loss
+    of the best trial is `state.metrics.val_loss`. Ctrl-C ends the search with the best
+    so far.
 
     **Raises:** an `ImportError` without Optuna, or what `sampler` needs; a `ValueError`
     if the ranges do not match, are empty, not finite or upside down, if the study in
@@ -152,8 +154,9 @@ def search(
     like = algorithm.init(
         model, space.low, train=feeds[0].peek(), model_state=model_state, key=key
     )
-    to_do = math.ceil((trials - study.finished) / parallel) + (study.best is not None)
-    with ProgressBar(max(0, to_do) * steps, progress, tunes=False) as bar:
+    rounds_left = math.ceil(max(0, trials - study.finished) / parallel)
+    total = (rounds_left + (study.best is not None)) * steps
+    with ProgressBar(total, progress, tunes=False) as bar:
         start = (model, space.low, *feeds, key, model_state)
         rounds = Rounds(trainer, *start, parallel, bar)
         loop = _Loop(rounds, study, pruning, callback)
@@ -293,7 +296,7 @@ def _join(
     last, study = loop.rounds.finish(result), loop.study
     history = _make_history(loop, last.history)
     message = _describe(loop, history)
-    if loop.best is None and study.finished > 0 and result == RESULTS.successful:
+    if loop.best is None and study.count("FAIL") > 0 and result == RESULTS.successful:
         result = RESULTS.nonfinite
     if result != RESULTS.successful:
         message = f"{RESULTS[result]} {message}"

@@ -38,6 +38,15 @@ ALGORITHM = hpo.T1T2(PROBLEM, INNER, OUTER, inner_steps=2)
 LOW, HIGH = jnp.full(6, -4.0), jnp.full(6, 2.0)
 
 
+def _at_low(model, rate, *rest):
+    return PROBLEM.train_loss(model, LOW, *rest)
+
+
+OF_RATES = hpo.T1T2(
+    hpo.Problem(_at_low, _at_low), lambda rate: optax.sgd(rate), OUTER, inner_steps=400
+)
+
+
 def _search(algorithm: Any = ALGORITHM, low: Any = LOW, high: Any = HIGH, **kwargs):
     settings = {"trials": 5, "steps": 4, "key": jr.key(0), **kwargs}
     data = settings.pop("train", CASE.train), settings.pop("val", CASE.val)
@@ -157,13 +166,15 @@ def test_minibatches_are_drawn_for_training_and_validated_as_a_whole():
     assert relative_error(solution.model, _train_by_hand(solution.values, 8)[0]) > 1e-3
 
 
-def test_failed_trials_are_counted_and_never_the_best():
+def _rates(low=1e-3, **settings):
     # A rate above the stable ones overflows within the 4,000 steps of a trial.
-    losses = lambda model, h, *rest: PROBLEM.train_loss(model, LOW, *rest)
-    problem = hpo.Problem(losses, losses)
-    algorithm = hpo.T1T2(problem, lambda h: optax.sgd(h), OUTER, inner_steps=400)
-    low, high = hpo.Positive(1e-3), hpo.Positive(1e3)
-    solution = _search(algorithm, low, high, trials=12, steps=10, sampler="random")
+    ends = hpo.Positive(low), hpo.Positive(1e3)
+    settings = {"trials": 12, "steps": 10, "sampler": "random", **settings}
+    return _search(OF_RATES, *ends, **settings)
+
+
+def test_failed_trials_are_counted_and_never_the_best():
+    solution = _rates()
     failed = ~np.isfinite(solution.history.val_loss)
     assert 0 < failed.sum() < 12
     assert solution.message.endswith(f"Trials that were not finite: {failed.sum()}.")
@@ -172,9 +183,11 @@ def test_failed_trials_are_counted_and_never_the_best():
         == solution.history.hyperparams[np.nanargmin(solution.history.val_loss)]
     )
     assert solution.result == hpo.RESULTS.successful
-    all_fail = _search(algorithm, hpo.Positive(900.0), high, trials=3, steps=10)
+    all_fail = _rates(900.0, trials=3)
     assert all_fail.result == hpo.RESULTS.nonfinite
     assert "No trial was completed: 3 failed." in all_fail.message
+    assert equal(all_fail.model, CASE.model)
+    assert np.isnan(all_fail.history.val_loss).all()
 
 
 def test_callback_sees_every_trial_and_stops():
@@ -326,15 +339,6 @@ def test_side_by_side_the_same_trials_and_one_compilation(caplog):
     assert beside.message == alone.message
 
 
-def _rates(**settings):
-    losses = lambda model, h, *rest: PROBLEM.train_loss(model, LOW, *rest)
-    problem = hpo.Problem(losses, losses)
-    algorithm = hpo.T1T2(problem, lambda h: optax.sgd(h), OUTER, inner_steps=400)
-    ends = hpo.Positive(1e-3), hpo.Positive(1e3)
-    settings = {"trials": 12, "steps": 10, "sampler": "random", **settings}
-    return _search(algorithm, *ends, **settings)
-
-
 def test_side_by_side_trials_fail_alone():
     alone, beside = _rates(), _rates(parallel=6)
     assert 0 < np.isnan(alone.history.val_loss).sum() < 12
@@ -378,6 +382,7 @@ def test_halving_lets_the_best_third_go_on():
     )
 
 
+@pytest.mark.slow
 def test_halving_of_rounds_with_fewer_trials_and_with_failures():
     solution = _rates(trials=11, parallel=6, pruner="halving", steps=9)
     alone = _rates(trials=11, steps=9)
@@ -428,26 +433,32 @@ def test_the_pruners_of_optuna_find_the_same_again(pruner):
     assert one.history.step[np.argmin(one.history.val_loss)] == 20
 
 
-def test_discrete_hyperparameters_are_searched_as_what_they_are():
-    def val_loss(model, h, batch, key):
-        choice = jnp.sum(h["choice"] * jnp.array([[2.0, 0.0, 1.0], [0.0, 1.0, 2.0]]))
-        return choice + (h["whole"] - 4) ** 2 + 2 * (1 - h["switch"]) + h["rate"]
+def _discrete_loss(model, h, batch, key):
+    """Lowest at the options 1 and 0, at 4 and at on."""
+    choice = jnp.sum(h["choice"] * jnp.array([[2.0, 0.0, 1.0], [0.0, 1.0, 2.0]]))
+    return choice + (h["whole"] - 4) ** 2 + 2 * (1 - h["switch"]) + h["rate"]
 
+
+def _with_discrete():
     def train_loss(model, h, batch, key):
         return jnp.sum((model - jnp.sum(h["choice"])) ** 2)
 
-    def ends(lower, rate):
+    def end(whole, rate):
         return {
             "choice": hpo.Choice(jnp.zeros((2, 3)), sample=True),
-            "whole": hpo.Integer(lower, -2, 9),
+            "whole": hpo.Integer(whole, -2, 9),
             "switch": hpo.Switch(0.0, temperature=lambda step: 1.0 / (1 + step)),
             "rate": hpo.Positive(rate),
         }
 
-    problem = hpo.Problem(train_loss, val_loss)
+    problem = hpo.Problem(train_loss, _discrete_loss)
     algorithm = hpo.T1T2(problem, lambda h: optax.sgd(h["rate"]), OUTER)
-    low, high = ends(1, 1e-3), ends(5, 0.1)
-    solution = _search(algorithm, low, high, trials=60, parallel=10)
+    return algorithm, (end(1, 1e-3), end(5, 0.1))
+
+
+def test_discrete_hyperparameters_are_searched_as_what_they_are():
+    algorithm, ends = _with_discrete()
+    solution = _search(algorithm, *ends, trials=60, parallel=10)
     tried = solution.history.hyperparams
     for value in tried["choice"].reshape(-1, 3).tolist():
         assert sorted(value) == [0, 0, 1]
@@ -455,26 +466,26 @@ def test_discrete_hyperparameters_are_searched_as_what_they_are():
     assert set(tried["switch"].tolist()) == {0, 1}
     for i in range(60):
         values = jax.tree.map(lambda x: x[i], tried)
-        expected = val_loss(None, values, None, None)
+        expected = _discrete_loss(None, values, None, None)
         assert solution.history.val_loss[i] == pytest.approx(float(expected), rel=1e-12)
     values = solution.values
     assert values["choice"].tolist() == [[0, 1, 0], [1, 0, 0]]
     assert (values["whole"], values["switch"]) == (4, 1)
     assert equal(hpo.discretise(solution.hyperparams), values)
     assert isinstance(solution.hyperparams["choice"], hpo.Choice)
-    more = hpo.tune(
-        algorithm,
-        solution.model,
-        solution.hyperparams,
-        CASE.train,
-        CASE.val,
-        steps=1,
-        key=jr.key(0),
-        state=solution.state,
-    )
+    assert solution.discretised is None
+
+
+@pytest.mark.slow
+def test_tune_goes_on_with_discrete_hyperparameters():
+    algorithm, start = _with_discrete()
+    solution = _search(algorithm, *start, trials=4)
+    args = (algorithm, solution.model, solution.hyperparams, CASE.train, CASE.val)
+    more = hpo.tune(*args, steps=1, key=jr.key(0), state=solution.state)
     assert more.result == hpo.RESULTS.successful
 
 
+@pytest.mark.slow
 def test_a_schedule_of_integers():
     def losses(model, h, batch, key):
         return jnp.sum((model - h) ** 2)
@@ -497,16 +508,19 @@ def _stop_after(count):
     return lambda state: seen.append(None) or len(seen) == count
 
 
-@pytest.mark.parametrize("sampler, parallel", [("random", 1), ("tpe", 2)])
-def test_a_stored_search_goes_on_bit_for_bit(sampler, parallel, tmp_path):
-    settings: dict[str, Any] = {"trials": 16, "sampler": sampler, "parallel": parallel}
-    settings["train"] = hpo.Minibatch(CASE.train, 5)
+@pytest.mark.parametrize(
+    "sampler, parallel, trials",
+    [("random", 1, 6), pytest.param("tpe", 2, 16, marks=pytest.mark.slow)],
+)
+def test_a_stored_search_goes_on_bit_for_bit(sampler, parallel, trials, tmp_path):
+    settings: dict[str, Any] = {"sampler": sampler, "parallel": parallel}
+    settings |= {"trials": trials, "train": hpo.Minibatch(CASE.train, 5)}
     whole = _search(**settings)
     storage = f"sqlite:///{tmp_path}/search.db"
-    first = _search(callback=_stop_after(12), storage=storage, **settings)
+    first = _search(callback=_stop_after(trials - 4), storage=storage, **settings)
     assert first.result == hpo.RESULTS.stopped
-    assert len(first.history.step) == 12
-    # Killed after it had asked for trials, the second with its values.
+    assert len(first.history.step) == trials - 4
+    # Killed as it began the next trial.
     study = optuna.load_study(study_name="search", storage=storage)
     study.ask()
     rest = _search(storage=storage, **settings)
@@ -519,6 +533,7 @@ def test_a_stored_search_goes_on_bit_for_bit(sampler, parallel, tmp_path):
     assert equal(again.state, whole.state)
 
 
+@pytest.mark.slow
 def test_a_journal_remembers_failed_and_pruned_trials(tmp_path):
     storages = optuna.storages
     make = lambda: storages.JournalStorage(
@@ -555,6 +570,7 @@ def test_a_study_of_another_search_is_refused():
     )
 
 
+@pytest.mark.slow
 def test_the_trials_of_a_round_share_the_batches_of_an_iterator():
     solution = _search(train=iter([CASE.train] * 16), parallel=3)
     assert solution.result == hpo.RESULTS.successful
@@ -562,6 +578,7 @@ def test_the_trials_of_a_round_share_the_batches_of_an_iterator():
     assert solution.history.val_loss == pytest.approx(whole.history.val_loss)
 
 
+@pytest.mark.slow
 def test_convolutions_side_by_side():
     def losses(model, h, batch, key):
         out = jax.lax.conv(batch, model, (1,), "SAME")
