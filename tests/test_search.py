@@ -664,6 +664,26 @@ def test_what_a_gaussian_process_needs(monkeypatch):
     )
 
 
+def test_the_first_trials_of_a_gaussian_process_need_nothing(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    solution = _search(sampler="gp", trials=2)
+    assert solution.message.startswith("Best of 2 trials: ")
+
+
+@pytest.mark.slow
+def test_a_callback_stops_at_the_end_of_a_round():
+    seen = []
+
+    def callback(state):
+        seen.append(int(state.step))
+        return len(seen) == 1
+
+    solution = _search(trials=12, parallel=3, callback=callback)
+    assert solution.result == hpo.RESULTS.stopped
+    assert seen == [4, 8, 12]
+    assert len(solution.history.step) == 3
+
+
 def test_without_optuna(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ImportError, match=r"eqx_hpo\[optuna\]"):
