@@ -1,8 +1,9 @@
 """Black-box baselines: `search` trains afresh with what an Optuna sampler proposes, and
 gives the `Solution` that `tune` gives.
 
-All trials are episodes of one run: they share its compiled code, its data and its
-history. Between two of them new hyperparameters are put in place.
+Trials run in rounds, all trials of a round side by side. All rounds share compiled code
+and data. Optuna's study holds what was tried; of the states only that of the best trial
+is kept.
 """
 
 import dataclasses
@@ -10,27 +11,17 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
-import equinox as eqx
+import jax
 import jax.numpy as jnp
-import jax.random as jr
-import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from ._checks import (
-    as_flag,
-    as_int,
-    check_function,
-    check_same_structure,
-    check_type,
-    shown,
-)
+from ._checks import as_flag, as_int, check_function, check_type
 from ._custom_types import Batch, Hyperparams, Key, Model
 from ._data import AbstractBatches, Minibatch
-from ._discrete import has_discrete
-from ._drive import asks_to_stop, attach_solution, check_start, drive
+from ._drive import asks_to_stop, attach_solution, check_start
 from ._feed import Feed
-from ._hyperparameter import canonical, is_placeholder, partition_raw, Simplex, unwrap
+from ._hyperparameter import partition_raw, unwrap
 from ._misc import as_device_arrays
 from ._optimizer import (
     AbstractAlgorithm,
@@ -38,13 +29,15 @@ from ._optimizer import (
     PlainTraining,
 )
 from ._progress import ProgressBar
-from ._run import own_copy, Run, start
-from ._solution import RESULTS, Solution
+from ._pruning import AbstractPruning, make_pruning
+from ._rounds import recorded, Rounds
+from ._solution import History, RESULTS, Solution
+from ._space import Space
 from ._state import BilevelState
+from ._study import Study
 
 
 _LARGEST = 2**31 - 1
-_NEVER = _LARGEST  # a failed trial does not end the run, however long it goes on
 
 
 def search(
@@ -58,7 +51,12 @@ def search(
     trials: int,
     steps: int,
     key: Key,
-    sampler: Literal["random", "tpe"] | Any = "tpe",
+    sampler: Literal["random", "tpe", "gp"] | Any = "tpe",
+    parallel: int = 1,
+    pruner: Literal["halving"] | Any = None,
+    report_every: int | None = None,
+    storage: Any = None,
+    study_name: str = "search",
     progress: bool = True,
     callback: Callable[[BilevelState], Any] | None = None,
     model_state: PyTree = None,
@@ -84,75 +82,95 @@ def search(
         parameter of the search, uniform between the two: `Positive` is searched by
         its logarithm, a plain array or `Real` as it is. No coordinate of `low` may be
         above that of `high`; only in a `Simplex`, of which not all entries can be
-        lower, each coordinate takes its two ends in whatever order they come.
-    - `train`, `val`: the data, as for `tune`. The validation loss is taken once, at the
-        end of a trial; on all data where `val` is an [`eqx_hpo.Minibatch`][].
+        lower, each coordinate takes its two ends in whatever order they come. Discrete
+        hyperparameters are searched as what they are, and the losses see discrete
+        values: an [`eqx_hpo.Integer`][] goes from `low` to `high`, both included. Of a
+        [`eqx_hpo.Choice`][] all options are tried, and both positions of an
+        [`eqx_hpo.Switch`][], whatever their logits.
+    - `train`, `val`: the data, as for `tune`. The validation loss is taken at the end
+        of a trial, and where `pruner` asks for it; on all data where `val` is an
+        [`eqx_hpo.Minibatch`][]. The batches of an iterator go to all trials that are
+        trained side by side.
     - `trials`: the number of trainings.
     - `steps`: of each, in calls of `algorithm.step`.
     - `key`: a PRNG key, or `None` if nothing is random. It seeds the sampler too.
-    - `sampler`: `"random"`, `"tpe"` (tree-structured Parzen estimator), or a sampler of
-        `optuna.samplers` for continuous parameters.
+    - `sampler`: `"random"`, `"tpe"` (tree-structured Parzen estimator), `"gp"`
+        (Gaussian process; needs SciPy and PyTorch), or a sampler of `optuna.samplers`.
+    - `parallel`: how many trials to train side by side, as one compiled program with
+        their states in memory. Each has the keys and the batches that it would have
+        alone: `"random"` finds the same for any number, up to rounding, which a long
+        training may amplify. The other samplers learn from the results of a round when
+        it has ended.
+    - `pruner`: ends bad trials early. `"halving"` (successive halving) lets the best
+        third of the trials of a round go on for three times the steps, again and again,
+        until those that are left have taken `steps`. The more trials in a round, the
+        earlier the first cut: of 9 trials after a ninth of `steps`, of 81 after an
+        81st. A pruner of `optuna.pruners` is told the validation loss of each trial and
+        asked, after every `report_every` steps; one that looks at completed trials
+        alone ends none in the first round. Once enough trials of a round have ended, a
+        smaller program goes on.
+    - `report_every`: see `pruner`; a tenth of `steps` by default.
+    - `storage`: where Optuna keeps the trials: the URL of a database, such as
+        `"sqlite:///search.db"`, or a storage of `optuna.storages`. The same call then
+        goes on where an earlier one was ended or killed, and `trials` is the total. It
+        first trains the best trial so far again. The data must be arrays or
+        [`eqx_hpo.Minibatch`][]. One process at a time may use a study.
+    - `study_name`: the name of the study in `storage`.
     - `progress`: whether to show the progress, as in `tune`.
-    - `callback`: called as `callback(state)` after each trial; the search stops if it
-        returns `True`.
+    - `callback`: called as `callback(state)` after each trial; the search stops at the
+        end of the round if it returns something true.
     - `model_state`: an `eqx.nn.State`, for losses that take and return one.
 
     **Returns:** a [`eqx_hpo.Solution`][] with the model, the hyperparameters and the
-    `state` of the best trial, which `tune` can go on from. `history` has one record for
-    each trial, in their order, with `step` the number of steps so far. A trial that
-    ends in steps that are not finite has failed, with NaN as its validation loss, and
-    `RESULTS.nonfinite` says that all have. The validation loss of the best trial is
-    `state.metrics.val_loss`. Ctrl-C ends the search with the best so far.
+    `state` of the best trial, which `tune` can go on from. In it discrete
+    hyperparameters are straight-through, and `discretised` is `None`. `history` has one
+    record for each trial, in their order, with `step` the number of steps that it took.
+    A trial that ends in steps that are not finite has failed, with NaN as its
+    validation loss. That of a pruned trial is the last one that was taken; it is never
+    the best. `message` counts both kinds, and the steps. `RESULTS.nonfinite` says that
+    no trial was completed: then the solution is `model` and `low`. The validation loss
+    of the best trial is `state.metrics.val_loss`. Ctrl-C ends the search with the best
+    so far.
 
-    **Raises:** an `ImportError` without Optuna; a `ValueError` if the ranges do not
-    match, are empty, not finite or upside down, if hyperparameters are discrete, or if
-    an option is out of range. An exception of the callback or of an iterator has the
-    best trial so far as its attribute `solution`.
+    **Raises:** an `ImportError` without Optuna, or what `sampler` needs; a `ValueError`
+    if the ranges do not match, are empty, not finite or upside down, if the study in
+    `storage` is of other ranges, `steps` or `key`, or if an option is out of range. An
+    exception of the callback or of an iterator has the best trial so far as its
+    attribute `solution`.
     """
     check_start(algorithm, key, None)
     what = "an algorithm for one model, such as `T1T2`"
     check_type("algorithm", algorithm, AbstractAlgorithm, what)
     assert isinstance(algorithm, AbstractAlgorithm)
     trials, steps = as_int("trials", trials, 1), as_int("steps", steps, 1)
-    progress = as_flag("progress", progress)
+    parallel, progress = as_int("parallel", parallel, 1), as_flag("progress", progress)
     if callback is not None:
         check_function("callback", callback, "a function of the state, or `None`")
-    space = _Space(canonical(low, "low"), canonical(high, "high"))
-    study = _Study(sampler, key)
+    space = Space(low, high)
+    pruning = make_pruning(pruner, steps, parallel, report_every)
     trainer = _make_trainer(algorithm, steps, trials)
     whole = val.data if isinstance(val, Minibatch) else val
     feeds = Feed(train, "train", trainer.inner_steps), Feed(whole, "val", None)
-    state = start(trainer, model, space.low, *feeds, key, None, model_state)
+    if storage is not None:
+        _check_repeatable(*feeds)
+    study = Study(space, sampler, pruner, key, steps, storage, study_name)
     like = algorithm.init(
         model, space.low, train=feeds[0].peek(), model_state=model_state, key=key
     )
-    run = Run(trainer, *feeds, key, state, steps, _NEVER)
-    best, result = None, RESULTS.successful
-    join = lambda result: _join(
-        algorithm, run.finish(result), result, best, like, study
-    )
-    try:
-        with ProgressBar(trials * steps, progress, tunes=False) as bar:
-            for number in range(1, trials + 1):
-                trial = study.ask(space)
-                run.restart(model, model_state, space.place(trial.params))
-                result = drive(run, number * steps, [], [], bar, donate=True)
-                if result != RESULTS.successful:
-                    break
-                if study.tell(trial, run.state):
-                    best = own_copy(run.state, run.state)
-                if callback is not None and asks_to_stop(
-                    callback, own_copy(run.state, run.state)
-                ):
-                    result = RESULTS.stopped
-                    break
-    except KeyboardInterrupt:
-        result = RESULTS.interrupted
-    except Exception as e:
-        if best is not None and run.is_alive():
-            attach_solution(e, lambda: join(RESULTS.failed))
-        raise
-    return join(result)
+    rounds_left = math.ceil(max(0, trials - study.finished) / parallel)
+    total = (rounds_left + (study.best is not None)) * steps
+    with ProgressBar(total, progress, tunes=False) as bar:
+        start = (model, space.low, *feeds, key, model_state)
+        rounds = Rounds(trainer, *start, parallel, bar)
+        loop = _Loop(rounds, study, pruning, callback)
+        try:
+            result = loop.run(trials, parallel)
+        except Exception as e:
+            if loop.best is not None:
+                failed = RESULTS.failed
+                attach_solution(e, lambda: _join(algorithm, loop, failed, like))
+            raise
+    return _join(algorithm, loop, result, like)
 
 
 def _make_trainer(
@@ -167,138 +185,125 @@ def _make_trainer(
     return PlainTraining(
         algorithm.problem,
         algorithm.inner,
+        due=jnp.asarray(steps),
+        validate_every=steps,
         inner_steps=algorithm.inner_steps,
         unroll=algorithm.unroll,
-        validate_every=steps,
     )
 
 
-class _Space:
-    """The box that is searched, coordinate by coordinate."""
-
-    def __init__(self, low: Hyperparams, high: Hyperparams):
-        check_same_structure("high", high, low, "`low`")
-        if has_discrete(low):
+def _check_repeatable(train: Feed, val: Feed) -> None:
+    for name, feed in (("train", train), ("val", val)):
+        if not feed.is_static:
             raise ValueError(
-                "`low` holds relaxed discrete hyperparameters, which `search` cannot "
-                "vary. Take them out, and call `search` for each choice."
+                f"`{name}` is an iterator. With `storage` it must be arrays or a "
+                "`Minibatch`, so that the best trial can be trained again."
             )
-        self.low = low
-        raw, self._constants = partition_raw(low)
-        high_raw, constants = partition_raw(high)
-        if not eqx.tree_equal(self._constants, constants):
-            raise ValueError(
-                "`low` and `high` must have the same constants, such as the bounds of "
-                f"an `Interval`; got {self._constants} and {constants}."
-            )
-        leaves, self._treedef = jtu.tree_flatten_with_path(raw)
-        others = jtu.tree_leaves(high_raw)
-        in_any_order = _paths_of_simplices(low)
-        self._shapes, self.ranges = [], {}
-        for (path, x), y in zip(leaves, others, strict=True):
-            self._shapes.append((x.shape, x.dtype))
-            ends = np.stack([x, y]).reshape(2, -1).T.tolist()
-            name = jtu.keystr(path)
-            for i, pair in enumerate(ends):
-                if pair[0] > pair[1] and name not in in_any_order:
-                    raise ValueError(
-                        f"`low{name}` is above `high{name}`: at coordinate {i} their "
-                        f"unconstrained values are {pair[0]} and {pair[1]}."
-                    )
-                self.ranges[f"{name}[{i}]"] = (min(pair), max(pair))
-        if len(self.ranges) == 0:
-            raise ValueError("`low` holds no hyperparameters to search for.")
-
-    def place(self, params: dict[str, float]) -> Hyperparams:
-        """Makes the hyperparameters that have the coordinates of a trial."""
-        numbers = iter([params[name] for name in self.ranges])
-        leaves = []
-        for shape, dtype in self._shapes:
-            flat = [next(numbers) for _ in range(math.prod(shape))]
-            leaves.append(jnp.asarray(flat, dtype).reshape(shape))
-        return eqx.combine(jtu.tree_unflatten(self._treedef, leaves), self._constants)
 
 
-def _paths_of_simplices(hyperparams: Hyperparams) -> set[str]:
-    nodes = jtu.tree_leaves_with_path(hyperparams, is_leaf=is_placeholder)
-    return {f"{jtu.keystr(path)}.raw" for path, x in nodes if isinstance(x, Simplex)}
+class _Loop:
+    """Round after round. `best` is the state of the best trial so far."""
 
+    def __init__(
+        self,
+        rounds: Rounds,
+        study: Study,
+        pruning: AbstractPruning,
+        callback: Callable[[BilevelState], Any] | None,
+    ):
+        self.rounds, self.study, self.pruning = rounds, study, pruning
+        self._callback, self._stops = callback, False
+        self.best: BilevelState | None = None
 
-class _Study:
-    """Optuna's study, and the best validation loss so far."""
+    def run(self, trials: int, parallel: int) -> Any:
+        """Goes on until so many trials are finished; returns an item of `RESULTS`."""
+        study, result = self.study, RESULTS.successful
+        try:
+            if study.best is not None:
+                result = self._train_again(study.best)
+            while result == RESULTS.successful and study.finished < trials:
+                result = self._round(min(parallel, trials - study.finished))
+        except KeyboardInterrupt:
+            result = RESULTS.interrupted
+        return result
 
-    def __init__(self, sampler: Any, key: Key):
-        self._optuna = _import_optuna()
-        samplers = self._optuna.samplers
-        seed = 0 if key is None else int(jr.randint(key, (), 0, 2**31 - 1))
-        if isinstance(sampler, str) and sampler == "random":
-            sampler = samplers.RandomSampler(seed)
-        elif isinstance(sampler, str) and sampler == "tpe":
-            sampler = samplers.TPESampler(seed=seed)
-        elif not isinstance(sampler, samplers.BaseSampler):
-            raise ValueError(
-                "`sampler` must be 'random', 'tpe' or a sampler of `optuna.samplers`; "
-                f"got {shown(sampler)}."
-            )
-        verbosity = self._optuna.logging.get_verbosity()
-        self._optuna.logging.set_verbosity(self._optuna.logging.WARNING)
-        self._study = self._optuna.create_study(sampler=sampler)
-        self._optuna.logging.set_verbosity(verbosity)
-        self.best_loss, self.best = math.inf, 0
-        self.failed: list[bool] = []  # of each trial
+    def _train_again(self, number: int) -> Any:
+        """Trains the best trial of an earlier call, whose state is not there."""
+        (params,) = [x.params for x in self.study.trials() if x.number == number]
+        self.rounds.begin(self.study.space.raw([params]), [number])
+        result = self.rounds.advance(self.pruning.rungs[-1])
+        if result == RESULTS.successful:
+            self.best = self.rounds.state(0)
+        return result
 
-    def ask(self, space: _Space) -> Any:
-        new = self._optuna.distributions.FloatDistribution
-        return self._study.ask({name: new(*x) for name, x in space.ranges.items()})
+    def _round(self, count: int) -> Any:
+        trials = self.study.ask(count)
+        params = [trial.params for trial in trials]
+        numbers = [trial.number for trial in trials]
+        self.rounds.begin(self.study.space.raw(params), numbers)
+        alive = dict(enumerate(trials))  # by their row
+        for step in self.pruning.rungs:
+            result = self.rounds.advance(step)
+            if result != RESULTS.successful:
+                return result
+            alive = self._judge(alive, step)
+            if len(alive) == 0:
+                break
+        return RESULTS.stopped if self._stops else RESULTS.successful
 
-    def tell(self, trial: Any, state: BilevelState) -> bool:
-        """Takes the state at the end of a trial; tells whether it is the best."""
-        self.failed.append(bool(state.skipped > 0))
-        if self.failed[-1]:
-            self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
-            return False
-        loss = float(state.metrics.val_loss)
-        self._study.tell(trial, loss)
-        if loss >= self.best_loss:
-            return False
-        self.best_loss, self.best = loss, len(self.failed)
-        return True
+    def _judge(self, alive: dict[int, Any], step: int) -> dict[int, Any]:
+        """Ends the trials that go no further, and returns the others."""
+        report = self.rounds.report()
+        losses = np.where(report.has_failed, np.nan, report.val_loss)
+        done = step == self.pruning.rungs[-1]
+        trials, rows = list(alive.values()), list(alive)
+        if done:
+            going_on = [False] * len(trials)
+        else:
+            going_on = self.pruning.go_on(trials, losses[rows], step)
+        for row, trial, goes_on in zip(rows, trials, going_on, strict=True):
+            if goes_on:
+                continue
+            facts = {
+                "steps": step,
+                "train_loss": float(report.train_loss[row]),
+                "skipped": int(report.skipped[row]),
+            }
+            self._end(row, trial, float(losses[row]), facts, done)
+        left = {row: x for row, x, goes_on in zip(rows, trials, going_on) if goes_on}
+        return self._shrink(left, len(losses))
 
+    def _end(
+        self, row: int, trial: Any, loss: float, facts: dict[str, Any], done: bool
+    ) -> None:
+        if self.study.tell(trial, loss, facts, done):
+            self.best = self.rounds.state(row)
+        if self._callback is not None:
+            # The other trials of the round are not in vain: it comes to its end.
+            self._stops |= asks_to_stop(self._callback, self.rounds.state(row))
 
-def _import_optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as e:
-        raise ImportError(
-            "`search` needs Optuna: `pip install 'eqx_hpo[optuna]'`."
-        ) from e
-    return optuna
+    def _shrink(self, alive: dict[int, Any], size: int) -> dict[int, Any]:
+        """Goes over to a smaller program if one holds what is left."""
+        fitting = [x for x in self.pruning.sizes if len(alive) <= x < size]
+        if len(alive) == 0 or len(fitting) == 0:
+            return alive
+        self.rounds.keep(list(alive), min(fitting))
+        return dict(enumerate(alive.values()))
 
 
 def _join(
-    algorithm: AbstractAlgorithm,
-    last: Solution,
-    result: Any,
-    best: BilevelState | None,
-    like: BilevelState,
-    study: _Study,
+    algorithm: AbstractAlgorithm, loop: _Loop, result: Any, like: BilevelState
 ) -> Solution:
-    """Puts the best trial in the place of the last one, in a state that `tune`
-    takes. `result` tells how the search ended."""
-    tried, failed = len(study.failed), sum(study.failed)
-    # Without the row of a trial that was cut short.
-    history = jtu.tree_map(lambda x: x[:tried], last.history)
-    val_loss = np.where(study.failed, np.nan, history.val_loss)
-    message = f"Best of {tried} trials: number {study.best}, validation loss "
-    message += f"{study.best_loss:.4g}."
-    if failed > 0:
-        message += f" Trials that were not finite: {failed}."
-    if best is None:
-        if result == RESULTS.successful:
-            result = RESULTS.nonfinite
-        best, message = last.state, f"No trial was completed: {failed} failed."
+    """Makes the solution of the best trial, in a state that `tune` takes. `result`
+    tells how the search ended."""
+    last, study = loop.rounds.finish(result), loop.study
+    history = _make_history(loop, last.history)
+    message = _describe(loop, history)
+    if loop.best is None and study.count("FAIL") > 0 and result == RESULTS.successful:
+        result = RESULTS.nonfinite
     if result != RESULTS.successful:
         message = f"{RESULTS[result]} {message}"
+    best = loop.rounds.fresh if loop.best is None else loop.best
     outer_opt_state = algorithm.outer.init(partition_raw(best.hyperparams)[0])
     # No `aux`: that of `val` as a whole may have another shape.
     diagnostics = like.metrics.diagnostics
@@ -314,8 +319,41 @@ def _join(
         model=best.model,
         hyperparams=best.hyperparams,
         values=unwrap(best.hyperparams),
-        history=dataclasses.replace(history, val_loss=val_loss),
+        history=history,
         result=result,
         state=state,
         message=message,
     )
+
+
+def _make_history(loop: _Loop, last: History) -> History:
+    trials, study = loop.study.trials(), loop.study
+    facts = [study.facts(trial) for trial in trials]
+    column = lambda name, like: np.array([x[name] for x in facts], like.dtype)
+    raw = study.space.raw([trial.params for trial in trials])
+    hyperparams = jax.device_get(recorded(loop.rounds.fresh, raw))
+    return dataclasses.replace(
+        last,
+        step=column("steps", last.step),
+        train_loss=column("train_loss", last.train_loss),
+        val_loss=column("val_loss", last.val_loss),
+        hypergradient_norm=np.zeros(len(trials), last.hypergradient_norm.dtype),
+        skipped=column("skipped", last.skipped),
+        hyperparams=hyperparams,
+    )
+
+
+def _describe(loop: _Loop, history: History) -> str:
+    study, full = loop.study, loop.pruning.rungs[-1]
+    failed, pruned = study.count("FAIL"), study.count("PRUNED")
+    if loop.best is None or study.best is None:
+        text = f"No trial was completed: {failed} failed."
+    else:
+        text = f"Best of {study.finished} trials: number {study.best + 1}, "
+        text += f"validation loss {study.best_loss:.4g}."
+    if pruned > 0:
+        text += f" Trials that were pruned: {pruned}, so that {history.step.sum()} of "
+        text += f"{full * study.finished} steps were taken."
+    if failed > 0 and loop.best is not None:
+        text += f" Trials that were not finite: {failed}."
+    return text

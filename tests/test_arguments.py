@@ -145,6 +145,10 @@ LEGAL = {
     "Monitor.patience": {"None"},
     "Monitor.best": {"None"},
     "*.monitor": {"None"},
+    "search.pruner": {"None"},
+    "search.report_every": {"None"},
+    "search.storage": {"None"},
+    "search.study_name": {"'a'"},
     "compare_hypergradients.inner_opt_state": {"None"},
 }
 

@@ -14,6 +14,10 @@ from .implicit import (
     Implicit as Implicit,
     ImplicitReport as ImplicitReport,
 )
+from .parallel_training import (
+    for_each as for_each,
+    ParallelTraining as ParallelTraining,
+)
 from .plain_training import PlainTraining as PlainTraining
 from .t1t2 import T1T2 as T1T2
 from .tracing import warn_if_same as warn_if_same

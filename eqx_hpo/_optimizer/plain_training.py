@@ -27,7 +27,7 @@ from .._custom_types import (
 from .._discrete import refresh
 from .._hyperparameter import unwrap_values
 from .._levels import Levels
-from .._misc import match_dtypes, tree_where, tree_zeros
+from .._misc import any_mapped, match_dtypes, tree_where, tree_zeros
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder, ReverseOverReverse
 from .._state import (
@@ -46,14 +46,16 @@ from .guard import all_finite
 class PlainTraining(AbstractAlgorithm):
     """Leaves the hyperparameters as they are.
 
-    The validation loss is taken in the first call of `step`, in each one whose number
-    is a multiple of `validate_every`, and in number `last`. In between, the one that
-    was taken last is reported again. With `validate_every=None` there is none.
+    The validation loss is taken in each call of `step` whose number is `due`, give or
+    take a multiple of `validate_every`; with `last` in the first call and in that
+    number too. In between, the one that was taken last is reported again. With
+    `validate_every=None` there is none.
     """
 
     problem: Problem
     inner: InnerOptimiser
     outer: optax.GradientTransformation = optax.set_to_zero()
+    due: IntScalar = eqx.field(kw_only=True, default=0, converter=jnp.asarray)
     last: IntScalar | None = eqx.field(kw_only=True, default=None)
     inner_steps: int = eqx.field(static=True, kw_only=True, default=1)
     unroll: int | None = eqx.field(static=True, kw_only=True, default=None)
@@ -151,15 +153,16 @@ class PlainTraining(AbstractAlgorithm):
         validate = lambda: levels.validate(inner, hyperparams, index)
         _, no_aux = tree_zeros(jax.eval_shape(validate))
         number = levels.position // self.inner_steps + 1
-        is_due = (number == 1) | (number % self.validate_every == 0)
+        is_due = (number - self.due) % self.validate_every == 0
         if self.last is not None:
-            is_due |= number == self.last
+            is_due |= (number == 1) | (number == self.last)
 
         def take():
             loss, aux = validate()
             return float_scalar(loss), aux
 
-        val = lax.cond(is_due, take, lambda: (memory.lasting, no_aux))
+        # Mapped, it is still a branch: trainings side by side are due together.
+        val = lax.cond(any_mapped(is_due), take, lambda: (memory.lasting, no_aux))
         return val, Memory(lasting=val[0])
 
 

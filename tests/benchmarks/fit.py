@@ -3,7 +3,7 @@
     taskset -c 0 python -m tests.benchmarks.fit --workloads C,P,T,L100
 
 Both train for n and for 2n steps, in turns, and what n steps more take is compared: CPU
-seconds, medians over repeats. The plain loop is one `fori_loop` that carries weights and
+seconds, medians over repeats. The plain loop is a `fori_loop` that carries weights and
 optimiser state and computes no loss. `workloads.py` says what the letters stand for.
 """
 

@@ -1,0 +1,114 @@
+"""Which trials of a round end early: the validation losses at a few steps decide."""
+
+import abc
+import math
+from typing import Any
+
+import equinox as eqx
+import numpy as np
+
+from ._checks import as_int, shown
+from ._space import import_optuna
+
+
+_FACTOR = 3  # of the successive halving
+
+
+class AbstractPruning(eqx.Module):
+    """A rule to end trials early.
+
+    **Attributes:**
+
+    - `rungs`: the steps of a trial at which its validation loss is taken. The last one
+        is the end.
+    - `sizes`: how many trials a compiled program may hold, from the most to the least.
+    """
+
+    rungs: eqx.AbstractVar[list[int]]
+    sizes: eqx.AbstractVar[list[int]]
+
+    @abc.abstractmethod
+    def go_on(self, trials: list[Any], losses: np.ndarray, step: int) -> list[bool]:
+        """Tells which trials of a round are worth more steps. A trial whose loss is NaN
+        has failed."""
+
+
+class NoPruning(AbstractPruning):
+    rungs: list[int]
+    sizes: list[int]
+
+    def go_on(self, trials: list[Any], losses: np.ndarray, step: int) -> list[bool]:
+        del losses, step
+        return [True] * len(trials)
+
+
+class Halving(AbstractPruning):
+    """Successive halving: the best third, rounded up, takes three times the steps."""
+
+    rungs: list[int]
+    sizes: list[int]
+
+    def go_on(self, trials: list[Any], losses: np.ndarray, step: int) -> list[bool]:
+        kept = math.ceil(len(trials) / _FACTOR)
+        order = np.argsort(np.where(np.isnan(losses), np.inf, losses), kind="stable")
+        best = set(order[:kept].tolist())
+        going_on = [i in best and not np.isnan(x) for i, x in enumerate(losses)]
+        for trial, loss in zip(trials, losses.tolist(), strict=True):
+            trial.report(loss, step)
+        return going_on
+
+
+class OptunaPruning(AbstractPruning):
+    """What a pruner of Optuna says, which belongs to the study of the trials."""
+
+    rungs: list[int]
+    sizes: list[int]
+
+    def go_on(self, trials: list[Any], losses: np.ndarray, step: int) -> list[bool]:
+        going_on = []
+        for trial, loss in zip(trials, losses.tolist(), strict=True):
+            trial.report(loss, step)
+            going_on.append(not trial.should_prune())
+        return going_on
+
+
+def make_pruning(
+    pruner: Any, steps: int, parallel: int, report_every: int | None
+) -> AbstractPruning:
+    every = max(1, steps // 10)
+    if report_every is not None:
+        every = as_int("report_every", report_every, 1)
+        if pruner is None or isinstance(pruner, str):
+            raise ValueError(
+                "`report_every` is for a pruner of `optuna.pruners`, and `pruner` is "
+                f"{pruner!r}. Leave it out."
+            )
+    if pruner is None:
+        return NoPruning([steps], [parallel])
+    if isinstance(pruner, str) and pruner == "halving":
+        return _make_halving(steps, parallel)
+    if not isinstance(pruner, import_optuna().pruners.BasePruner):
+        raise ValueError(
+            "`pruner` must be 'halving', a pruner of `optuna.pruners`, or `None`; got "
+            f"{shown(pruner)}."
+        )
+    sizes = [parallel]
+    while sizes[-1] > 1:
+        sizes.append(math.ceil(sizes[-1] / 2))
+    return OptunaPruning([*range(every, steps, every), steps], sizes)
+
+
+def _make_halving(steps: int, parallel: int) -> AbstractPruning:
+    for name, number in (("parallel", parallel), ("steps", steps)):
+        if number < _FACTOR:
+            raise ValueError(
+                "`pruner='halving'` lets the best third of the trials of a round go on "
+                f"for three times the steps, so `{name}` must be at least {_FACTOR}; "
+                f"got {number}."
+            )
+    count = 0
+    while _FACTOR ** (count + 1) <= min(steps, parallel):
+        count += 1
+    powers = [_FACTOR**i for i in range(count + 1)]
+    rungs = [steps // power for power in reversed(powers)]
+    return Halving(rungs, [math.ceil(parallel / power) for power in powers])
