@@ -85,6 +85,7 @@ from ._state import (
     TaskReport as TaskReport,
 )
 from ._tune import tune as tune
+from ._tune_folds import FoldsSolution as FoldsSolution, tune_folds as tune_folds
 
 
 __version__ = importlib.metadata.version("eqx_hpo")

@@ -156,6 +156,7 @@ def search(model: eqx.nn.MLP, data: Data, seed: int) -> Decays:
         trials=TRIALS,
         steps=STEPS // INNER_STEPS,
         key=jr.key(seed),
+        parallel=20,
         progress=False,
     ).hyperparams
 

@@ -141,6 +141,9 @@ LEGAL = {
     "[tf]*.state": {"None"},
     "[tf]*.re*_every": {"None"},
     "[tf]*.checkpoint": {"None", "'a'"},
+    "tune_folds.batch_size": {"None"},
+    "tune_folds.average": {"0", "int64"},
+    "tune_folds.data": {"array"},
     "Monitor.metric": {*FUNCTIONS},
     "Monitor.patience": {"None"},
     "Monitor.best": {"None"},
@@ -244,6 +247,14 @@ def _calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "tune": driver | {"hyperparams": ones, "progress": False},
         "fit": {x: y for x, y in driver.items() if x != "val"}
         | {"hyperparams": ones, "progress": False},
+        "tune_folds": {
+            **{x: y for x, y in driver.items() if x not in ("train", "val")},
+            "hyperparams": ones,
+            "data": jnp.ones((4, 2)),
+            "count": 2,
+            "fit_steps": 1,
+            "progress": False,
+        },
         "search": driver
         | {"low": ones, "high": 2 * ones, "trials": 1, "progress": False},
         "audit": {
@@ -326,6 +337,7 @@ RECORDS = {
     "ComparisonRow",
     "Discretised",
     "Estimate",
+    "FoldsSolution",
     "History",
     "ImplicitReport",
     "InnerState",
@@ -357,7 +369,7 @@ def _as_users_have_it(monkeypatch, tmp_path):
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-DRIVERS = {"compare_hypergradients", "fit", "search", "tune"}
+DRIVERS = {"compare_hypergradients", "fit", "search", "tune", "tune_folds"}
 
 
 @pytest.mark.parametrize(
