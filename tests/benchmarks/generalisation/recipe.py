@@ -1,0 +1,102 @@
+"""Ours: the mean hypergradient over folds of all data, an anchor, and one training on
+everything at the values found."""
+
+import dataclasses
+import math
+from typing import Any
+
+import equinox as eqx
+import eqx_hpo as hpo
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optax
+from jax import lax
+
+from .task import cross_validate, Data, split, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The same for all problems."""
+
+    folds: int = 5
+    repeats: int = 1
+    updates: int = 40
+    rate: float = 0.1
+    inner_steps: int = 25
+    fresh: bool = False  # episodes of the length of a training, or training goes on
+    width: float | None = 1.0
+    to: str = "mean"
+    grid: int = 0  # trainings for a shared value to start from
+
+    def cost(self, task: Task) -> float:
+        """In trainings of one fold each: what one point of cross-validation costs."""
+        each = 3.0 if task.closed else 3 * self.inner_steps / task.steps
+        return self.updates * each + self.grid
+
+
+def unit(task: Task, loss):
+    """What a validation loss is worth in log-likelihoods: one, or twice the variance
+    of the noise, for which the loss itself stands."""
+    return 2 * loss if task.metric == "error" else jnp.ones(())
+
+
+def algorithm(task: Task, settings: Settings, strength, decays=None):
+    tree = lambda bounds: {k: jnp.asarray(bounds[k], float) for k in task.default}
+    anchor = hpo.anchor(strength, to=settings.to)
+    outer = optax.chain(
+        *([] if settings.width is None else [anchor]),
+        optax.adam(settings.rate),
+        hpo.project(
+            optax.projections.projection_box, tree(task.low), tree(task.high)
+        ),
+    )
+    count = settings.folds * settings.repeats
+    if task.closed:
+        solve, loss = task.solve, task.loss
+        assert solve is not None
+        problem = hpo.Problem(
+            lambda model, h, batch, key: 0.5 * model**2,
+            lambda model, h, batch, key: loss(solve(h, batch[0]), batch[1]),
+        )
+        single = hpo.FirstOrder(problem, optax.sgd(0.1), outer)
+        return hpo.MetaLearner(single, count)
+    problem = hpo.Problem(
+        task.train_loss, lambda model, h, batch, key: task.loss(model, batch)
+    )
+    single = hpo.Unrolled(
+        problem, task.inner, outer, inner_steps=settings.inner_steps
+    )
+    horizon = task.steps if settings.fresh else None
+    return hpo.MetaLearner(single, count, horizon=horizon)
+
+
+def tune(task: Task, settings: Settings, data: Data, start: Any, key: jax.Array):
+    """All values on the way, with a leading axis over the updates."""
+    train, val = split(data, settings.folds, settings.repeats, key)
+    rows = len(jtu.tree_leaves(data.pool)[0])
+    strength = jnp.zeros(())
+    if settings.width is not None:
+        loss = unit(task, cross_validate(task, data, start, train, val, key)) if (
+            task.metric == "error"
+        ) else 1.0
+        strength = loss / (rows * settings.width**2)
+    ours = algorithm(task, settings, strength)
+    model = data.model
+    if task.closed:
+        model, val = jnp.zeros(()), (train, val)
+        train = jnp.zeros(len(jtu.tree_leaves(val)[0]))
+    first = jax.tree_util.tree_map(lambda x: x[0], train)
+    state = ours.init(model, start, train=train, key=key)
+    arrays, static = eqx.partition(state, eqx.is_array)
+
+    def step(arrays, i):
+        state = ours.step(
+            eqx.combine(arrays, static), train, val, key=jax.random.fold_in(key, i)
+        )
+        out = (state.hyperparams, state.metrics.val_loss, state.skipped)
+        return eqx.filter(state, eqx.is_array), out
+
+    _, out = lax.scan(step, arrays, jnp.arange(settings.updates))
+    return out
