@@ -3,7 +3,6 @@ everything at the values found."""
 
 import dataclasses
 import math
-from typing import Any
 
 import equinox as eqx
 import eqx_hpo as hpo
@@ -13,27 +12,35 @@ import jax.tree_util as jtu
 import optax
 from jax import lax
 
-from .task import cross_validate, Data, split, Task
+from .task import (
+    cross_validate,
+    Data,
+    fold_losses,
+    FOLDS,
+    grid,
+    over_seeds,
+    split,
+    Task,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """The same for all problems."""
 
-    folds: int = 5
-    repeats: int = 1
-    updates: int = 40
-    rate: float = 0.1
-    inner_steps: int = 25
+    updates: int = 20
+    rate: float = 0.3
+    inner_steps: int = 20
     fresh: bool = False  # episodes of the length of a training, or training goes on
-    width: float | None = 1.0
+    width: float | None = 0.5
     to: str = "mean"
-    grid: int = 0  # trainings for a shared value to start from
+    grid: int = 9  # trainings for a shared value to start from
+    tolerance: float = 1.0  # in standard errors
 
     def cost(self, task: Task) -> float:
         """In trainings of one fold each: what one point of cross-validation costs."""
         each = 3.0 if task.closed else 3 * self.inner_steps / task.steps
-        return self.updates * each + self.grid
+        return self.updates * each + self.grid + (self.grid > 0)
 
 
 def unit(task: Task, loss):
@@ -48,11 +55,9 @@ def algorithm(task: Task, settings: Settings, strength, decays=None):
     outer = optax.chain(
         *([] if settings.width is None else [anchor]),
         optax.adam(settings.rate),
-        hpo.project(
-            optax.projections.projection_box, tree(task.low), tree(task.high)
-        ),
+        hpo.project(optax.projections.projection_box, tree(task.low), tree(task.high)),
     )
-    count = settings.folds * settings.repeats
+    count = FOLDS * task.repeats
     if task.closed:
         solve, loss = task.solve, task.loss
         assert solve is not None
@@ -65,29 +70,55 @@ def algorithm(task: Task, settings: Settings, strength, decays=None):
     problem = hpo.Problem(
         task.train_loss, lambda model, h, batch, key: task.loss(model, batch)
     )
-    single = hpo.Unrolled(
-        problem, task.inner, outer, inner_steps=settings.inner_steps
-    )
+    single = hpo.Unrolled(problem, task.inner, outer, inner_steps=settings.inner_steps)
     horizon = task.steps if settings.fresh else None
     return hpo.MetaLearner(single, count, horizon=horizon)
 
 
-def tune(task: Task, settings: Settings, data: Data, start: Any, key: jax.Array):
+def first(task: Task, settings: Settings, data: Data, train, val, key):
+    """The shared value, of a coarse grid and the default, that is next to the default
+    among those no worse than the best by more than a standard error."""
+    default = jtu.tree_map(jnp.asarray, task.default)
+    if settings.grid == 0:
+        return default
+    points = grid(task, settings.grid)
+    points = jtu.tree_map(lambda x, v: jnp.concatenate([v[None], x]), points, default)
+    one = lambda h: fold_losses(task, data, h, train, val, key)
+    losses = lax.map(one, points)
+    means = jnp.mean(losses, axis=1)
+    means = jnp.where(jnp.isfinite(means), means, jnp.inf)
+    excess = losses - losses[jnp.argmin(means)]
+    error = jnp.std(excess, axis=1, ddof=1) / math.sqrt(excess.shape[1])
+    ok = means - jnp.min(means) <= settings.tolerance * error
+    far = sum(
+        jnp.mean(
+            ((x - task.default[k]) / (task.high[k] - task.low[k])) ** 2,
+            axis=tuple(range(1, x.ndim)),
+        )
+        for k, x in points.items()
+    )
+    chosen = jnp.argmin(jnp.where(ok, far, jnp.inf))
+    return jtu.tree_map(lambda x: x[chosen], points)
+
+
+def tune(task: Task, settings: Settings, data: Data, key: jax.Array):
     """All values on the way, with a leading axis over the updates."""
-    train, val = split(data, settings.folds, settings.repeats, key)
+    train, val = split(task, data, key)
+    start = first(task, settings, data, train, val, key)
     rows = len(jtu.tree_leaves(data.pool)[0])
     strength = jnp.zeros(())
     if settings.width is not None:
-        loss = unit(task, cross_validate(task, data, start, train, val, key)) if (
-            task.metric == "error"
-        ) else 1.0
+        loss = (
+            unit(task, cross_validate(task, data, start, train, val, key))
+            if (task.metric == "error")
+            else 1.0
+        )
         strength = loss / (rows * settings.width**2)
     ours = algorithm(task, settings, strength)
     model = data.model
     if task.closed:
         model, val = jnp.zeros(()), (train, val)
         train = jnp.zeros(len(jtu.tree_leaves(val)[0]))
-    first = jax.tree_util.tree_map(lambda x: x[0], train)
     state = ours.init(model, start, train=train, key=key)
     arrays, static = eqx.partition(state, eqx.is_array)
 
@@ -100,3 +131,16 @@ def tune(task: Task, settings: Settings, data: Data, start: Any, key: jax.Array)
 
     _, out = lax.scan(step, arrays, jnp.arange(settings.updates))
     return out
+
+
+SETTINGS = Settings()
+
+
+def values(task: Task, settings: Settings, datas: Data, keys):
+    """The means of the second half of the values on the way, for each seed."""
+
+    def one(data, key):
+        path, _, _ = tune(task, settings, data, key)
+        return jtu.tree_map(lambda x: jnp.mean(x[settings.updates // 2 :], 0), path)
+
+    return over_seeds(one, datas, keys)

@@ -1,6 +1,8 @@
 """What a problem is, and plain training at fixed hyperparameters."""
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,10 +46,36 @@ class Task:
     inner: Any = None
     steps: int = 0
     solve: Callable[[Any, Any], Any] | None = None
+    axes: tuple[str, ...] | None = None  # the groups that a grid varies; all of them
 
     @property
     def closed(self) -> bool:
         return self.solve is not None
+
+    @property
+    def repeats(self) -> int:
+        """How often the data are divided into folds: twice where that is cheap."""
+        return 2 if self.closed else 1
+
+
+def stack(trees):
+    return jtu.tree_map(lambda *x: jnp.stack([jnp.asarray(a) for a in x]), *trees)
+
+
+def grid(task: Task, count: int):
+    """At most `count` points, one value for each group, evenly within the box."""
+    axes = task.axes or tuple(task.default)
+    first = max(1, math.ceil(count ** (1 / len(axes)))) if len(axes) > 1 else count
+    sizes = [first, count // first][: len(axes)]
+    ends = lambda k, n: np.linspace(task.low[k], task.high[k], n + 2)[1:-1]
+    points = itertools.product(*[ends(k, n) for k, n in zip(axes, sizes)])
+    return stack([fill(task, dict(zip(axes, point))) for point in points])
+
+
+def fill(task: Task, values):
+    """The default, with one value in all places of some of the groups."""
+    full = lambda k, v: v if k not in values else np.full_like(v, values[k])
+    return {k: full(k, v) for k, v in task.default.items()}
 
 
 def folds(data: Any, count: int, *, repeats: int = 1, key: jax.Array):
@@ -71,20 +99,32 @@ def folds(data: Any, count: int, *, repeats: int = 1, key: jax.Array):
     return take(kept), take(held)
 
 
-def split(data: Data, count: int, repeats: int, key: jax.Array):
-    """The folds of a problem, `((fixed, part of the pool), held out)`."""
-    kept, held = folds(data.pool, count, repeats=repeats, key=key)
-    copy = lambda x: jnp.broadcast_to(x, (count * repeats, *x.shape))
+def over_seeds(fn, *args):
+    """Maps a function over the leading axis, one seed at a time."""
+    return jax.jit(lambda args: lax.map(lambda x: fn(*x), args))(args)
+
+
+FOLDS = 5
+
+
+def split(task: Task, data: Data, key: jax.Array):
+    """The folds of a problem, `((fixed, part of the pool), held out)`. Ours and all
+    rivals have the same."""
+    kept, held = folds(data.pool, FOLDS, repeats=task.repeats, key=key)
+    copy = lambda x: jnp.broadcast_to(x, (FOLDS * task.repeats, *x.shape))
     return (jtu.tree_map(copy, data.fixed), kept), held
 
 
-def fit(task: Task, model: Any, h: Any, train: Any, key: jax.Array, marks=None):
-    """Trains from the start at fixed hyperparameters. With `marks`, a function of the
-    model, returns also what it says after each step."""
+def fit(task: Task, model: Any, h: Any, train: Any, key: jax.Array):
+    """Trains from the start at fixed hyperparameters."""
+    return follow(task, model, h, train, key, task.steps)[0]
+
+
+def follow(task, model, h, train, key, steps, stop=None, watch=lambda params: None):
+    """`fit` of so many steps that halts after `stop` of them, and what `watch` says of
+    the model after each."""
     if task.closed:
-        assert task.solve is not None
-        return task.solve(h, train)
-    assert task.train_loss is not None
+        return task.solve(h, train), None
     grad = jax.grad(task.train_loss)
 
     def step(carry, i):
@@ -92,21 +132,28 @@ def fit(task: Task, model: Any, h: Any, train: Any, key: jax.Array, marks=None):
         updates, state = task.inner.update(
             grad(params, h, train, jr.fold_in(key, i)), state, params
         )
-        params = optax.apply_updates(params, updates)
-        return (params, state), None if marks is None else marks(params)
+        moved = (optax.apply_updates(params, updates), state)
+        if stop is not None:
+            moved = jtu.tree_map(lambda a, b: jnp.where(i < stop, a, b), moved, carry)
+        return moved, watch(moved[0])
 
     start = (model, task.inner.init(model))
-    (params, _), out = lax.scan(step, start, jnp.arange(task.steps))
-    return params if marks is None else (params, out)
+    (params, _), out = lax.scan(step, start, jnp.arange(steps))
+    return params, out
 
 
-def cross_validate(task: Task, data: Data, h: Any, train: Any, val: Any, key):
-    """The mean validation loss over the folds: one "training" in all counts of cost."""
+def fold_losses(task: Task, data: Data, h: Any, train: Any, val: Any, key):
+    """The validation losses of the folds: one "training" in all counts of cost."""
 
     def one(train, val):
         return task.loss(fit(task, data.model, h, train, key), val)
 
-    return jnp.mean(jax.vmap(one)(train, val))
+    return jax.vmap(one)(train, val)
+
+
+def cross_validate(*args):
+    """Their mean."""
+    return jnp.mean(fold_losses(*args))
 
 
 def final(task: Task, data: Data, h: Any, key):
