@@ -24,6 +24,11 @@ from .task import (
 )
 
 
+# Of a Gaussian prior on `raw`, by the kind of the validation loss: log-likelihoods, and
+# squared errors, whose tails are heavier than those of the Gaussian they stand for.
+WIDTHS = {"accuracy": 1.0, "error": 0.5}
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """The same for all problems."""
@@ -32,7 +37,7 @@ class Settings:
     rate: float = 0.3
     inner_steps: int = 20
     fresh: bool = False  # episodes of the length of a training, or training goes on
-    width: float | None = 0.5
+    width: float | None = None  # of the anchor; None for that of `WIDTHS`
     to: str = "mean"
     grid: int = 9  # trainings for a shared value to start from
     tolerance: float = 1.0  # in standard errors
@@ -49,11 +54,11 @@ def unit(task: Task, loss):
     return 2 * loss if task.metric == "error" else jnp.ones(())
 
 
-def algorithm(task: Task, settings: Settings, strength, decays=None):
+def algorithm(task: Task, settings: Settings, strength):
     tree = lambda bounds: {k: jnp.asarray(bounds[k], float) for k in task.default}
     anchor = hpo.anchor(strength, to=settings.to)
     outer = optax.chain(
-        *([] if settings.width is None else [anchor]),
+        anchor,
         optax.adam(settings.rate),
         hpo.project(optax.projections.projection_box, tree(task.low), tree(task.high)),
     )
@@ -75,6 +80,12 @@ def algorithm(task: Task, settings: Settings, strength, decays=None):
     return hpo.MetaLearner(single, count, horizon=horizon)
 
 
+def _distance(task: Task, name: str, points):
+    """How far points are from the default, in widths of the box."""
+    scaled = (points - task.default[name]) / (task.high[name] - task.low[name])
+    return jnp.mean(scaled.reshape(len(points), -1) ** 2, axis=1)
+
+
 def first(task: Task, settings: Settings, data: Data, train, val, key):
     """The shared value, of a coarse grid and the default, that is next to the default
     among those no worse than the best by more than a standard error."""
@@ -90,13 +101,7 @@ def first(task: Task, settings: Settings, data: Data, train, val, key):
     excess = losses - losses[jnp.argmin(means)]
     error = jnp.std(excess, axis=1, ddof=1) / math.sqrt(excess.shape[1])
     ok = means - jnp.min(means) <= settings.tolerance * error
-    far = sum(
-        jnp.mean(
-            ((x - task.default[k]) / (task.high[k] - task.low[k])) ** 2,
-            axis=tuple(range(1, x.ndim)),
-        )
-        for k, x in points.items()
-    )
+    far = sum(_distance(task, k, x) for k, x in points.items())
     chosen = jnp.argmin(jnp.where(ok, far, jnp.inf))
     return jtu.tree_map(lambda x: x[chosen], points)
 
@@ -106,14 +111,9 @@ def tune(task: Task, settings: Settings, data: Data, key: jax.Array):
     train, val = split(task, data, key)
     start = first(task, settings, data, train, val, key)
     rows = len(jtu.tree_leaves(data.pool)[0])
-    strength = jnp.zeros(())
-    if settings.width is not None:
-        loss = (
-            unit(task, cross_validate(task, data, start, train, val, key))
-            if (task.metric == "error")
-            else 1.0
-        )
-        strength = loss / (rows * settings.width**2)
+    loss = cross_validate(task, data, start, train, val, key)
+    width = settings.width or WIDTHS[task.metric]
+    strength = unit(task, loss) / (rows * width**2)
     ours = algorithm(task, settings, strength)
     model = data.model
     if task.closed:
