@@ -18,12 +18,14 @@ import json
 import pathlib
 import time
 import warnings
+from typing import Any
 
 import jax
 import jax.tree_util as jtu
 import numpy as np
 
 from . import recipe, rivals
+from .figures import differences
 from .problems import load
 from .task import final, over_seeds, stack, Task
 
@@ -33,23 +35,22 @@ REFERENCE = 36  # points of its grid
 RIVALS = ("shared", "random", "tpe", "early", "default", "reference")
 
 
-def choose(task: Task, data, keys, seeds, budget: int, other=None):
+def choose(task: Task, data, keys, seeds, budget: int, other: tuple[Any, Any]):
     """Functions that return the hyperparameters of each method, one for each seed."""
     count = len(seeds)
     settings = recipe.SETTINGS
-    methods = {
+    same = lambda x: np.broadcast_to(x, (count, *x.shape))
+    trials = (task, data, keys, seeds, budget)
+    return {
         "ours": lambda: recipe.values(task, settings, data, keys),
         "shared": lambda: rivals.shared(task, data, keys, budget),
-        "random": lambda: rivals.random_search(task, data, keys, seeds, budget),
-        "tpe": lambda: rivals.tpe(task, data, keys, seeds, budget),
+        "random": lambda: rivals.best_of(rivals.random_trials(*trials)),
+        "tpe": lambda: rivals.best_of(rivals.tpe_trials(*trials)),
         "default": lambda: rivals.default(task, count),
-    }
-    if other is not None:
-        same = lambda x: np.broadcast_to(x, (count, *x.shape))
-        methods["reference"] = lambda: jtu.tree_map(
+        "reference": lambda: jtu.tree_map(
             same, rivals.reference(task, *other, REFERENCE)
-        )
-    return methods
+        ),
+    }
 
 
 def draw(task: Task, seeds):
@@ -114,7 +115,7 @@ def verdict(rows) -> str:
     )
 
 
-def main(folder: pathlib.Path, count: int, names: str | None, path: str | None):
+def main(folder: pathlib.Path, count: int, names: str | None, path, picture):
     tasks = load(folder)
     chosen = names.split(",") if names else list(tasks)
     print(f"{'':18}{'hyper':>6}{'cost':>5}{'ours':>9}{'':8}", end="")
@@ -126,6 +127,10 @@ def main(folder: pathlib.Path, count: int, names: str | None, path: str | None):
         if path is not None:
             pathlib.Path(path).write_text(json.dumps(rows, indent=1))
     print(verdict(rows))
+    if picture is not None:
+        of = lambda row, x: difference(row, x) if x in row["figures"] else None
+        found = {row["problem"]: [of(row, x) for x in RIVALS] for row in rows}
+        differences(found, RIVALS, picture)
 
 
 if __name__ == "__main__":
@@ -134,6 +139,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--problems", help="names, with commas between them")
     parser.add_argument("--json", help="a file for all figures")
+    parser.add_argument("--figure", help="a file for a picture of the differences")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    main(args.folder, args.seeds, args.problems, args.json)
+    main(args.folder, args.seeds, args.problems, args.json, args.figure)

@@ -7,6 +7,7 @@ of 1000 images with wrong labels, and few clean ones. Rare classes: a weight an 
 at 1 to 100. Sources: a weight for each of five, of which some are noisy.
 """
 
+import dataclasses
 import functools as ft
 import math
 import pathlib
@@ -58,7 +59,8 @@ def _kernel(h, a, b):
 
 def _kernel_ridge(h, train):
     x, y = train[1]
-    matrix = _kernel(h, x, x) + jnp.exp(h["log ridge"]) * jnp.eye(len(y))
+    ridge = jnp.exp(h.get("log ridge", math.log(0.1)))
+    matrix = _kernel(h, x, x) + ridge * jnp.eye(len(y))
     factor = jsp.linalg.cho_factor(lax.stop_gradient(matrix))
     # The derivative is one more solve with the same factor.
     dual = lax.custom_linear_solve(
@@ -81,6 +83,13 @@ def _twice(loss):
         return jnp.stack([value, value])
 
     return report
+
+
+def one_length(folder: pathlib.Path, name: str) -> Task:
+    """One hyperparameter: the length scale of all features, at the default ridge."""
+    task = kernel(folder, name)
+    default = {"log length": task.default["log length"][:1]}
+    return dataclasses.replace(task, name=f"{name}, one length", default=default)
 
 
 def kernel(folder: pathlib.Path, name: str) -> Task:

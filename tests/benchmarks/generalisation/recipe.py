@@ -72,6 +72,7 @@ def algorithm(task: Task, settings: Settings, strength):
         )
         single = hpo.FirstOrder(problem, optax.sgd(0.1), outer)
         return hpo.MetaLearner(single, count)
+    assert task.train_loss is not None
     problem = hpo.Problem(
         task.train_loss, lambda model, h, batch, key: task.loss(model, batch)
     )

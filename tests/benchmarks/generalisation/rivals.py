@@ -3,13 +3,14 @@
 all. Functions return hyperparameters with a leading axis over the seeds.
 
 - `shared`: one value for each group, by cross-validation over a grid.
-- `random_search`, `tpe`: all hyperparameters in a box, by the same folds.
+- `random_trials`, `tpe_trials`: all hyperparameters in a box, by the same folds.
 - `early`: the number of training steps at the default values, by the same folds.
 - `reference`: one value for each group that is the best on the *tests* of other seeds,
   which costs more trainings than anybody else has, and needs those tests.
 """
 
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,22 +65,21 @@ def _uniform(task: Task, rng):
     return {k: draw(k, v).astype(v.dtype) for k, v in task.default.items()}
 
 
-def random_search(task: Task, datas: Data, ks, seeds, budget: int):
+def random_trials(task: Task, datas: Data, ks, seeds, budget: int):
+    """Points, and their losses, for each seed and trial."""
     rngs = [np.random.default_rng([seed, 1]) for seed in seeds]
     points = stack([stack([_uniform(task, r) for _ in range(budget)]) for r in rngs])
-
-    def choose(data, key, points):
-        return best(points, losses(task, data, points, key))
-
-    return over_seeds(choose, datas, ks, points)
+    evaluate = lambda data, key, points: losses(task, data, points, key)
+    return points, over_seeds(evaluate, datas, ks, points)
 
 
-def tpe(task: Task, datas: Data, ks, seeds, budget: int):
+def tpe_trials(task: Task, datas: Data, ks, seeds, budget: int):
+    """The same of Optuna's sampler, which knows the losses of all trials before."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    space = {
+    space: dict[str, optuna.distributions.BaseDistribution] = {
         f"{k} {i}": optuna.distributions.FloatDistribution(task.low[k], task.high[k])
         for k, v in task.default.items()
         for i in range(v.size)
@@ -94,16 +94,24 @@ def tpe(task: Task, datas: Data, ks, seeds, budget: int):
             for k, v in task.default.items()
         }
 
-    one = lambda data, key, h: losses(
-        task, data, jtu.tree_map(lambda x: x[None], h), key
-    )
-    run = jax.jit(lambda *args: lax.map(lambda x: one(*x)[0], args))
+    def evaluate(data, key, h):
+        return losses(task, data, jtu.tree_map(lambda x: x[None], h), key)[0]
+
+    run = jax.jit(lambda *args: lax.map(lambda x: evaluate(*x), args))
+    points, values = [], []
     for _ in range(budget):
         trials = [study.ask(space) for study in studies]
-        points = stack([place(trial.params) for trial in trials])
-        for study, trial, value in zip(studies, trials, run(datas, ks, points)):
+        points.append(stack([place(trial.params) for trial in trials]))
+        values.append(run(datas, ks, points[-1]))
+        for study, trial, value in zip(studies, trials, values[-1]):
             study.tell(trial, float(value) if jnp.isfinite(value) else 1e9)
-    return stack([place(study.best_params) for study in studies])
+    swap = lambda x: jnp.swapaxes(x, 0, 1)
+    return jtu.tree_map(swap, (stack(points), jnp.stack(values)))
+
+
+def best_of(trials, count: int | None = None) -> Any:
+    """The best of the first `count` trials of each seed."""
+    return jax.vmap(best)(*jtu.tree_map(lambda x: x[:, :count], trials))
 
 
 def early(task: Task, datas: Data, ks):
@@ -116,7 +124,7 @@ def early(task: Task, datas: Data, ks):
             watch = lambda params: task.loss(params, val)
             return follow(task, data.model, h, train, key, steps, watch=watch)[1]
 
-        curves = jax.vmap(curve)(*split(task, data, key))
+        curves: Any = jax.vmap(curve)(*split(task, data, key))
         stop = 1 + jnp.argmin(jnp.mean(curves, axis=0))
         whole = (data.fixed, data.pool)
         model, _ = follow(task, data.model, h, whole, key, steps, stop)

@@ -58,11 +58,11 @@ class Task:
         return 2 if self.closed else 1
 
 
-def stack(trees):
+def stack(trees) -> Any:
     return jtu.tree_map(lambda *x: jnp.stack([jnp.asarray(a) for a in x]), *trees)
 
 
-def grid(task: Task, count: int):
+def grid(task: Task, count: int) -> Any:
     """At most `count` points, one value for each group, evenly within the box."""
     axes = task.axes or tuple(task.default)
     first = max(1, math.ceil(count ** (1 / len(axes)))) if len(axes) > 1 else count
@@ -78,7 +78,7 @@ def fill(task: Task, values):
     return {k: full(k, v) for k, v in task.default.items()}
 
 
-def folds(data: Any, count: int, *, repeats: int = 1, key: jax.Array):
+def folds(data: Any, count: int, *, repeats: int = 1, key: jax.Array) -> Any:
     """A stand-in for `hpo.folds`: leading axis `count * repeats`; each row is held out
     once a repeat, and what does not divide stays in every train part."""
     rows = len(jtu.tree_leaves(data)[0])
@@ -99,7 +99,7 @@ def folds(data: Any, count: int, *, repeats: int = 1, key: jax.Array):
     return take(kept), take(held)
 
 
-def over_seeds(fn, *args):
+def over_seeds(fn: Callable[..., Any], *args: Any) -> Any:
     """Maps a function over the leading axis, one seed at a time."""
     return jax.jit(lambda args: lax.map(lambda x: fn(*x), args))(args)
 
@@ -115,16 +115,26 @@ def split(task: Task, data: Data, key: jax.Array):
     return (jtu.tree_map(copy, data.fixed), kept), held
 
 
-def fit(task: Task, model: Any, h: Any, train: Any, key: jax.Array):
+def fit(task: Task, model: Any, h: Any, train: Any, key: jax.Array) -> Any:
     """Trains from the start at fixed hyperparameters."""
     return follow(task, model, h, train, key, task.steps)[0]
 
 
-def follow(task, model, h, train, key, steps, stop=None, watch=lambda params: None):
+def follow(
+    task: Task,
+    model: Any,
+    h: Any,
+    train: Any,
+    key: jax.Array,
+    steps: int,
+    stop: Any = None,
+    watch: Callable[[Any], Any] = lambda params: None,
+) -> tuple[Any, Any]:
     """`fit` of so many steps that halts after `stop` of them, and what `watch` says of
     the model after each."""
-    if task.closed:
+    if task.solve is not None:
         return task.solve(h, train), None
+    assert task.train_loss is not None
     grad = jax.grad(task.train_loss)
 
     def step(carry, i):
