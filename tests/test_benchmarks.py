@@ -75,7 +75,7 @@ def test_hypergradient_through_a_solve_is_that_of_cross_validation():
         pool = (x, jnp.sin(x[:, 0]) + 0.1 * x[:, 1] ** 2)
         data = tasks.Data((), (), pool, ())
         train, val = tasks.split(task, data, jr.key(1))
-        ours = recipe.algorithm(task, recipe.SETTINGS, 0.0)
+        ours = recipe.algorithm(task, recipe.SETTINGS["first"], 0.0)
         h = {"log length": jnp.array([0.1, -0.3, 0.5]), "log ridge": jnp.array(-2.0)}
         state = ours.init(jnp.zeros(()), h, train=jnp.zeros(10))
         got: Any = ours.compute_hypergradient(state, jnp.zeros(10), (train, val))

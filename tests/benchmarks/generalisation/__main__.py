@@ -35,10 +35,10 @@ REFERENCE = 36  # points of its grid
 RIVALS = ("shared", "random", "tpe", "early", "default", "reference")
 
 
-def choose(task: Task, data, keys, seeds, budget: int, other: tuple[Any, Any]):
+def choose(task: Task, settings, data, keys, seeds, other: tuple[Any, Any]):
     """Functions that return the hyperparameters of each method, one for each seed."""
     count = len(seeds)
-    settings = recipe.SETTINGS
+    budget = round(settings.cost(task))
     same = lambda x: np.broadcast_to(x, (count, *x.shape))
     trials = (task, data, keys, seeds, budget)
     return {
@@ -57,9 +57,9 @@ def draw(task: Task, seeds):
     return stack([task.make(seed) for seed in seeds]), rivals.keys(seeds)
 
 
-def run(task: Task, seeds, only=None):
+def run(task: Task, settings: recipe.Settings, seeds):
     """The reports of each method, an array over seeds and the two figures."""
-    budget = round(recipe.SETTINGS.cost(task))
+    budget = round(settings.cost(task))
     row = {"problem": task.name, "metric": task.metric, "budget": budget}
     row |= {"hyperparameters": sum(v.size for v in task.default.values())}
     with jax.enable_x64(task.closed):
@@ -67,14 +67,13 @@ def run(task: Task, seeds, only=None):
         report = lambda *args: over_seeds(
             lambda data, h, key: final(task, data, h, key), *args
         )
-        methods = choose(task, data, keys, seeds, budget, draw(task, OTHER_SEEDS))
+        methods = choose(task, settings, data, keys, seeds, draw(task, OTHER_SEEDS))
         figures, seconds = {}, {}
         for name, method in methods.items():
-            if only is None or name in only:
-                start = time.perf_counter()
-                figures[name] = np.asarray(report(data, method(), keys)).tolist()
-                seconds[name] = time.perf_counter() - start
-        if not task.closed and (only is None or "early" in only):
+            start = time.perf_counter()
+            figures[name] = np.asarray(report(data, method(), keys)).tolist()
+            seconds[name] = time.perf_counter() - start
+        if not task.closed:
             figures["early"] = np.asarray(rivals.early(task, data, keys)).tolist()
     return row | {"figures": figures, "seconds": seconds}
 
@@ -115,14 +114,14 @@ def verdict(rows) -> str:
     )
 
 
-def main(folder: pathlib.Path, count: int, names: str | None, path, picture):
+def main(folder: pathlib.Path, seeds, names: str | None, version, path, picture):
     tasks = load(folder)
     chosen = names.split(",") if names else list(tasks)
     print(f"{'':18}{'hyper':>6}{'cost':>5}{'ours':>9}{'':8}", end="")
     print("".join(f"{x:>14} " for x in RIVALS))
     rows = []
     for name in chosen:
-        rows.append(run(tasks[name], range(count)))
+        rows.append(run(tasks[name], recipe.SETTINGS[version], seeds))
         print(show(rows[-1]), flush=True)
         if path is not None:
             pathlib.Path(path).write_text(json.dumps(rows, indent=1))
@@ -137,9 +136,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=pathlib.Path, required=True)
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--recipe", choices=recipe.SETTINGS, default="first")
     parser.add_argument("--problems", help="names, with commas between them")
     parser.add_argument("--json", help="a file for all figures")
     parser.add_argument("--figure", help="a file for a picture of the differences")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    main(args.folder, args.seeds, args.problems, args.json, args.figure)
+    seeds = range(args.first, args.first + args.seeds)
+    paths = (args.json, args.figure)
+    main(args.folder, seeds, args.problems, args.recipe, *paths)

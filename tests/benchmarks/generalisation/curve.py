@@ -33,7 +33,7 @@ MORE = (*BUDGETS, 60)  # where a training is a solve
 
 def ours(task: Task, data, keys, budgets):
     """The values that each budget pays for, one dict for each."""
-    none = dataclasses.replace(recipe.SETTINGS, grid=0)
+    none = dataclasses.replace(recipe.SETTINGS["first"], grid=0)
     each = none.cost(task) / none.updates
     updates = [int(budget / each) for budget in budgets]
     settings = dataclasses.replace(none, updates=max(updates))
