@@ -134,10 +134,10 @@ def tune(task: Task, settings: Settings, data: Data, key: jax.Array):
     return out
 
 
-# The first is for all problems, and was frozen before the seeds 0 to 9 were looked at. It
-# did weights of examples no good: a coarse grid starts them where the sigmoid is flat.
-# The second mends that, for weights, and was frozen before the seeds 10 to 19 were
-# looked at.
+# The first is for all problems, and was frozen before the seeds 0 to 9 were looked at.
+# It did weights of examples no good: a coarse grid starts them where the sigmoid is
+# flat. The second mends that, for weights, and was frozen before the seeds 10 to 19
+# were looked at.
 SETTINGS = {
     "first": Settings(),
     "second": Settings(updates=30, rate=0.1, width=2.0, grid=0),
