@@ -4,10 +4,10 @@ r"""What tuning is worth on data that nobody tuned on, against rivals at equal c
 
 `problems.py` says what the problems are, `recipe.py` what ours is, and `rivals.py` what
 it is compared with. Cost is counted in trainings of a model on all folds but one, for
-each fold. A hypergradient through K inner steps counts as 3 K training gradients (flops
-of a step: 2.0 K with weights of examples, 2.9 K with noise and a perceptron), and one by
-closed form as 3 solves (2.1 in time). All but the default and early stopping have what ours
-has. Everybody then trains once on all data outside the test, for free.
+each fold. A hypergradient through K inner steps counts as 3 K training gradients (in
+flops 2.0 K with weights of examples, 2.9 K with noise and a perceptron), and one by
+closed form as 3 solves (in time 2.1). All but the default and early stopping have what
+ours has. Everybody then trains once on all data outside the test, at no charge.
 
 The table has differences to each rival, paired over the seeds, with standard errors:
 100 log(rival's error / ours) for regressions, and percentage points of accuracy else.
