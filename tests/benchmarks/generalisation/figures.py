@@ -23,7 +23,7 @@ def differences(rows, rivals, path: str) -> None:
             axis.axvline(x, color="black", lw=0.5, ls=":")
         axis.set(title=rival, xlim=(-8, 8), xlabel="standard errors")
         axis.set_yticks(range(len(rows)), list(rows))
-        axis.invert_yaxis()
+    figure.axes[0].invert_yaxis()  # shared
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
