@@ -1,12 +1,19 @@
-"""What the benchmarks count, as far as it is exact: flops and compilations."""
+"""What the benchmarks count, as far as it is exact: flops and compilations. And the
+parts of the comparison at equal cost: folds, gradients, early stopping, the best."""
+
+from typing import Any
 
 import equinox as eqx
 import eqx_hpo as hpo
 import jax
+import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
+import optax
 import pytest
 
 from .benchmarks import flops, overhead
+from .benchmarks.generalisation import problems, recipe, rivals, task as tasks
 
 
 # Exact rules, finite differences.
@@ -35,3 +42,85 @@ def test_flops_of_a_step():
 def test_many_short_episodes_compile_once():
     _, compilations = overhead.episodes()
     assert compilations == 1
+
+
+def test_each_row_is_held_out_once_a_repeat():
+    kept, held = tasks.folds(jnp.arange(23), 5, repeats=2, key=jr.key(0))
+    kept, held = np.asarray(kept), np.asarray(held)
+    assert kept.shape == (10, 19) and held.shape == (10, 4)
+    for i in range(10):
+        assert sorted([*kept[i], *held[i]]) == list(range(23))
+    for i in range(2):
+        assert len(np.unique(held[5 * i : 5 * i + 5])) == 20
+
+
+def _kernel_task(features: int):
+    return tasks.Task(
+        name="kernel",
+        make=lambda seed: tasks.Data((), (), (), ()),
+        default={"log length": np.zeros(features), "log ridge": np.array(-2.0)},
+        low={"log length": -3.0, "log ridge": -9.0},
+        high={"log length": 3.0, "log ridge": 2.0},
+        loss=problems._kernel_loss,
+        report=lambda model, rows: jnp.zeros(2),
+        metric="error",
+        solve=problems._kernel_ridge,
+    )
+
+
+def test_hypergradient_through_a_solve_is_that_of_cross_validation():
+    with jax.enable_x64(True):
+        task = _kernel_task(3)
+        x = jr.normal(jr.key(0), (40, 3))
+        pool = (x, jnp.sin(x[:, 0]) + 0.1 * x[:, 1] ** 2)
+        data = tasks.Data((), (), pool, ())
+        train, val = tasks.split(task, data, jr.key(1))
+        ours = recipe.algorithm(task, recipe.SETTINGS["first"], 0.0)
+        h = {"log length": jnp.array([0.1, -0.3, 0.5]), "log ridge": jnp.array(-2.0)}
+        state = ours.init(jnp.zeros(()), h, train=jnp.zeros(10))
+        got: Any = ours.compute_hypergradient(state, jnp.zeros(10), (train, val))
+
+        @jax.jit
+        def value(length):
+            at = h | {"log length": length}
+            return tasks.cross_validate(task, data, at, train, val, None)
+
+        for i in range(3):
+            step = 1e-5 * jnp.eye(3)[i]
+            above, below = value(h["log length"] + step), value(h["log length"] - step)
+            difference = (above - below) / 2e-5
+            np.testing.assert_allclose(got["log length"][i], difference, rtol=1e-6)
+
+
+def test_training_that_halts_early():
+    task = tasks.Task(
+        name="line",
+        make=lambda seed: tasks.Data((), (), (), ()),
+        default={"shift": np.zeros(1)},
+        low={"shift": -1.0},
+        high={"shift": 1.0},
+        loss=lambda params, rows: jnp.sum(params),
+        report=lambda params, rows: jnp.zeros(2),
+        metric="error",
+        train_loss=lambda params, h, train, key: 0.5 * jnp.sum(params**2),
+        inner=optax.sgd(0.5),
+        steps=4,
+    )
+    start = jnp.ones(1)
+    args = (start, {}, None, jr.key(0))
+    params, seen = tasks.follow(task, *args, 6, 3, lambda params: params[0])
+    assert seen is not None
+    assert params[0] == 0.5**3  # in binary without rounding
+    assert list(seen) == [0.5, 0.25, 0.125, 0.125, 0.125, 0.125]
+    assert tasks.fit(task, *args)[0] == 0.5**4
+
+
+def test_grid_and_best_of():
+    task = _kernel_task(2)
+    points = rivals.grid(task, 9)
+    assert points["log length"].shape == (9, 2)
+    assert len(np.unique(points["log ridge"])) == 3
+    values = jnp.array([[3.0, jnp.nan, 1.0, 0.0], [2.0, 1.0, 5.0, 0.0]])
+    trials = ({"x": jnp.arange(8).reshape(2, 4)}, values)
+    assert list(rivals.best_of(trials, 3)["x"]) == [2, 5]
+    assert list(rivals.best_of(trials)["x"]) == [3, 7]
