@@ -4,7 +4,8 @@
 
 Both train for n and for 2n steps, in turns, and what n steps more take is compared: CPU
 seconds, medians over repeats. The plain loop is a `fori_loop` that carries weights and
-optimiser state and computes no loss. `workloads.py` says what the letters stand for.
+optimiser state and computes no loss; `fit` computes and records one in fifty.
+`workloads.py` says what the letters stand for.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from . import by_hand
 from .__main__ import WORKLOADS
 
 
+RECORD = 50  # steps between two records
 STEPS = {"C": 40, "P": 100, "T": 40, "S": 200_000, "L": 10_000}
 
 
@@ -43,7 +45,9 @@ def measure(letter: str, repeats: int) -> tuple[float, float]:
 
     def by_fit(count):
         args = (algorithm, workload.params, workload.raw, workload.train)
-        solution = hpo.fit(*args, steps=count, key=None, progress=False)
+        solution = hpo.fit(
+            *args, steps=count, key=None, progress=False, record_every=RECORD
+        )
         jax.block_until_ready(solution.model)
 
     def seconds(run, count):

@@ -141,6 +141,10 @@ def tune(task: Task, settings: Settings, data: Data, key: jax.Array):
 SETTINGS = {
     "first": Settings(),
     "second": Settings(updates=30, rate=0.1, width=2.0, grid=0),
+    "a": Settings(updates=5, rate=0.5),
+    "b": Settings(updates=8, rate=0.3, grid=0),
+    "c": Settings(updates=8, rate=0.5, grid=0),
+    "d": Settings(updates=5, rate=0.3),
 }
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import eqx_hpo as hpo
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -78,27 +79,6 @@ def fill(task: Task, values):
     return {k: full(k, v) for k, v in task.default.items()}
 
 
-def folds(data: Any, count: int, *, repeats: int = 1, key: jax.Array) -> Any:
-    """A stand-in for `hpo.folds`: leading axis `count * repeats`; each row is held out
-    once a repeat, and what does not divide stays in every train part."""
-    rows = len(jtu.tree_leaves(data)[0])
-    size = rows // count
-
-    def split(key):
-        order = jr.permutation(key, rows)
-        held = order[: size * count].reshape(count, size)
-        kept = jax.vmap(
-            lambda i: jnp.delete(
-                order, i * size + jnp.arange(size), assume_unique_indices=True
-            )
-        )(jnp.arange(count))
-        return kept, held
-
-    kept, held = jax.vmap(split)(jr.split(key, repeats))
-    take = lambda i: jtu.tree_map(lambda x: x[i.reshape(-1, i.shape[-1])], data)
-    return take(kept), take(held)
-
-
 def over_seeds(fn: Callable[..., Any], *args: Any) -> Any:
     """Maps a function over the leading axis, one seed at a time."""
     return jax.jit(lambda args: lax.map(lambda x: fn(*x), args))(args)
@@ -110,7 +90,7 @@ FOLDS = 5
 def split(task: Task, data: Data, key: jax.Array):
     """The folds of a problem, `((fixed, part of the pool), held out)`. Ours and all
     rivals have the same."""
-    kept, held = folds(data.pool, FOLDS, repeats=task.repeats, key=key)
+    kept, held = hpo.folds(data.pool, FOLDS, repeats=task.repeats, key=key)
     copy = lambda x: jnp.broadcast_to(x, (FOLDS * task.repeats, *x.shape))
     return (jtu.tree_map(copy, data.fixed), kept), held
 
