@@ -52,7 +52,7 @@ from ._state import BilevelState
 
 
 _CALL_SECONDS = 0.1  # what a call of many steps should take
-_LEAP_SECONDS = 1.0  # likewise, where each call has a cost of its own
+_LEAP_SECONDS = 2.0  # likewise, where each call has a cost of its own
 _HISTORY_NUMBERS = 2**20  # in a block of the history
 _HISTORY_ROWS = 256
 

@@ -23,7 +23,7 @@ from .__main__ import WORKLOADS
 
 
 RECORD = 50  # steps between two records
-STEPS = {"C": 40, "P": 100, "T": 40, "S": 200_000, "L": 10_000}
+STEPS = {"C": 60, "P": 200, "T": 100, "S": 200_000, "L": 10_000}
 
 
 def measure(letter: str, repeats: int) -> tuple[float, float]:
