@@ -1,6 +1,7 @@
 """What the benchmarks count, as far as it is exact: flops and compilations. And the
 parts of the comparison at equal cost: folds, gradients, early stopping, the best."""
 
+import pathlib
 from typing import Any
 
 import equinox as eqx
@@ -13,7 +14,13 @@ import optax
 import pytest
 
 from .benchmarks import flops, overhead
-from .benchmarks.generalisation import problems, recipe, rivals, task as tasks
+from .benchmarks.generalisation import (
+    overfitting,
+    problems,
+    recipe,
+    rivals,
+    task as tasks,
+)
 
 
 # Exact rules, finite differences.
@@ -42,16 +49,6 @@ def test_flops_of_a_step():
 def test_many_short_episodes_compile_once():
     _, compilations = overhead.episodes()
     assert compilations == 1
-
-
-def test_each_row_is_held_out_once_a_repeat():
-    kept, held = tasks.folds(jnp.arange(23), 5, repeats=2, key=jr.key(0))
-    kept, held = np.asarray(kept), np.asarray(held)
-    assert kept.shape == (10, 19) and held.shape == (10, 4)
-    for i in range(10):
-        assert sorted([*kept[i], *held[i]]) == list(range(23))
-    for i in range(2):
-        assert len(np.unique(held[5 * i : 5 * i + 5])) == 20
 
 
 def _kernel_task(features: int):
@@ -124,3 +121,19 @@ def test_grid_and_best_of():
     trials = ({"x": jnp.arange(8).reshape(2, 4)}, values)
     assert list(rivals.best_of(trials, 3)["x"]) == [2, 5]
     assert list(rivals.best_of(trials)["x"]) == [3, 7]
+
+
+def test_course_of_overfitting_begins_at_the_default(monkeypatch):
+    """The first update of Adam is its rate, where the hypergradient is well above the
+    `eps` of Adam."""
+    monkeypatch.setattr(overfitting, "MARKS", (1,))
+    with jax.enable_x64(False):
+        x, y = jr.normal(jr.key(0), (50, 100)), jr.randint(jr.key(1), (50,), 0, 10)
+        zeros = [(jnp.zeros((100, 10)), jnp.zeros(10))]
+        data = tasks.Data(zeros, (), (x, y), (x, y))
+        task = overfitting.make_task(pathlib.Path())
+        for count in (1, overfitting.FOLDS):
+            path, losses = overfitting.tune(task, count, 1.0, data, jr.key(2))
+            moved = np.abs(path["log decay"][0] - task.default["log decay"])
+            assert losses.shape == (1,) and 0 < losses[0] < 10
+            assert np.max(moved) < 0.1001 and np.median(moved) > 0.09

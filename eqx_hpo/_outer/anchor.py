@@ -24,8 +24,11 @@ def anchor(
 
     For a validation loss that is the mean of $n$ negative log-likelihoods, $s = 1 / (n
     w^2)$ is a Gaussian prior of width $w$ on `raw`: for [`eqx_hpo.Positive`][] on
-    logarithms. That needs a hypergradient of the right size, not only of the right
-    direction: that of [`eqx_hpo.Unrolled`][], [`eqx_hpo.Implicit`][] or
+    logarithms. A mean squared error is such a loss in units of twice the variance of
+    the noise: multiply by twice the validation loss.
+
+    All that needs a hypergradient of the right size, not only of the right direction:
+    that of [`eqx_hpo.Unrolled`][], [`eqx_hpo.Implicit`][] or
     [`eqx_hpo.HyperDistill`][]. The one of [`eqx_hpo.T1T2`][] is too small by about the
     number of steps that training takes to respond, so the pull holds it in place.
 
