@@ -284,6 +284,8 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
         if train is None or val is None:
             return state
         warn_if_same(train, val)
+        if self.through == "values" and not self.problem.has_aux:
+            return state  # nothing to find out
         levels = levels_of_step(self, state, plain, train, val, key)
         warn_if_unreached(levels, inner, plain, self.through)
         if not self.problem.has_aux:

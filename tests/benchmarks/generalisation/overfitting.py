@@ -135,7 +135,8 @@ def draw_course(row, path: str) -> None:
     right.axhline(0, color="black", lw=0.8)
     left.set(xlabel="updates", ylabel="validation loss, which tuning sees")
     right.set(xlabel="updates", ylabel=f"test accuracy, points over decay {START:g}")
-    left.legend(frameon=False, fontsize=8)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
