@@ -218,8 +218,8 @@ def test_compiles_once_and_only_what_training_needs():
     _fit(algorithm=algorithm, steps=300, record_every=50)
     count = len(traced)
     _fit(algorithm=algorithm, steps=500, record_every=90)
-    # What `init` looks at is traced again.
-    assert len(traced) - count <= 2 < count
+    # Once to look for convolutions, and once to compile, at first.
+    assert count <= 2 and len(traced) - count <= 1
 
 
 def test_rejects_a_state_of_another_model():
