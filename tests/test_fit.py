@@ -226,3 +226,16 @@ def test_rejects_a_state_of_another_model():
     state = eqx.tree_at(lambda s: s.model, _fit().state, jnp.zeros(7))
     with pytest.raises(ValueError, match=r"`state\.model` is float64\[7\]"):
         _fit(state=state)
+
+
+def test_no_discretised_losses_without_validation_data():
+    def loss(model, hyperparams, batch, key):
+        return jnp.sum(hyperparams) * (model - 1) ** 2
+
+    algorithm = hpo.T1T2(hpo.Problem(loss, loss), INNER, optax.adam(0.1))
+    args = (algorithm, jnp.zeros(()), hpo.Choice(jnp.zeros(2)), ())
+    settings = {"steps": 2, "key": None, "progress": False}
+    solution = hpo.fit(*args, **settings)
+    assert solution.discretised is None
+    assert solution.message == "Finished after step 2."
+    assert hpo.fit(*args, val=(), **settings).discretised is not None
