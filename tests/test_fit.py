@@ -239,3 +239,32 @@ def test_no_discretised_losses_without_validation_data():
     assert solution.discretised is None
     assert solution.message == "Finished after step 2."
     assert hpo.fit(*args, val=(), **settings).discretised is not None
+
+
+def test_reports_no_validation_loss_that_was_not_taken():
+    seen = []
+    watch = lambda state: seen.append(float(state.metrics.val_loss)) or 0
+    options = {"val": CASE.val, "steps": 6, "record_every": 4}
+    begun = _fit(steps=2)  # without validation data
+    rest = _fit(**options, state=begun.state, monitor=hpo.Monitor(watch, every=1))
+    loss = lambda steps: _fit(**{**options, "steps": steps}).state.metrics.val_loss
+    expected = [np.nan, *map(loss, [3, 4, 4, 4, 4, 8])]
+    np.testing.assert_allclose(seen, expected, rtol=1e-12)
+    assert f"Validation loss {float(loss(3)):.4g} at first" in rest.message
+
+
+def test_validates_after_the_first_finite_step():
+    bad = jax.tree.map(lambda x: x * jnp.nan, CASE.train)
+    seen = []
+    watch = lambda state: seen.append(float(state.metrics.val_loss)) or 0
+    _fit(
+        iter([bad] + 10 * [CASE.train]),
+        val=CASE.val,
+        steps=11,
+        record_every=20,
+        monitor=hpo.Monitor(watch, every=1),
+    )
+    first = float(_fit(val=CASE.val, steps=1).state.metrics.val_loss)
+    last = float(_fit(val=CASE.val, steps=10).state.metrics.val_loss)
+    expected = [np.nan, np.nan, *9 * [first], last]
+    np.testing.assert_allclose(seen, expected, rtol=1e-12)
