@@ -89,6 +89,10 @@ def conduct(
             # A callback may keep its state: no later step may overwrite it.
             donate = companions.callback is None
             result = drive(run, run.step + steps, before, after, bar, donate)
+            if result != RESULTS.interrupted:
+                companions.watch(run)  # the last state may be the best one
+    except KeyboardInterrupt:
+        result = RESULTS.interrupted
     except Exception as e:
         if run.has_begun() and run.is_alive():
             attach_solution(e, lambda: run.finish(RESULTS.failed, watcher))
