@@ -91,7 +91,8 @@ def search(
         of a trial, and where `pruner` asks for it; on all data where `val` is an
         [`eqx_hpo.Minibatch`][]. The batches of an iterator go to all trials that are
         trained side by side.
-    - `trials`: the number of trainings.
+    - `trials`: the number of trainings, or fewer if `sampler` ends before, as a grid
+        does.
     - `steps`: of each, in calls of `algorithm.step`.
     - `key`: a PRNG key, or `None` if nothing is random. It seeds the sampler too.
     - `sampler`: `"random"`, `"tpe"` (tree-structured Parzen estimator), `"gp"`
@@ -221,7 +222,8 @@ class _Loop:
         try:
             if study.best is not None:
                 result = self._train_again(study.best)
-            while result == RESULTS.successful and study.finished < trials:
+            goes_on = lambda: study.finished < trials and not study.is_exhausted
+            while result == RESULTS.successful and goes_on():
                 result = self._round(min(parallel, trials - study.finished))
         except KeyboardInterrupt:
             result = RESULTS.interrupted
