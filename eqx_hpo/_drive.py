@@ -6,7 +6,15 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from ._checkpoint import save
-from ._checks import as_flag, as_int, check_function, check_key, check_path, check_type
+from ._checks import (
+    as_count,
+    as_flag,
+    as_int,
+    check_function,
+    check_key,
+    check_path,
+    check_type,
+)
 from ._jit import own_error_text
 from ._monitor import Monitor, Watcher
 from ._optimizer import AbstractBilevelOptimizer
@@ -159,7 +167,7 @@ def as_interval(record_every: Any, steps: int) -> int:
     """Returns the number of steps between two records."""
     if record_every is None:
         return max(1, steps // 100)
-    return as_int("record_every", record_every, 1)
+    return as_count("record_every", record_every)
 
 
 def asks_to_stop(callback: Callable[[BilevelState], Any], state: BilevelState) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from ._checks import as_int
+from ._checks import as_count, MOST_STEPS
 from ._custom_types import Batch, Hyperparams, Key, Model
 from ._data import AbstractBatches
 from ._drive import as_interval, check_start, Companions, conduct
@@ -72,15 +72,15 @@ def fit(
     **Raises:** what `tune` raises.
     """
     check_start(algorithm, key, state)
-    steps = as_int("steps", steps, 1)
-    max_skipped = as_int("max_skipped", max_skipped, 1)
+    steps = as_count("steps", steps)
+    max_skipped = as_count("max_skipped", max_skipped)
     interval = as_interval(record_every, steps)
     companions = Companions(
         interval, monitor, checkpoint, checkpoint_every, callback, progress
     )
     done = 0 if state is None else int(state.step)
     validate_every = None if val is None else interval
-    trainer = make_trainer(algorithm, validate_every, done + steps)
+    trainer = make_trainer(algorithm, validate_every, min(done + steps, MOST_STEPS))
     # Data for a loss that looks at nothing.
     whole = () if val is None else val
     feeds = Feed(train, "train", trainer.inner_steps), Feed(whole, "val", None)

@@ -11,6 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from ._checks import MOST_STEPS
 from ._custom_types import Hyperparams, Key, Model
 from ._drive import drive
 from ._feed import Feed
@@ -20,9 +21,6 @@ from ._progress import ProgressBar
 from ._run import own_copy, Run, start
 from ._solution import record, Solution
 from ._state import BilevelState, Memory
-
-
-_NEVER = 2**31 - 1  # steps
 
 
 class Report(eqx.Module):
@@ -56,7 +54,9 @@ class Rounds:
         args = (model, low, train, val, key, None, model_state)
         state = start(self._algorithm, *args)
         self.fresh = _take(state.memory.episode, np.array(0))
-        self._run = Run(self._algorithm, train, val, None, state, _NEVER, _NEVER)
+        self._run = Run(
+            self._algorithm, train, val, None, state, MOST_STEPS, MOST_STEPS
+        )
         self._parallel, self._bar = parallel, bar
         self._steps_of_each = trainer.validate_every
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from ._checks import as_flag, as_int, check_function, check_type
+from ._checks import as_flag, as_int, check_function, check_type, MOST_STEPS
 from ._custom_types import Batch, Hyperparams, Key, Model
 from ._data import AbstractBatches, Minibatch
 from ._drive import asks_to_stop, attach_solution, check_start
@@ -35,9 +35,6 @@ from ._solution import History, RESULTS, Solution
 from ._space import Space
 from ._state import BilevelState
 from ._study import Study
-
-
-_LARGEST = 2**31 - 1
 
 
 def search(
@@ -178,10 +175,10 @@ def _make_trainer(
     algorithm: AbstractAlgorithm, steps: int, trials: int
 ) -> PlainTraining:
     inner_steps = trials * steps * algorithm.inner_steps
-    if inner_steps > _LARGEST:
+    if inner_steps > MOST_STEPS:
         raise ValueError(
             f"`trials` and `steps` make {inner_steps} inner steps in all, but only "
-            f"{_LARGEST} can be counted. Lower one of them."
+            f"{MOST_STEPS} can be counted. Lower one of them."
         )
     return PlainTraining(
         algorithm.problem,

@@ -497,3 +497,25 @@ def test_tune_in_another_thread():
     thread.start()
     thread.join()
     assert int(out[0].state.step) == 3
+
+
+@pytest.mark.parametrize("driver", ["tune", "fit"])
+def test_numbers_too_large_to_be_counted_stand_for_never(driver):
+    case, huge = ridge(), 10**12
+    algorithm = hpo.T1T2(case.problem, optax.sgd(0.1), optax.adam(0.1))
+    data = (case.train, case.val) if driver == "tune" else (case.train,)
+    monitor = hpo.Monitor(lambda state: 0.0, every=5, patience=1)
+    solution = getattr(hpo, driver)(
+        algorithm,
+        case.model,
+        case.hyperparams,
+        *data,
+        steps=huge,
+        key=None,
+        record_every=huge,
+        max_skipped=huge,
+        monitor=monitor,
+        **({} if driver == "tune" else {"val": case.val}),
+    )
+    assert solution.result == hpo.RESULTS.patience
+    assert list(solution.history.step) == [5]
