@@ -55,17 +55,19 @@ def fit(
         `tune`. Of an [`eqx_hpo.MetaLearner`][] one model is trained.
     - `model`: the starting model.
     - `hyperparams`: what stays as it is: placeholders, or plain values such as
-        `solution.values`.
+        `solution.values`. An [`eqx_hpo.Schedule`][] must be a placeholder: its values
+        alone are an array that does not say which step sees which.
     - `train`: the data to train on, as for `tune`.
     - `steps`: the number of steps, of `inner_steps` training steps each.
     - `key`: a PRNG key, or `None` if nothing is random. The batches and the keys of the
         train loss are those that `tune` has with this key.
     - `val`: data for the validation loss, as for `tune`. It is taken after the first
         step, at the steps that are recorded and after the last one; in between,
-        `state.metrics` has the one that was taken last. Without data it is NaN.
+        `state.metrics` has the one that was taken last, and zeros for its `aux`.
+        Without data it is NaN.
     - `state`: the `state` of an earlier `fit` to go on from.
-    - `record_every`, `monitor`, `checkpoint`, `checkpoint_every`, `callback`,
-        `progress`, `model_state`, `max_skipped`: as for `tune`.
+    - `record_every`, `monitor`, `checkpoint`, `checkpoint_every`: as for `tune`.
+    - `callback`, `progress`, `model_state`, `max_skipped`: as for `tune`.
 
     **Returns:** a [`eqx_hpo.Solution`][], as `tune` does.
 
