@@ -82,7 +82,7 @@ def fit(
     )
     done = 0 if state is None else int(state.step)
     validate_every = None if val is None else interval
-    trainer = make_trainer(algorithm, validate_every, min(done + steps, MOST_STEPS))
+    trainer = _make_trainer(algorithm, validate_every, min(done + steps, MOST_STEPS))
     # Data for a loss that looks at nothing.
     whole = () if val is None else val
     feeds = Feed(train, "train", trainer.inner_steps), Feed(whole, "val", None)
@@ -92,7 +92,7 @@ def fit(
     return conduct(run, steps, companions, [], tunes=val is not None)
 
 
-def make_trainer(
+def _make_trainer(
     algorithm: AbstractBilevelOptimizer, validate_every: int | None, last: int
 ) -> PlainTraining:
     """Makes what trains one model as `algorithm` does, and validates it."""

@@ -36,6 +36,7 @@ from ._problem import Problem
 from ._solution import compare_discretised, Discretised
 from ._state import BilevelState, Estimate, inner_state, Memory, TaskReport
 from ._tasks import (
+    as_row,
     check_own_state,
     first_row,
     mean_and_error,
@@ -373,8 +374,7 @@ class MetaLearner(AbstractBilevelOptimizer):
             # Not mapped, which would round products otherwise.
             firsts = [first_row(x, axis) for x, axis in zip(args, axes)]
             own, shared = fn(*firsts)
-            add = lambda x: x[None] if eqx.is_array(x) else x
-            return jtu.tree_map(add, own), shared
+            return as_row(own), shared
 
         return single
 

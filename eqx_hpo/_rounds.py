@@ -91,7 +91,7 @@ class Rounds:
     def keep(self, rows: list[int], size: int) -> None:
         """Goes on with some trials of the round, in a program that holds `size`."""
         padded = [*rows, *rows[-1:] * (size - len(rows))]
-        self._put(_keep(self._rows(), np.array(padded)), 0)
+        self._put(_take(self._rows(), np.array(padded)), 0)
 
     def finish(self, result: Any) -> Solution:
         """Builds a `Solution` whose parts are those of the run, not of a trial."""
@@ -136,13 +136,9 @@ def _report(rows: BilevelState) -> Report:
 
 
 @eqx.filter_jit
-def _keep(rows: BilevelState, numbers: Int[Any, " trials"]) -> BilevelState:
+def _take(rows: BilevelState, numbers: Int[Any, "..."]) -> BilevelState:
+    """Copies the state of one trial, or the rows of several."""
     return jtu.tree_map(lambda x: x[numbers] if eqx.is_array(x) else x, rows)
-
-
-@eqx.filter_jit
-def _take(rows: BilevelState, number: Int[Any, ""]) -> BilevelState:
-    return jtu.tree_map(lambda x: x[number] if eqx.is_array(x) else x, rows)
 
 
 @eqx.filter_jit

@@ -46,7 +46,7 @@ class Study:
             raise ValueError(f"`study_name` must be a string; got {shown(name)}.")
         pruner = None if isinstance(pruner, str) else pruner
         self._study = self._open(storage, name, pruner)
-        self._check_settings(steps, name, is_stored=storage is not None)
+        self._check_settings(steps, name)
         states = self._optuna.trial.TrialState
         trials = self._study.get_trials(deepcopy=False)
         self._under_way = [x for x in trials if x.state == states.RUNNING]
@@ -75,7 +75,7 @@ class Study:
         finally:
             logging.set_verbosity(verbosity)
 
-    def _check_settings(self, steps: int, name: str, is_stored: bool) -> None:
+    def _check_settings(self, steps: int, name: str) -> None:
         """Writes down what the trials of a study share, or compares it."""
         to_json = self._optuna.distributions.distribution_to_json
         ranges = {x: to_json(y) for x, y in self.space.distributions.items()}
