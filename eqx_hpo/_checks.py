@@ -20,6 +20,8 @@ from jaxtyping import Array, Float, PyTree
 from ._misc import is_array_or_numpy, is_typed_key, NO_NUMBERS
 
 
+MOST_STEPS = 2**31 - 1  # that the counters in a state hold
+
 _REAL = "a real number or an array of them"
 
 
@@ -33,6 +35,11 @@ def as_int(name: str, value: Any, least: int | None = None) -> int:
     if number is None or (least is not None and number < least):
         raise ValueError(f"`{name}` must be {what}; got {shown(value)}.")
     return number
+
+
+def as_count(name: str, value: Any) -> int:
+    """Converts a number of steps. What is too large to be counted stands for never."""
+    return min(as_int(name, value, 1), MOST_STEPS)
 
 
 def as_flag(name: str, value: Any) -> bool:

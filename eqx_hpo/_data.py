@@ -102,7 +102,7 @@ class Minibatch(AbstractBatches):
             epoch, number = jnp.divmod(position, per_epoch)
             rows = number * self.batch_size + jnp.arange(self.batch_size)
             rows = _shuffle(rows, size, jr.fold_in(jr.key(self.seed), epoch))
-        return jtu.tree_map(lambda x: _take_rows(x, rows), self.data)
+        return jtu.tree_map(lambda x: take_rows(x, rows), self.data)
 
 
 class Stacked(AbstractBatches):
@@ -245,16 +245,17 @@ def _as_seed(seed: Any) -> UInt32[Array, ""]:
     return jnp.asarray(seed, jnp.uint32)
 
 
-def _take_rows(x: Array, rows: Int[Array, " batch"]) -> Array:
-    """Indexes the leading axis. On a mesh with explicit axes the batch is split as the
-    data are, if its length allows that, and else whole on each device."""
+def take_rows(x: Array, rows: Int[Array, "... batch"]) -> Array:
+    """Indexes the leading axis. On a mesh with explicit axes the batches are split as
+    the data are, if their length allows that, and else whole on each device."""
     sharding = jax.typeof(x).sharding
     if sharding.mesh.empty or not sharding.mesh.explicit_axes:
         return x[rows]
     first, *others = sharding.spec
     names = (first,) if isinstance(first, str) else first or ()
     parts = math.prod(sharding.mesh.shape[name] for name in names)
-    spec = jax.P(first if rows.size % parts == 0 else None, *others)
+    first = first if rows.shape[-1] % parts == 0 else None
+    spec = jax.P(*[None] * (rows.ndim - 1), first, *others)
     return x.at[rows].get(out_sharding=jax.NamedSharding(sharding.mesh, spec))
 
 

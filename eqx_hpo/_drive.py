@@ -6,7 +6,15 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from ._checkpoint import save
-from ._checks import as_flag, as_int, check_function, check_key, check_path, check_type
+from ._checks import (
+    as_count,
+    as_flag,
+    as_int,
+    check_function,
+    check_key,
+    check_path,
+    check_type,
+)
 from ._jit import own_error_text
 from ._monitor import Monitor, Watcher
 from ._optimizer import AbstractBilevelOptimizer
@@ -89,6 +97,10 @@ def conduct(
             # A callback may keep its state: no later step may overwrite it.
             donate = companions.callback is None
             result = drive(run, run.step + steps, before, after, bar, donate)
+            if result != RESULTS.interrupted:
+                companions.watch(run)  # the last state may be the best one
+    except KeyboardInterrupt:
+        result = RESULTS.interrupted
     except Exception as e:
         if run.has_begun() and run.is_alive():
             attach_solution(e, lambda: run.finish(RESULTS.failed, watcher))
@@ -155,7 +167,7 @@ def as_interval(record_every: Any, steps: int) -> int:
     """Returns the number of steps between two records."""
     if record_every is None:
         return max(1, steps // 100)
-    return as_int("record_every", record_every, 1)
+    return as_count("record_every", record_every)
 
 
 def asks_to_stop(callback: Callable[[BilevelState], Any], state: BilevelState) -> bool:

@@ -27,9 +27,7 @@ from ._state import BilevelState, inner_state
 Reference = Literal["unrolled", "differences"]
 Keys = Shaped[Array, "calls ..."] | None
 
-_LONG = (
-    64  # inner steps from which on memory counts for more than a second forward pass
-)
+_LONG = 64  # inner steps above which memory counts for more than a second pass
 
 
 def call_keys(key: Key, calls: int) -> Keys:

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from ._checks import as_int
+from ._checks import as_count, MOST_STEPS
 from ._custom_types import Batch, Hyperparams, Key, Model
 from ._data import AbstractBatches
 from ._drive import as_interval, check_start, Companions, conduct
@@ -55,32 +55,34 @@ def fit(
         `tune`. Of an [`eqx_hpo.MetaLearner`][] one model is trained.
     - `model`: the starting model.
     - `hyperparams`: what stays as it is: placeholders, or plain values such as
-        `solution.values`.
+        `solution.values`. An [`eqx_hpo.Schedule`][] must be a placeholder: its values
+        alone are an array that does not say which step sees which.
     - `train`: the data to train on, as for `tune`.
     - `steps`: the number of steps, of `inner_steps` training steps each.
     - `key`: a PRNG key, or `None` if nothing is random. The batches and the keys of the
         train loss are those that `tune` has with this key.
     - `val`: data for the validation loss, as for `tune`. It is taken after the first
         step, at the steps that are recorded and after the last one; in between,
-        `state.metrics` has the one that was taken last. Without data it is NaN.
+        `state.metrics` has the one that was taken last, and zeros for its `aux`.
+        Without data it is NaN.
     - `state`: the `state` of an earlier `fit` to go on from.
-    - `record_every`, `monitor`, `checkpoint`, `checkpoint_every`, `callback`,
-        `progress`, `model_state`, `max_skipped`: as for `tune`.
+    - `record_every`, `monitor`, `checkpoint`, `checkpoint_every`: as for `tune`.
+    - `callback`, `progress`, `model_state`, `max_skipped`: as for `tune`.
 
     **Returns:** a [`eqx_hpo.Solution`][], as `tune` does.
 
     **Raises:** what `tune` raises.
     """
     check_start(algorithm, key, state)
-    steps = as_int("steps", steps, 1)
-    max_skipped = as_int("max_skipped", max_skipped, 1)
+    steps = as_count("steps", steps)
+    max_skipped = as_count("max_skipped", max_skipped)
     interval = as_interval(record_every, steps)
     companions = Companions(
         interval, monitor, checkpoint, checkpoint_every, callback, progress
     )
     done = 0 if state is None else int(state.step)
     validate_every = None if val is None else interval
-    trainer = make_trainer(algorithm, validate_every, done + steps)
+    trainer = _make_trainer(algorithm, validate_every, min(done + steps, MOST_STEPS))
     # Data for a loss that looks at nothing.
     whole = () if val is None else val
     feeds = Feed(train, "train", trainer.inner_steps), Feed(whole, "val", None)
@@ -90,7 +92,7 @@ def fit(
     return conduct(run, steps, companions, [], tunes=val is not None)
 
 
-def make_trainer(
+def _make_trainer(
     algorithm: AbstractBilevelOptimizer, validate_every: int | None, last: int
 ) -> PlainTraining:
     """Makes what trains one model as `algorithm` does, and validates it."""

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int, PyTree
 
 from ._checks import as_int, check_key
 from ._custom_types import Key
-from ._data import leading_axis
+from ._data import leading_axis, take_rows
 from ._misc import as_device_arrays
 
 
@@ -112,4 +112,4 @@ def _as_count(count: Any, size: int) -> int:
 
 def _take(data: PyTree[Array], rows: Int[Array, "repeats count n"]) -> PyTree[Array]:
     rows = rows.reshape(-1, rows.shape[-1])
-    return jtu.tree_map(lambda x: x[rows], data)
+    return jtu.tree_map(lambda x: take_rows(x, rows), data)

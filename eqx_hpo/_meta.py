@@ -33,8 +33,10 @@ from ._optimizer import (
     warn_if_same,
 )
 from ._problem import Problem
+from ._solution import compare_discretised, Discretised
 from ._state import BilevelState, Estimate, inner_state, Memory, TaskReport
 from ._tasks import (
+    as_row,
     check_own_state,
     first_row,
     mean_and_error,
@@ -372,8 +374,7 @@ class MetaLearner(AbstractBilevelOptimizer):
             # Not mapped, which would round products otherwise.
             firsts = [first_row(x, axis) for x, axis in zip(args, axes)]
             own, shared = fn(*firsts)
-            add = lambda x: x[None] if eqx.is_array(x) else x
-            return jtu.tree_map(add, own), shared
+            return as_row(own), shared
 
         return single
 
@@ -407,3 +408,19 @@ def exact_over_tasks(
     mapped = learner._over_tasks(exact, axes)
     hypergradients, _ = mapped(rows_of(state), *batches, own)
     return mean_and_error(hypergradients, learner.tasks)[0]
+
+
+def discretised_over_tasks(
+    learner: MetaLearner, state: BilevelState, val: AbstractBatches, key: Key
+) -> Discretised:
+    """Evaluates both forms of the hyperparameters as the means over tasks."""
+    _, state = without_shared(state)
+
+    def compare(row, val, key):
+        single = with_rows(state, row)
+        found = compare_discretised(learner.problem, single, val, key)
+        return (found.val_loss, found.relaxed_val_loss), found.values
+
+    mapped = learner._over_tasks(compare, (0, task_axis(val), 0))
+    losses, values = mapped(rows_of(state), val, learner._task_keys(key))
+    return Discretised(values, *[jnp.mean(x) for x in losses])

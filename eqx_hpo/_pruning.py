@@ -2,6 +2,7 @@
 
 import abc
 import math
+import warnings
 from typing import Any
 
 import equinox as eqx
@@ -54,7 +55,7 @@ class Halving(AbstractPruning):
         best = set(order[:kept].tolist())
         going_on = [i in best and not np.isnan(x) for i, x in enumerate(losses)]
         for trial, loss in zip(trials, losses.tolist(), strict=True):
-            trial.report(loss, step)
+            _report(trial, loss, step)
         return going_on
 
 
@@ -67,9 +68,16 @@ class OptunaPruning(AbstractPruning):
     def go_on(self, trials: list[Any], losses: np.ndarray, step: int) -> list[bool]:
         going_on = []
         for trial, loss in zip(trials, losses.tolist(), strict=True):
-            trial.report(loss, step)
-            going_on.append(not trial.should_prune())
+            _report(trial, loss, step)
+            going_on.append(not math.isnan(loss) and not trial.should_prune())
         return going_on
+
+
+def _report(trial: Any, loss: float, step: int) -> None:
+    with warnings.catch_warnings():
+        # An earlier call that left this trial unfinished may have reported the same.
+        warnings.filterwarnings("ignore", "The reported value is ignored")
+        trial.report(loss, step)
 
 
 def make_pruning(

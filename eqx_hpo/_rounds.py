@@ -11,6 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from ._checks import MOST_STEPS
 from ._custom_types import Hyperparams, Key, Model
 from ._drive import drive
 from ._feed import Feed
@@ -20,9 +21,6 @@ from ._progress import ProgressBar
 from ._run import own_copy, Run, start
 from ._solution import record, Solution
 from ._state import BilevelState, Memory
-
-
-_NEVER = 2**31 - 1  # steps
 
 
 class Report(eqx.Module):
@@ -56,7 +54,9 @@ class Rounds:
         args = (model, low, train, val, key, None, model_state)
         state = start(self._algorithm, *args)
         self.fresh = _take(state.memory.episode, np.array(0))
-        self._run = Run(self._algorithm, train, val, None, state, _NEVER, _NEVER)
+        self._run = Run(
+            self._algorithm, train, val, None, state, MOST_STEPS, MOST_STEPS
+        )
         self._parallel, self._bar = parallel, bar
         self._steps_of_each = trainer.validate_every
 
@@ -91,7 +91,7 @@ class Rounds:
     def keep(self, rows: list[int], size: int) -> None:
         """Goes on with some trials of the round, in a program that holds `size`."""
         padded = [*rows, *rows[-1:] * (size - len(rows))]
-        self._put(_keep(self._rows(), np.array(padded)), 0)
+        self._put(_take(self._rows(), np.array(padded)), 0)
 
     def finish(self, result: Any) -> Solution:
         """Builds a `Solution` whose parts are those of the run, not of a trial."""
@@ -136,13 +136,9 @@ def _report(rows: BilevelState) -> Report:
 
 
 @eqx.filter_jit
-def _keep(rows: BilevelState, numbers: Int[Any, " trials"]) -> BilevelState:
+def _take(rows: BilevelState, numbers: Int[Any, "..."]) -> BilevelState:
+    """Copies the state of one trial, or the rows of several."""
     return jtu.tree_map(lambda x: x[numbers] if eqx.is_array(x) else x, rows)
-
-
-@eqx.filter_jit
-def _take(rows: BilevelState, number: Int[Any, ""]) -> BilevelState:
-    return jtu.tree_map(lambda x: x[number] if eqx.is_array(x) else x, rows)
 
 
 @eqx.filter_jit

@@ -32,6 +32,7 @@ from ._discrete import has_discrete, without_noise
 from ._feed import Feed
 from ._hyperparameter import unwrap
 from ._jaxpr import holds_primitive
+from ._meta import discretised_over_tasks, MetaLearner
 from ._misc import is_array_or_numpy
 from ._monitor import Watcher
 from ._optimizer import AbstractBilevelOptimizer, failed_solve, PlainTraining
@@ -213,11 +214,15 @@ class Run:
         return RESULTS.successful
 
     def _discretise(self, state: BilevelState) -> Discretised | None:
-        if not has_discrete(state.hyperparams) or self._last_val is None:
+        algorithm, val = self._algorithm, self._last_val
+        if not has_discrete(state.hyperparams) or val is None:
+            return None
+        if isinstance(algorithm, PlainTraining) and algorithm.validate_every is None:
             return None
         key = None if self._key is None else jr.fold_in(self._key, self.step)
-        problem = self._algorithm.problem
-        return compare_discretised(problem, state, self._last_val, key)
+        if isinstance(algorithm, MetaLearner):
+            return discretised_over_tasks(algorithm, state, val, key)
+        return compare_discretised(algorithm.problem, state, val, key)
 
 
 class _Pace:

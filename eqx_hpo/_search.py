@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from ._checks import as_flag, as_int, check_function, check_type
+from ._checks import as_flag, as_int, check_function, check_type, MOST_STEPS
 from ._custom_types import Batch, Hyperparams, Key, Model
 from ._data import AbstractBatches, Minibatch
 from ._drive import asks_to_stop, attach_solution, check_start
@@ -35,9 +35,6 @@ from ._solution import History, RESULTS, Solution
 from ._space import Space
 from ._state import BilevelState
 from ._study import Study
-
-
-_LARGEST = 2**31 - 1
 
 
 def search(
@@ -91,7 +88,8 @@ def search(
         of a trial, and where `pruner` asks for it; on all data where `val` is an
         [`eqx_hpo.Minibatch`][]. The batches of an iterator go to all trials that are
         trained side by side.
-    - `trials`: the number of trainings.
+    - `trials`: the number of trainings, or fewer if `sampler` ends before, as a grid
+        does.
     - `steps`: of each, in calls of `algorithm.step`.
     - `key`: a PRNG key, or `None` if nothing is random. It seeds the sampler too.
     - `sampler`: `"random"`, `"tpe"` (tree-structured Parzen estimator), `"gp"`
@@ -177,10 +175,10 @@ def _make_trainer(
     algorithm: AbstractAlgorithm, steps: int, trials: int
 ) -> PlainTraining:
     inner_steps = trials * steps * algorithm.inner_steps
-    if inner_steps > _LARGEST:
+    if inner_steps > MOST_STEPS:
         raise ValueError(
             f"`trials` and `steps` make {inner_steps} inner steps in all, but only "
-            f"{_LARGEST} can be counted. Lower one of them."
+            f"{MOST_STEPS} can be counted. Lower one of them."
         )
     return PlainTraining(
         algorithm.problem,
@@ -221,7 +219,8 @@ class _Loop:
         try:
             if study.best is not None:
                 result = self._train_again(study.best)
-            while result == RESULTS.successful and study.finished < trials:
+            goes_on = lambda: study.finished < trials and not study.is_exhausted
+            while result == RESULTS.successful and goes_on():
                 result = self._round(min(parallel, trials - study.finished))
         except KeyboardInterrupt:
             result = RESULTS.interrupted

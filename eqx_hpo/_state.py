@@ -136,13 +136,14 @@ class Estimate(eqx.Module):
 
     - `inner`: the inner state after the inner steps.
     - `memory`: the algorithm's memory after them.
-    - `hypergradient`: an estimate of $dC_2/d\lambda$, shaped like the unwrapped
-        hyperparameters, `None` where a leaf is not an inexact array.
+    - `hypergradient`: an estimate of $dC_2/d\lambda$, `None` where a leaf is not an
+        inexact array. An algorithm's `estimate` gives that of the unwrapped
+        hyperparameters; `step` goes on with that of the `raw` arrays.
     - `train`, `val`: the last `(loss, aux)` of each level; `None` for `val` if it was
         not taken.
     - `diagnostics`: goes into `state.metrics.diagnostics`.
-    - `error`: the standard error of the hypergradient, which the outer update gets as
-        the argument `error`. `None` for single models.
+    - `error`: the standard error of the hypergradient of the `raw` arrays, which the
+        outer update gets as the argument `error`. `None` for single models.
     """
 
     inner: InnerState

@@ -25,6 +25,7 @@ class Study:
     - `space`: what is searched.
     - `finished`: how many trials have ended, in earlier calls too.
     - `best_loss`, `best`: the validation loss and the number of the best of them.
+    - `is_exhausted`: whether the sampler has nothing more to propose.
     """
 
     def __init__(
@@ -45,11 +46,12 @@ class Study:
             raise ValueError(f"`study_name` must be a string; got {shown(name)}.")
         pruner = None if isinstance(pruner, str) else pruner
         self._study = self._open(storage, name, pruner)
-        self._check_settings(steps, name, is_stored=storage is not None)
+        self._check_settings(steps, name)
         states = self._optuna.trial.TrialState
         trials = self._study.get_trials(deepcopy=False)
         self._under_way = [x for x in trials if x.state == states.RUNNING]
         self._next = len(trials)
+        self.is_exhausted = False
         self.finished = len(self.trials())
         complete = [x for x in trials if x.state == states.COMPLETE]
         best = min(complete, key=lambda x: (x.value, x.number), default=None)
@@ -73,7 +75,7 @@ class Study:
         finally:
             logging.set_verbosity(verbosity)
 
-    def _check_settings(self, steps: int, name: str, is_stored: bool) -> None:
+    def _check_settings(self, steps: int, name: str) -> None:
         """Writes down what the trials of a study share, or compares it."""
         to_json = self._optuna.distributions.distribution_to_json
         ranges = {x: to_json(y) for x, y in self.space.distributions.items()}
@@ -137,16 +139,25 @@ class Study:
         trial.set_user_attr(_ATTRIBUTE, report)
         self.finished += 1
         if math.isnan(loss):
-            self._study.tell(trial, state=states.FAIL)
+            self._tell(trial, state=states.FAIL)
             return False
         if not done:
-            self._study.tell(trial, state=states.PRUNED)
+            self._tell(trial, state=states.PRUNED)
             return False
-        self._study.tell(trial, loss)
+        self._tell(trial, loss)
         if loss >= self.best_loss:
             return False
         self.best_loss, self.best = loss, trial.number
         return True
+
+    def _tell(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            self._study.tell(*args, **kwargs)
+        except RuntimeError as e:
+            # So ends a grid, outside a loop of Optuna's own. The trial has been told.
+            if "`Study.stop`" not in str(e):
+                raise
+            self.is_exhausted = True
 
     def trials(self) -> list[Any]:
         """All that have ended, in their order."""

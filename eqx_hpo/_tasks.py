@@ -124,6 +124,11 @@ def first_row(tree: T, axis: int = 0) -> T:
     return jtu.tree_map(lambda x: take(x) if eqx.is_array(x) else x, tree)
 
 
+def as_row(tree: T) -> T:
+    """Adds an axis of length one to each array."""
+    return jtu.tree_map(lambda x: x[None] if eqx.is_array(x) else x, tree)
+
+
 def task_axis(batches: AbstractBatches) -> int:
     """Finds the axis of the tasks in the arrays of `train` or `val`."""
     return 1 if isinstance(batches, Stacked) else 0

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxtyping import PyTree
 
-from ._checks import as_int
+from ._checks import as_count, as_int
 from ._custom_types import Batch, Hyperparams, Key, Model
 from ._data import AbstractBatches
 from ._drive import as_interval, check_start, Companions, conduct
@@ -96,8 +96,8 @@ def tune(
     ends the run, and has the solution so far as its attribute `solution`.
     """
     check_start(algorithm, key, state)
-    steps = as_int("steps", steps, 1)
-    max_skipped = as_int("max_skipped", max_skipped, 1)
+    steps = as_count("steps", steps)
+    max_skipped = as_count("max_skipped", max_skipped)
     interval = as_interval(record_every, steps)
     if restart_every is not None:
         restart_every = as_int("restart_every", restart_every, 1)

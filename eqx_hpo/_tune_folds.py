@@ -88,7 +88,9 @@ def tune_folds(
         mean has less of the noise of the hypergradients.
     - `progress`, `model_state`: as for `tune`.
 
-    **Returns:** an [`eqx_hpo.FoldsSolution`][].
+    **Returns:** an [`eqx_hpo.FoldsSolution`][]. Whatever ended the tuning, Ctrl-C or
+    steps that are not finite, the last training follows with the values found so far:
+    `tuning.result` tells.
 
     **Raises:** what `folds`, `tune` and `fit` raise.
     """

@@ -226,3 +226,45 @@ def test_rejects_a_state_of_another_model():
     state = eqx.tree_at(lambda s: s.model, _fit().state, jnp.zeros(7))
     with pytest.raises(ValueError, match=r"`state\.model` is float64\[7\]"):
         _fit(state=state)
+
+
+def test_no_discretised_losses_without_validation_data():
+    def loss(model, hyperparams, batch, key):
+        return jnp.sum(hyperparams) * (model - 1) ** 2
+
+    algorithm = hpo.T1T2(hpo.Problem(loss, loss), INNER, optax.adam(0.1))
+    args = (algorithm, jnp.zeros(()), hpo.Choice(jnp.zeros(2)), ())
+    settings = {"steps": 2, "key": None, "progress": False}
+    solution = hpo.fit(*args, **settings)
+    assert solution.discretised is None
+    assert solution.message == "Finished after step 2."
+    assert hpo.fit(*args, val=(), **settings).discretised is not None
+
+
+def test_reports_no_validation_loss_that_was_not_taken():
+    seen = []
+    watch = lambda state: seen.append(float(state.metrics.val_loss)) or 0
+    options = {"val": CASE.val, "steps": 6, "record_every": 4}
+    begun = _fit(steps=2)  # without validation data
+    rest = _fit(**options, state=begun.state, monitor=hpo.Monitor(watch, every=1))
+    loss = lambda steps: _fit(**{**options, "steps": steps}).state.metrics.val_loss
+    expected = [np.nan, *map(loss, [3, 4, 4, 4, 4, 8])]
+    np.testing.assert_allclose(seen, expected, rtol=1e-12)
+    assert f"Validation loss {float(loss(3)):.4g} at first" in rest.message
+
+
+def test_validates_after_the_first_finite_step():
+    bad = jax.tree.map(lambda x: x * jnp.nan, CASE.train)
+    seen = []
+    watch = lambda state: seen.append(float(state.metrics.val_loss)) or 0
+    _fit(
+        iter([bad] + 10 * [CASE.train]),
+        val=CASE.val,
+        steps=11,
+        record_every=20,
+        monitor=hpo.Monitor(watch, every=1),
+    )
+    first = float(_fit(val=CASE.val, steps=1).state.metrics.val_loss)
+    last = float(_fit(val=CASE.val, steps=10).state.metrics.val_loss)
+    expected = [np.nan, np.nan, *9 * [first], last]
+    np.testing.assert_allclose(seen, expected, rtol=1e-12)

@@ -414,3 +414,15 @@ def test_the_standard_error_where_training_hardly_tells_folds_apart():
     # With repeats it is too small by about their root.
     mean, error = _reported(rate, jr.key(9), repeats=4)
     assert jnp.abs(error / jnp.std(mean) * 2 - 1) < 0.1
+
+
+@pytest.mark.parametrize("size", [32, 40])  # train parts that 4 divides, and 30 rows
+def test_of_data_on_a_mesh_with_explicit_axes(size):
+    x = jnp.arange(2.0 * size).reshape(size, 2)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spec = jax.sharding.PartitionSpec("data")
+    split = jax.device_put(x, jax.NamedSharding(mesh, spec))
+    parts = zip(hpo.folds(split, 4), hpo.folds(x, 4), strict=True)
+    for got, expected in parts:
+        assert jnp.array_equal(got, expected)
+        assert got.sharding.is_fully_replicated == (got.shape[1] % 4 != 0)

@@ -90,7 +90,8 @@ def test_other_transformations_do_not_notice():
 MISSING = (
     "`gate` needs the standard error of the hypergradient, which one model alone does "
     "not have. Wrap the algorithm in `MetaLearner(algorithm, tasks)` with two tasks "
-    "at least, and give each a fold of the data: `train, val = folds(data, tasks)`."
+    "at least, and give each a fold of the data: `train, val = folds(data, tasks)`. "
+    "(`optax.MultiSteps` does not pass it on.)"
 )
 
 
@@ -108,6 +109,23 @@ def test_without_an_error():
     with pytest.raises(ValueError) as info:
         single.step(state, *data)
     assert str(info.value) == MISSING
+
+
+@pytest.mark.parametrize("inner", [hpo.gate(1.5), hpo.select_top_k(1)])
+def test_on_a_part_of_the_hyperparameters(inner):
+    """The extra arguments have all of them, the masked updates a part."""
+    mask = {"a": True, "b": False}
+    outer = optax.masked(inner, mask)
+    got, _ = outer.update(UPDATES, outer.init(UPDATES), grad=GRAD, error=ERROR)
+    alone = {"a": UPDATES["a"]}
+    kept = {"grad": {"a": GRAD["a"]}, "error": {"a": ERROR["a"]}}
+    expected, _ = inner.update(alone, inner.init(alone), **kept)
+    assert equal(got, {**expected, "b": UPDATES["b"]})
+    assert not equal(expected, alone)
+    parts = {"in": inner, "out": optax.identity()}
+    outer = optax.partition(parts, {"a": "in", "b": "out"})
+    got, _ = outer.update(UPDATES, outer.init(UPDATES), grad=GRAD, error=ERROR)
+    assert equal(got, {**expected, "b": UPDATES["b"]})
 
 
 def test_bad_input_raises():

@@ -329,3 +329,24 @@ def test_bad_arguments():
         algorithm.step(state, _tasks(3)[0], val)
     with pytest.raises(ValueError, match="`model` is float64"):
         algorithm.restart(state, jnp.ones(7))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_discretised_losses_are_means_over_tasks(stacked):
+    def val_loss(model, hyperparams, batch, key):
+        error = model - batch
+        return jnp.vdot(jnp.array([1.0, 2.0, 4.0]), hyperparams) * error**2
+
+    problem = hpo.Problem(val_loss, val_loss)
+    still = hpo.T1T2(problem, optax.sgd(0.0), optax.set_to_zero())
+    learner, train = hpo.MetaLearner(still, 2), jnp.zeros(2)
+    val = jnp.array([1.0, 3.0])
+    val = hpo.Stacked(val[None]) if stacked else val
+    choice = hpo.Choice(jnp.log(jnp.array([2.0, 5.0, 3.0])))
+    settings = {"steps": 2, "key": None, "progress": False}
+    solution = hpo.tune(learner, jnp.array(0.0), choice, train, val, **settings)
+    # The mean of 1^2 and 3^2, times the weight.
+    assert float(solution.discretised.val_loss) == 5 * 2
+    expected = 5 * (0.2 * 1 + 0.5 * 2 + 0.3 * 4)
+    np.testing.assert_allclose(solution.discretised.relaxed_val_loss, expected)
+    np.testing.assert_array_equal(solution.discretised.values, [0.0, 1.0, 0.0])

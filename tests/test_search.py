@@ -349,7 +349,7 @@ def test_side_by_side_trials_fail_alone():
     assert equal(alone.history.skipped, beside.history.skipped)
 
 
-def _at_once(**settings):
+def _at_once(low=0.0, high=1.0, **settings):
     """Trials whose validation loss is their hyperparameter, whatever the training."""
     steps = []
 
@@ -359,7 +359,7 @@ def _at_once(**settings):
 
     problem = hpo.Problem(train_loss, lambda model, height, batch, key: height)
     algorithm = hpo.T1T2(problem, INNER, OUTER)
-    solution = _search(algorithm, 0.0, 1.0, **{"sampler": "random", **settings})
+    solution = _search(algorithm, low, high, **{"sampler": "random", **settings})
     jax.effects_barrier()
     return solution, len(steps)
 
@@ -506,6 +506,51 @@ def test_a_schedule_of_integers():
 def _stop_after(count):
     seen = []
     return lambda state: seen.append(None) or len(seen) == count
+
+
+def test_a_grid_ends_the_search():
+    grid = [-3.0, -1.0, 1.0]
+    sampler = optuna.samplers.GridSampler({"[0]": grid}, seed=0)
+    settings: dict[str, Any] = {"trials": 9, "parallel": 2}
+    solution, _ = _at_once(sampler=sampler, low=-4.0, high=2.0, **settings)
+    assert solution.result == hpo.RESULTS.successful
+    # The second round is full, though the grid has only one more.
+    assert len(solution.history.step) == 4
+    assert set(solution.history.hyperparams.tolist()) == set(grid)
+
+
+def test_trials_that_have_failed_are_not_put_to_a_pruner():
+    def loss(model, height, batch, key):
+        return jnp.sum(model**2) + jnp.where(height > 0.5, jnp.nan, height)
+
+    algorithm = hpo.T1T2(hpo.Problem(loss, loss), INNER, OUTER)
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=1)
+    settings: dict[str, Any] = {"trials": 6, "steps": 10, "sampler": "random"}
+    # A warning of NumPy's, of slices that are all NaN, would be an error.
+    history = _search(algorithm, 0.0, 1.0, pruner=pruner, **settings).history
+    has_failed = history.hyperparams > 0.5
+    assert 0 < has_failed.sum() < 6
+    assert np.array_equal(np.isnan(history.val_loss), has_failed)
+    assert np.all(history.step[has_failed] == 1)
+
+
+def test_a_stored_search_goes_on_in_the_middle_of_halving():
+    storage = optuna.storages.InMemoryStorage()
+    settings: dict[str, Any] = {"trials": 9, "steps": 9, "parallel": 9}
+    settings |= {"storage": storage, "pruner": "halving"}
+    calls = []
+
+    def interrupt(state):
+        calls.append(None)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+
+    first, _ = _at_once(callback=interrupt, **settings)
+    assert first.result == hpo.RESULTS.interrupted
+    # The last trials report the same once more, of which Optuna would warn.
+    rest, _ = _at_once(**settings)
+    assert rest.result == hpo.RESULTS.successful
+    assert rest.state.metrics.val_loss == rest.history.hyperparams.min()
 
 
 @pytest.mark.parametrize(

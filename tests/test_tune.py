@@ -497,3 +497,19 @@ def test_tune_in_another_thread():
     thread.start()
     thread.join()
     assert int(out[0].state.step) == 3
+
+
+@pytest.mark.parametrize("driver", ["tune", "fit"])
+def test_numbers_too_large_to_be_counted_stand_for_never(driver):
+    def loss(model, hyperparams, batch, key):
+        return hyperparams * (model - batch) ** 2
+
+    algorithm = hpo.T1T2(hpo.Problem(loss, loss), optax.sgd(0.1), optax.adam(0.1))
+    monitor = hpo.Monitor(lambda state: 0.0, every=5, patience=1)
+    options = dict.fromkeys(["steps", "record_every", "max_skipped"], 10**12)
+    with jax.enable_x64(False):
+        start = algorithm, jnp.zeros(()), jnp.ones(()), jnp.ones(())
+        run = ft.partial(getattr(hpo, driver), *start, val=2 * jnp.ones(()))
+        solution = run(**options, key=None, monitor=monitor)
+    assert solution.result == hpo.RESULTS.patience
+    assert list(solution.history.step) == [5]

@@ -50,7 +50,8 @@ def next_state(
     has_aux: bool,
 ) -> BilevelState:
     """Updates the hyperparameters and makes the state after a step. If something is not
-    finite it is the old state, with `step`, `skipped` and `metrics` anew.
+    finite it is the old state, with `step`, the counts of skipped steps and `metrics`
+    anew.
 
     **Arguments:**
 

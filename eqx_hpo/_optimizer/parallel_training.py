@@ -22,6 +22,7 @@ from .._data import AbstractBatches
 from .._jit import jit_method
 from .._problem import Problem
 from .._state import BilevelState, Memory
+from .._tasks import as_row, first_row
 from .base import AbstractBilevelOptimizer
 from .plain_training import PlainTraining
 
@@ -126,8 +127,4 @@ def for_each(fn: Callable[[Any], PyTree], rows: PyTree) -> PyTree:
     count = jtu.tree_leaves(eqx.filter(rows, eqx.is_array))[0].shape[0]
     if count > 1:
         return eqx.filter_vmap(fn)(rows)
-    return as_row(fn(jtu.tree_map(lambda x: x[0] if eqx.is_array(x) else x, rows)))
-
-
-def as_row(tree: PyTree) -> PyTree:
-    return jtu.tree_map(lambda x: x[None] if eqx.is_array(x) else x, tree)
+    return as_row(fn(first_row(rows)))

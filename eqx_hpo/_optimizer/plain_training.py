@@ -47,9 +47,11 @@ class PlainTraining(AbstractAlgorithm):
     """Leaves the hyperparameters as they are.
 
     The validation loss is taken in each call of `step` whose number is `due`, give or
-    take a multiple of `validate_every`; with `last` in the first call and in that
-    number too. In between, the one that was taken last is reported again. With
+    take a multiple of `validate_every`; with `last` in that number too, and as long as
+    none was taken. In between, the one that was taken last is reported again. With
     `validate_every=None` there is none.
+
+    `state.memory.lasting` holds that loss, and whether it was taken.
     """
 
     problem: Problem
@@ -68,7 +70,7 @@ class PlainTraining(AbstractAlgorithm):
         self, inner: InnerState, hyperparams: Hyperparams, batch: Batch
     ) -> Memory:
         del inner, hyperparams, batch
-        return Memory(lasting=float_scalar(0.0))
+        return Memory(lasting=(float_scalar(0.0), jnp.array(False)))
 
     def init_diagnostics(self) -> None:
         return None
@@ -153,17 +155,18 @@ class PlainTraining(AbstractAlgorithm):
         validate = lambda: levels.validate(inner, hyperparams, index)
         _, no_aux = tree_zeros(jax.eval_shape(validate))
         number = levels.position // self.inner_steps + 1
+        before, was_taken = memory.lasting
         is_due = (number - self.due) % self.validate_every == 0
         if self.last is not None:
-            is_due |= (number == 1) | (number == self.last)
+            is_due |= ~was_taken | (number == self.last)
 
         def take():
             loss, aux = validate()
             return float_scalar(loss), aux
 
         # Mapped, it is still a branch: trainings side by side are due together.
-        val = lax.cond(any_mapped(is_due), take, lambda: (memory.lasting, no_aux))
-        return val, Memory(lasting=val[0])
+        val = lax.cond(any_mapped(is_due), take, lambda: (before, no_aux))
+        return val, Memory(lasting=(val[0], was_taken | is_due))
 
 
 def _report(problem: Problem, train: Any, val: Any) -> Metrics:

@@ -5,7 +5,8 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import Array, Float
 
-from .._checks import as_number, check_same_structure
+from .._checks import as_number
+from .update import beside_updates
 
 
 def gate(
@@ -52,11 +53,11 @@ def gate(
                 "`gate` needs the standard error of the hypergradient, which one model "
                 "alone does not have. Wrap the algorithm in "
                 "`MetaLearner(algorithm, tasks)` with two tasks at least, and give "
-                "each a fold of the data: `train, val = folds(data, tasks)`."
+                "each a fold of the data: `train, val = folds(data, tasks)`. "
+                "(`optax.MultiSteps` does not pass it on.)"
             )
-        grad = updates if grad is None else grad
-        check_same_structure("grad", grad, updates, "the updates")
-        check_same_structure("error", error, updates, "the updates")
+        grad = updates if grad is None else beside_updates("grad", grad, updates)
+        error = beside_updates("error", error, updates)
 
         def pass_on(update, grad, error):
             is_noise = jnp.abs(grad) <= threshold.astype(error.dtype) * error

@@ -11,10 +11,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree, UInt32
 
-from .._checks import as_share, check_one_of, check_same_structure, shown
+from .._checks import as_share, check_one_of, shown
 from .._discrete import Choice
 from .._misc import tree_norm
 from .top_k import top_k_masks
+from .update import beside_updates
 
 
 class SelectState(NamedTuple):
@@ -92,8 +93,7 @@ def select_top_k(
 
     def update(updates, state, params=None, *, grad=None, **extra_args):
         del extra_args
-        grad = updates if grad is None else grad
-        check_same_structure("grad", grad, updates, "the updates")
+        grad = updates if grad is None else beside_updates("grad", grad, updates)
         units = _units(groups, updates if params is None else params)
         leaves, treedef = jtu.tree_flatten(updates)
         scores = _scores(units, by, leaves, jtu.tree_leaves(grad))

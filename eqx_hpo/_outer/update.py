@@ -1,8 +1,10 @@
 """The update of the hyperparameters by an Optax transformation."""
 
+import jax.tree_util as jtu
 import optax
 from jaxtyping import PyTree
 
+from .._checks import check_same_structure
 from .._misc import usual_promotion
 
 
@@ -26,3 +28,15 @@ def outer_update(
             gradient, opt_state, raw, grad=gradient, error=error
         )
     return optax.apply_updates(raw, updates), opt_state
+
+
+def beside_updates(name: str, extra: PyTree, updates: PyTree) -> PyTree:
+    """Takes the part of an extra argument that belongs to the updates, of which
+    `optax.masked` and `optax.partition` hide some."""
+    is_hidden = lambda x: isinstance(x, optax.MaskedNode)
+    hidden = jtu.tree_map(is_hidden, updates, is_leaf=is_hidden)
+    if any(jtu.tree_leaves(hidden)):
+        take = lambda hides, x: optax.MaskedNode() if hides else x
+        extra = jtu.tree_map(take, hidden, extra)
+    check_same_structure(name, extra, updates, "the updates")
+    return extra
