@@ -60,6 +60,15 @@ class Companions:
         self._checkpoint = checkpoint
         self._checkpoint_every = as_int("checkpoint_every", checkpoint_every, 1)
 
+    def check(self, start: int, steps: int) -> None:
+        """Refuses a fresh run in which the monitor would read the start alone, and the
+        solution be the model as it was given."""
+        if start == 0 and steps < self._watch_every:
+            raise ValueError(
+                f"`monitor` reads every {self._watch_every} steps, and the run has "
+                f"{steps}: it would see nothing but the start. Lower its `every`."
+            )
+
     def events(self, run: Run) -> list[Event]:
         """Makes what is done after steps of `run`."""
         events = []
@@ -90,6 +99,7 @@ def conduct(
     run: Run, steps: int, companions: Companions, before: list[Event], tunes: bool
 ) -> Solution:
     """Takes `steps` steps, with all that goes along."""
+    companions.check(run.step, steps)
     after, watcher = companions.events(run), companions.watcher
     try:
         with ProgressBar(steps, companions.progress, tunes) as bar:
@@ -97,8 +107,6 @@ def conduct(
             # A callback may keep its state: no later step may overwrite it.
             donate = companions.callback is None
             result = drive(run, run.step + steps, before, after, bar, donate)
-            if result != RESULTS.interrupted:
-                companions.watch(run)  # the last state may be the best one
     except KeyboardInterrupt:
         result = RESULTS.interrupted
     except Exception as e:

@@ -79,8 +79,8 @@ class Monitor(eqx.Module):
         - `metric`: a function of the state that returns one real number, of Python,
             NumPy or JAX. It must not keep the state, whose memory the next step uses
             again. NaN is not better than anything.
-        - `every`: it is called at the start of a run, after each step whose number is a
-            multiple of this, and after the last one.
+        - `every`: it is called at the start of a run, and after each step whose number
+            is a multiple of this.
         - `patience`: end the run after so many calls without a better value; `None` for
             never.
         - `mode`: whether a smaller value is better, `"min"`, or a larger one, `"max"`.
@@ -112,10 +112,7 @@ class Watcher:
         self._values: list[float] = []
 
     def look(self, state: BilevelState) -> None:
-        """Reads the metric of a state, which the run may donate afterwards, unless it
-        was read before."""
-        if int(state.step) in self._steps[-1:]:
-            return
+        """Reads the metric of a state, which the run may donate afterwards."""
         value = _as_value(self._monitor.metric(state))
         self._steps.append(int(state.step))
         self._values.append(value)

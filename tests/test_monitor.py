@@ -66,18 +66,6 @@ def test_readings_are_in_the_history():
     assert _tune().history.monitor is None and _tune().best is None
 
 
-@pytest.mark.parametrize("every, read", [(20, [0, 20, 30]), (50, [0, 30])])
-def test_the_last_state_is_read_too(every, read):
-    monitor = hpo.Monitor(lambda state: -float(state.step), every=every)
-    solution = _tune(monitor=monitor)
-    assert list(solution.history.monitor.step) == read
-    assert solution.best.step == 30 and equal(solution.model, _states()[-1].model)
-    cut = _tune(
-        monitor=monitor, callback=lambda state: state.step == 25, record_every=1
-    )
-    assert list(cut.history.monitor.step) == [x for x in read if x < 25] + [25]
-
-
 def test_mode_max():
     best = _tune(monitor=hpo.Monitor(_scores, every=3, mode="max")).best
     assert (best.step, best.value) == (27, 0.8)
@@ -124,12 +112,22 @@ def test_ctrl_c_in_the_first_and_in_the_last_reading(at, taken):
             raise KeyboardInterrupt
         return _scores(state)
 
-    solution = _tune(monitor=hpo.Monitor(interrupted, every=31))
+    solution = _tune(monitor=hpo.Monitor(interrupted, every=30))
     assert solution.result == hpo.RESULTS.interrupted
     assert int(solution.state.step) == taken
     start = _algorithm().init(CASE.model, CASE.hyperparams)
     # Without a reading the last state counts, else the best one: both the first here.
     assert equal(solution.model, start.model)
+
+
+def test_a_run_too_short_to_read_anything_is_refused():
+    message = "`monitor` reads every 31 steps, and the run has 30: it would see nothing"
+    with pytest.raises(ValueError, match=message):
+        _tune(monitor=hpo.Monitor(_scores, every=31))
+    # A run that goes on may be a part of a longer one.
+    first = _tune(monitor=hpo.Monitor(_scores, every=3), steps=4)
+    rest = _tune(monitor=hpo.Monitor(_scores, every=3), steps=1, state=first.state)
+    assert list(rest.history.monitor.step) == [4]
 
 
 def test_an_exception_of_the_metric_keeps_the_best():
