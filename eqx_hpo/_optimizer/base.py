@@ -283,7 +283,8 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
         forget_compilations(self, state)
         if train is None or val is None:
             return state
-        warn_if_same(train, val)
+        if self.through != "values":  # else nothing is tuned
+            warn_if_same(train, val)
         levels = levels_of_step(self, state, plain, train, val, key)
         warn_if_unreached(levels, inner, plain, self.through)
         if not self.problem.has_aux:
