@@ -268,3 +268,14 @@ def test_validates_after_the_first_finite_step():
     last = float(_fit(val=CASE.val, steps=10).state.metrics.val_loss)
     expected = [np.nan, np.nan, *9 * [first], last]
     np.testing.assert_allclose(seen, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("val", [None, CASE.val])
+def test_progress_tells_what_there_is(val, capsys, monkeypatch):
+    monkeypatch.setattr("eqx_hpo._progress._LINE", 0.0)
+    _fit(steps=3, val=val, progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 0
+    for line in lines:
+        assert "train " in line and "hypergradient" not in line
+        assert ("val " in line) == (val is not None)
