@@ -89,7 +89,7 @@ def fit(
     state = start(trainer, model, hyperparams, *feeds, key, state, model_state)
     run = Run(trainer, *feeds, key, state, interval, max_skipped)
     del state  # the run donates it
-    return conduct(run, steps, companions, [], tunes=val is not None)
+    return conduct(run, steps, companions, [], tunes=False)
 
 
 def _make_trainer(

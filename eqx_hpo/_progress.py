@@ -1,6 +1,7 @@
 """The progress bar of the driver, and its way of being stopped from the keyboard."""
 
 import contextlib
+import math
 import signal
 import sys
 import threading
@@ -18,8 +19,8 @@ _LINE = 30.0  # seconds between two lines in a file
 
 
 class ProgressBar:
-    """A line with the losses, the norm of the hypergradient and the rate; only with the
-    train loss where nothing is tuned.
+    """A line with the losses, the norm of the hypergradient and the rate; without the
+    norm, and without a validation loss that is not taken, where nothing is tuned.
 
     In a terminal or a notebook it is a bar that moves. Where the standard error goes
     to a file, it is a plain line every half minute.
@@ -58,8 +59,9 @@ class ProgressBar:
     def _describe(self, state: BilevelState) -> str:
         metrics, skipped = jax.device_get((state.metrics, state.total_skipped))
         line = f"train {metrics.train_loss:.4g}"
-        if self._tunes:
+        if self._tunes or not math.isnan(metrics.val_loss):
             line += f", val {metrics.val_loss:.4g}"
+        if self._tunes:
             line += f", hypergradient {metrics.hypergradient_norm:.2g}"
         return line + (f", skipped {skipped}" if skipped else "")
 

@@ -315,7 +315,9 @@ def start(
         given = dataclasses.replace(
             given, metrics=dataclasses.replace(given.metrics, aux=aux)
         )
-    check_same_structure("state", given, fresh, "the state of a fresh start")
+    trains_only = isinstance(algorithm, PlainTraining)
+    what = "the state of a fresh start" + (" of `fit`" if trains_only else "")
+    check_same_structure("state", given, fresh, what)
     return own_copy(given, state)
 
 

@@ -20,13 +20,14 @@ from ._checks import as_flag, as_int, check_function, check_type, MOST_STEPS
 from ._custom_types import Batch, Hyperparams, Key, Model
 from ._data import AbstractBatches, Minibatch
 from ._drive import asks_to_stop, attach_solution, check_start
-from ._feed import Feed
+from ._feed import Feed, make_feeds
 from ._hyperparameter import partition_raw, unwrap
 from ._misc import as_device_arrays
 from ._optimizer import (
     AbstractAlgorithm,
     AbstractBilevelOptimizer,
     PlainTraining,
+    warn_if_same,
 )
 from ._progress import ProgressBar
 from ._pruning import AbstractPruning, make_pruning
@@ -148,7 +149,8 @@ def search(
     pruning = make_pruning(pruner, steps, parallel, report_every)
     trainer = _make_trainer(algorithm, steps, trials)
     whole = val.data if isinstance(val, Minibatch) else val
-    feeds = Feed(train, "train", trainer.inner_steps), Feed(whole, "val", None)
+    feeds = make_feeds(trainer, train, whole)
+    warn_if_same(*[feed.peek() for feed in feeds])
     if storage is not None:
         _check_repeatable(*feeds)
     study = Study(space, sampler, pruner, key, steps, storage, study_name)

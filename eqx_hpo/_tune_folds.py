@@ -99,14 +99,14 @@ def tune_folds(
     check_type("algorithm", algorithm, AbstractAlgorithm, what)
     assert isinstance(algorithm, AbstractAlgorithm)
     steps, fit_steps = as_int("steps", steps, 1), as_int("fit_steps", fit_steps, 1)
-    average, progress = as_share("average", average), as_flag("progress", progress)
+    share, progress = as_share("average", average), as_flag("progress", progress)
     train, val = folds(data, count, repeats=repeats, key=key)
     whole = data
     if batch_size is not None:
         whole = Minibatch(data, batch_size)
         train = eqx.filter_vmap(lambda part: Minibatch(part, batch_size))(train)
     learner = MetaLearner(algorithm, count * repeats)
-    mean = _Mean((1 - float(average)) * steps)
+    mean = _Mean((1 - float(share)) * steps)
     keys = (None, None) if key is None else jr.split(key)
     options: Any = dict(progress=progress, model_state=model_state)
     tuning = tune(

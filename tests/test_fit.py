@@ -1,6 +1,7 @@
 """`fit` against training written by hand, and against `tune` that moves nothing."""
 
 import functools as ft
+from typing import Any
 
 import equinox as eqx
 import eqx_hpo as hpo
@@ -172,7 +173,7 @@ def test_model_state_and_aux():
     model = (eqx.nn.Linear(6, 1, key=KEY), norm)
     problem = hpo.Problem(train_loss, val_loss, has_aux=True)
     args = (model, hpo.Positive(0.1), CASE.train)
-    options = dict(steps=20, key=None, model_state=model_state, progress=False)
+    options: Any = dict(steps=20, key=None, model_state=model_state, progress=False)
     still = hpo.T1T2(problem, INNER, optax.set_to_zero())
     tuned = hpo.tune(still, *args, CASE.val, **options)
     for val in (None, CASE.val):
@@ -199,7 +200,7 @@ def test_schedules_and_noise_move_with_the_steps():
         problem, lambda h: optax.sgd(h["rate"]), optax.set_to_zero(), inner_steps=2
     )
     args = (still, CASE.model, hyperparams, CASE.train)
-    options = dict(steps=12, key=KEY, record_every=5, progress=False)
+    options: Any = dict(steps=12, key=KEY, record_every=5, progress=False)
     tuned = hpo.tune(*args, CASE.val, **options)
     assert relative_error(hpo.fit(*args, **options).model, tuned.model) < 1e-12
 
@@ -268,3 +269,14 @@ def test_validates_after_the_first_finite_step():
     last = float(_fit(val=CASE.val, steps=10).state.metrics.val_loss)
     expected = [np.nan, np.nan, *9 * [first], last]
     np.testing.assert_allclose(seen, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("val", [None, CASE.val])
+def test_progress_tells_what_there_is(val, capsys, monkeypatch):
+    monkeypatch.setattr("eqx_hpo._progress._LINE", 0.0)
+    _fit(steps=3, val=val, progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 0
+    for line in lines:
+        assert "train " in line and "hypergradient" not in line
+        assert ("val " in line) == (val is not None)

@@ -122,7 +122,7 @@ def test_on_a_part_of_the_hyperparameters(inner):
     expected, _ = inner.update(alone, inner.init(alone), **kept)
     assert equal(got, {**expected, "b": UPDATES["b"]})
     assert not equal(expected, alone)
-    parts = {"in": inner, "out": optax.identity()}
+    parts: dict = {"in": inner, "out": optax.identity()}
     outer = optax.partition(parts, {"a": "in", "b": "out"})
     got, _ = outer.update(UPDATES, outer.init(UPDATES), grad=GRAD, error=ERROR)
     assert equal(got, {**expected, "b": UPDATES["b"]})

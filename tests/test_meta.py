@@ -1,4 +1,5 @@
 import functools as ft
+from typing import Any
 
 import equinox as eqx
 import eqx_hpo as hpo
@@ -343,8 +344,8 @@ def test_discretised_losses_are_means_over_tasks(stacked):
     val = jnp.array([1.0, 3.0])
     val = hpo.Stacked(val[None]) if stacked else val
     choice = hpo.Choice(jnp.log(jnp.array([2.0, 5.0, 3.0])))
-    settings = {"steps": 2, "key": None, "progress": False}
-    solution = hpo.tune(learner, jnp.array(0.0), choice, train, val, **settings)
+    settings: Any = {"steps": 2, "key": None, "progress": False}
+    solution: Any = hpo.tune(learner, jnp.array(0.0), choice, train, val, **settings)
     # The mean of 1^2 and 3^2, times the weight.
     assert float(solution.discretised.val_loss) == 5 * 2
     expected = 5 * (0.2 * 1 + 0.5 * 2 + 0.3 * 4)

@@ -1,6 +1,7 @@
 """Mistakes that are easy to make, and what the user is told."""
 
 import warnings
+from typing import Any
 
 import eqx_hpo as hpo
 import jax
@@ -114,6 +115,29 @@ def test_the_same_data_for_both_levels():
     loader = iter([CASE.train] * 6)
     with pytest.warns(UserWarning, match="`val` is the same iterator as `train`"):
         _tune(loader, loader)
+
+
+def test_the_same_data_where_nothing_is_tuned():
+    """`fit` may validate on what it trains on; `search` chooses by it."""
+    algorithm, _ = _start()
+    options: dict[str, Any] = {"steps": 2, "key": None, "progress": False}
+    args = algorithm, CASE.model, CASE.hyperparams
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hpo.fit(*args, CASE.train, val=CASE.train, **options)
+    pytest.importorskip("optuna")
+    both = tuple(np.asarray(x) for x in CASE.train)
+    for data in (CASE.train, both):
+        with pytest.warns(UserWarning, match="`val` is the same as `train`"):
+            hpo.search(*args, CASE.hyperparams, data, data, trials=1, **options)
+
+
+def test_fit_takes_its_own_state_alone():
+    algorithm, state = _start()
+    args = algorithm, CASE.model, CASE.hyperparams, CASE.train
+    text = "`state` does not have the structure of the state of a fresh start of `fit`"
+    with pytest.raises(ValueError, match=text):
+        hpo.fit(*args, steps=2, key=None, state=state)
 
 
 def test_swapped_losses():

@@ -3,6 +3,7 @@
 import functools as ft
 import os
 import signal
+from typing import Any
 
 import eqx_hpo as hpo
 import jax
@@ -27,7 +28,7 @@ def _algorithm():
     return hpo.T1T2(CASE.problem, optax.sgd(0.1, momentum=0.9), optax.adam(0.05))
 
 
-def _tune(**kwargs):
+def _tune(**kwargs) -> Any:
     settings = {"steps": 30, "key": KEY, "progress": False, **kwargs}
     args = (CASE.model, CASE.hyperparams, TRAIN, CASE.val)
     return hpo.tune(_algorithm(), *args, **settings)
@@ -138,7 +139,7 @@ def test_an_exception_of_the_metric_keeps_the_best():
 
     with pytest.raises(RuntimeError, match="no data") as caught:
         _tune(monitor=hpo.Monitor(broken, every=3))
-    solution = caught.value.solution
+    solution = vars(caught.value)["solution"]
     assert solution.result == hpo.RESULTS.failed
     assert equal(solution.best.state, _states()[11])
     assert equal(solution.model, _states()[11].model)
@@ -180,12 +181,13 @@ def test_watches_data_of_the_host_and_trains_at_once():
     error = lambda state: np.mean((x @ np.asarray(state.model) - y) ** 2)
     monitor = hpo.Monitor(error, every=5)
     args = (_algorithm(), CASE.model, CASE.hyperparams, TRAIN)
-    solution = hpo.fit(*args, steps=40, key=KEY, monitor=monitor, progress=False)
+    options: Any = dict(steps=40, key=KEY, progress=False)
+    solution: Any = hpo.fit(*args, monitor=monitor, **options)
     values = solution.history.monitor.value
     assert solution.best.value == values.min() < values[0]
     assert solution.best.value == error(solution.best.state)
     # The one without a monitor has the same steps.
-    plain = hpo.fit(*args, steps=40, key=KEY, progress=False)
+    plain = hpo.fit(*args, **options)
     assert equal(plain.state, solution.state)
 
 
@@ -197,9 +199,9 @@ def test_discretised_is_of_the_best():
     algorithm = hpo.T1T2(problem, optax.sgd(0.1), optax.sgd(5.0))
     monitor = hpo.Monitor(lambda state: -int(state.step == 0), every=1)
     start = (jnp.ones(()), hpo.Switch(-0.4), jnp.zeros(2), jnp.ones(2))
-    options = dict(steps=20, key=None, progress=False)
-    last = hpo.tune(algorithm, *start, **options)
-    best = hpo.tune(algorithm, *start, **options, monitor=monitor)
+    options: Any = dict(steps=20, key=None, progress=False)
+    last: Any = hpo.tune(algorithm, *start, **options)
+    best: Any = hpo.tune(algorithm, *start, **options, monitor=monitor)
     assert (float(last.discretised.values), float(best.discretised.values)) == (1, 0)
 
 

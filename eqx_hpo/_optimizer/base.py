@@ -283,8 +283,10 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
         forget_compilations(self, state)
         if train is None or val is None:
             return state
-        warn_if_same(train, val)
-        if self.through == "values" and not self.problem.has_aux:
+        tunes = self.through != "values"
+        if tunes:
+            warn_if_same(train, val)
+        elif not self.problem.has_aux:
             return state  # nothing to find out
         levels = levels_of_step(self, state, plain, train, val, key)
         warn_if_unreached(levels, inner, plain, self.through)
