@@ -452,9 +452,7 @@ def test_augmentation(example, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(augmentation, "METHODS", methods)
     monkeypatch.setattr(augmentation, "HIDDEN", 32)
     # Nothing is retrained: that compiles two more programs.
-    row = lambda _, __, values, *rest: augmentation.Row(
-        *(np.zeros(len(values.weights)) for _ in range(3))
-    )
+    row = lambda _, __, values, *rest: augmentation.Row(*np.zeros((3, len(values))))
     monkeypatch.setattr(augmentation, "train_all", row)
     figure = tmp_path / "figure.png"
     (result,) = augmentation.main(size=60, steps=30, random=1, figure=str(figure))
