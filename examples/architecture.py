@@ -17,7 +17,6 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 from image_data import Images, load, NAMES, Splits
-from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 from matplotlib.figure import Figure
 
@@ -115,52 +114,49 @@ def evaluate(model: Network, architecture: Network, data: Splits) -> Row:
     return Row(cross_entropy(network, data.val), *map(accuracy, data[1:]))
 
 
-def make_algorithm(
-    algorithm: str, steps: int, outer: optax.GradientTransformation
-) -> hpo.AbstractBilevelOptimizer:
+def make_algorithm(algorithm: str, steps: int) -> hpo.AbstractBilevelOptimizer:
     return ALGORITHMS[algorithm](
         hpo.Problem(loss, loss),
         inner=optax.adam(optax.cosine_decay_schedule(3e-3, steps * INNER_STEPS)),
-        outer=outer,
+        outer=optax.adam(0.03),
         inner_steps=INNER_STEPS,
     )
 
 
-def draw_architectures(architecture: Network, count: int, key: PRNGKeyArray) -> Network:
-    """Random ones, with a leading axis in each array."""
+def draw_architectures(
+    architecture: Network, count: int, key: PRNGKeyArray
+) -> list[Network]:
+    """Random ones."""
     leaves, treedef = jtu.tree_flatten(architecture, is_leaf=hpo.is_hyperparameter)
     for i, x in enumerate(leaves):
         logits = jr.normal(jr.fold_in(key, i), (count, *x.raw.shape))
         leaves[i] = eqx.tree_at(lambda x: x.raw, x, logits)
-    return hpo.discretise(jtu.tree_unflatten(treedef, leaves))
+    drawn = hpo.discretise(jtu.tree_unflatten(treedef, leaves))
+    return [jtu.tree_map(lambda x: x[i], drawn) for i in range(count)]
 
 
-@eqx.filter_jit
 def train_all(
     algorithm: hpo.AbstractBilevelOptimizer,
     model: Network,
-    architectures: Network,
+    architectures: list[Network],
     data: Splits,
-    keys: PRNGKeyArray,
+    steps: int,
+    key: PRNGKeyArray,
 ) -> Row:
     """Trains each of the architectures, from the same weights with the same batches."""
     train = hpo.Minibatch(data.train, BATCH)
-    val = hpo.Minibatch(data.val, 1)  # small, since nothing is made of its gradient
+    options: Any = dict(steps=steps, key=key, progress=False)
 
     def train_one(architecture: Network) -> Row:
-        def step(state: hpo.BilevelState, key: PRNGKeyArray):
-            return algorithm.step(state, train, val, key=key), None
+        trained = hpo.fit(algorithm, model, architecture, train, **options)
+        return evaluate(trained.model, architecture, data)
 
-        state, _ = lax.scan(step, algorithm.init(model, architecture), keys)
-        return evaluate(state.model, architecture, data)
-
-    return eqx.filter_vmap(train_one)(architectures)
+    return Row(*np.transpose([train_one(x) for x in architectures]))
 
 
 def compare(
     data: Splits,
-    tuner: hpo.AbstractBilevelOptimizer,
-    fixed: hpo.AbstractBilevelOptimizer,
+    algorithm: hpo.AbstractBilevelOptimizer,
     relaxations: dict[str, dict[str, Any]],
     steps: int,
     random: int,
@@ -173,16 +169,15 @@ def compare(
 
     def search(options: dict[str, Any]) -> hpo.Solution:
         architecture, model = hpo.partition(make(options))
-        args = (tuner, model, architecture, train, val)
+        args = (algorithm, model, architecture, train, val)
         return hpo.tune(*args, steps=steps, key=tune_key)
 
     solutions = {name: search(options) for name, options in relaxations.items()}
     architecture, model = hpo.partition(make({}))
     architectures = draw_architectures(architecture, random, random_key)
-    append = lambda many, *ones: jnp.concatenate([many, jnp.stack(ones)])
     found = {name: hpo.discretise(x.hyperparams) for name, x in solutions.items()}
-    architectures = jtu.tree_map(append, architectures, *found.values())
-    rows = train_all(fixed, model, architectures, data, jr.split(train_key, steps))
+    architectures += found.values()
+    rows = train_all(algorithm, model, architectures, data, steps, train_key)
     searches = {}
     for i, (name, x) in enumerate(solutions.items(), start=random):
         tuned = [evaluate(x.model, y, data) for y in (x.values, found[name])]
@@ -269,8 +264,7 @@ def main(
     figure: str = "architecture.png",
 ) -> list[Result]:
     # Made once: a new algorithm or schedule would be compiled anew.
-    tuner = make_algorithm(algorithm, steps, optax.adam(0.03))
-    fixed = make_algorithm("FirstOrder", steps, optax.set_to_zero())
+    tuner = make_algorithm(algorithm, steps)
     cooling = optax.exponential_decay(1.0, steps, 0.2)
     relaxations: dict[str, dict[str, Any]] = {
         "softmax": {},
@@ -280,7 +274,7 @@ def main(
     results = []
     for seed in range(first, first + seeds):
         data = load(dataset, folder=folder, size=size, seed=seed)
-        results.append(compare(data, tuner, fixed, relaxations, steps, random, seed))
+        results.append(compare(data, tuner, relaxations, steps, random, seed))
     print_table(results)
     draw(results[0], figure)
     print(f"\nThe course of the first seed is in {figure}.")

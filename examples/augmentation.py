@@ -20,7 +20,6 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 from image_data import Images, load, NAMES, Splits
-from jax import lax
 from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 from matplotlib.figure import Figure
@@ -33,7 +32,6 @@ METHODS: dict[str, Any] = {
     "Greedy": hpo.Greedy,
     "HyperDistill": ft.partial(hpo.HyperDistill, estimation_period=10),
 }
-OUTER, FIXED = optax.adam(0.05), optax.set_to_zero()
 NONE, DEFAULT, BY_HAND = "no augmentation", "default", "by hand"
 SEARCHED = "best of random search"
 ONLINE, RETRAINED, BOTH = "online", "retrained", "with validation images"
@@ -171,41 +169,36 @@ def evaluate(model: Any, data: Splits) -> Row:
 
 # Made once: a new schedule or algorithm would be compiled anew.
 @ft.cache
-def make_algorithm(
-    method: str, steps: int, outer: optax.GradientTransformation
-) -> hpo.AbstractBilevelOptimizer:
+def make_algorithm(method: str, steps: int) -> hpo.AbstractBilevelOptimizer:
     # The rate falls to zero, so that the last model is not at the mercy of the last
     # few batches and a comparison of accuracies means something.
     schedule = optax.cosine_decay_schedule(0.05, steps * INNER_STEPS)
     return METHODS[method](
         hpo.Problem(train_loss, val_loss),
         inner=optax.sgd(schedule, momentum=0.9),
-        outer=outer,
+        outer=optax.adam(0.05),
         inner_steps=INNER_STEPS,
     )
 
 
-@eqx.filter_jit
 def train_all(
-    fixed: hpo.AbstractBilevelOptimizer,
-    model: Any,
-    augmentations: Augmentation,
     data: Splits,
-    keys: PRNGKeyArray,
+    model: Any,
+    augmentations: list[Augmentation],
+    steps: int,
+    key: PRNGKeyArray,
 ) -> Row:
     """Trains with each of the augmentations, from the same weights with the same
     batches."""
+    # Of the algorithm it takes the loss and the way of training.
+    algorithm = make_algorithm("T1T2", steps)
     train = hpo.Minibatch(data.train, min(BATCH, len(data.train.labels)))
-    val = hpo.Minibatch(data.val, 1)  # small, since nothing is made of its gradient
+    options: Any = dict(steps=steps, key=key, progress=False)
 
     def train_one(values: Augmentation) -> Row:
-        def step(state: hpo.BilevelState, key: PRNGKeyArray):
-            return fixed.step(state, train, val, key=key), None
+        return evaluate(hpo.fit(algorithm, model, values, train, **options).model, data)
 
-        state, _ = lax.scan(step, fixed.init(model, values), keys)
-        return evaluate(state.model, data)
-
-    return lax.map(train_one, augmentations)
+    return Row(*np.transpose([train_one(values) for values in augmentations]))
 
 
 def stack(augmentations: list[Augmentation]) -> Augmentation:
@@ -220,21 +213,19 @@ def tune_all(
     val = hpo.Minibatch(data.val, min(4 * BATCH, size))
     args = (model, make_start(), train, val)
     return {
-        name: hpo.tune(make_algorithm(name, steps, OUTER), *args, steps=steps, key=key)
+        name: hpo.tune(make_algorithm(name, steps), *args, steps=steps, key=key)
         for name in METHODS
     }
 
 
 def compare(data: Splits, steps: int, random: int, seed: int) -> Result:
     model_key, tune_key, train_key, random_key = jr.split(jr.key(seed), 4)
-    model, keys = make_model(data, model_key), jr.split(train_key, steps)
+    model = make_model(data, model_key)
     solutions = tune_all(data, model, steps, tune_key)
     tuned = [solution.values for solution in solutions.values()]
     drawn = [draw_random(key) for key in jr.split(random_key, random)]
     given = [make_plain(), hpo.unwrap(make_start()), make_plain(**HAND_PICKED)]
-    augmentations = stack([*given, *tuned, *drawn])
-    fixed = make_algorithm("T1T2", steps, FIXED)
-    trained = train_all(fixed, model, augmentations, data, keys)
+    trained = train_all(data, model, [*given, *tuned, *drawn], steps, train_key)
     searched = trained.at(slice(3 + len(tuned), None))
     rows = {name: trained.at(i) for i, name in enumerate((NONE, DEFAULT, BY_HAND))}
     rows[SEARCHED] = searched.at(np.argmin(searched.val_loss))
@@ -244,7 +235,7 @@ def compare(data: Splits, steps: int, random: int, seed: int) -> Result:
     # A fair question to all tuning: what if these images were used for training?
     together = Images(*(np.concatenate(x) for x in zip(data.train, data.val)))
     more = data._replace(train=together)
-    trained = train_all(fixed, model, stack([make_plain(), tuned[0]]), more, keys)
+    trained = train_all(more, model, [make_plain(), tuned[0]], steps, train_key)
     for i, name in enumerate([NONE, *solutions][:2]):
         rows[f"{name}, {BOTH}"] = trained.at(i)
     return Result(rows, solutions, data)

@@ -200,9 +200,7 @@ def make_algorithms() -> dict[str, Any]:
     problem = hpo.Problem(train_loss, val_loss)
     args = (problem, optax.sgd(0.02, momentum=0.9), optax.adam(0.05))
     options: Any = dict(inner_steps=INNER_STEPS)
-    nothing = hpo.T1T2(*args[:2], optax.set_to_zero(), **options)
     return {
-        DEFAULT: nothing,
         T1T2: hpo.T1T2(*args, **options),
         GREEDY: hpo.Greedy(*args, **options),
         DISTILL: hpo.HyperDistill(*args, **options, estimation_period=50),
@@ -220,15 +218,18 @@ def train(name: str, task: Task, callback: Callable[..., bool]) -> None:
         for part, size in zip(task.data, (BATCH, VAL_BATCH))
     )
     shared: Any = dict(key=task.key, callback=callback, progress=False)
-    if name in algorithms:
-        shared |= dict(steps=MANY * task.steps, record_every=task.steps)
-        hpo.tune(algorithms[name], task.net, middle, train, val, **shared)
+    single: Any = dict(steps=MANY * task.steps, record_every=task.steps, **shared)
+    # Of the algorithm `fit` and `search` take the losses and the way of training.
+    plain = algorithms[T1T2]
+    if name == DEFAULT:
+        hpo.fit(plain, task.net, middle, train, **single)
+    elif name in algorithms:
+        hpo.tune(algorithms[name], task.net, middle, train, val, **single)
     else:
         factor = FACTOR if name == LONG else 1
         shared |= dict(trials=MANY, steps=factor * task.steps)
         sampler: Any = "tpe" if name == TPE else "random"
-        # Of the algorithm it takes the losses and the way of training.
-        args = (algorithms[DEFAULT], task.net, low, high, train, val)
+        args = (plain, task.net, low, high, train, val)
         hpo.search(*args, sampler=sampler, **shared)
 
 

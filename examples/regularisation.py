@@ -140,18 +140,20 @@ def make_algorithms(steps: int) -> dict[str, Any]:
     problem = hpo.Problem(train_loss, val_loss)
     schedule = optax.cosine_decay_schedule(0.05, steps * INNER_STEPS)
     inner, outer = optax.sgd(schedule, momentum=0.9), optax.adam(0.03)
-    args, still = (problem, inner, outer), optax.set_to_zero()
+    args = (problem, inner, outer)
     options: Any = dict(inner_steps=INNER_STEPS)
     return {
-        DEFAULT: hpo.T1T2(problem, inner, still, **options),
         T1T2: hpo.T1T2(*args, **options),
         DISTILL: hpo.HyperDistill(*args, **options, estimation_period=50),
         GREEDY: hpo.Greedy(*args, **options),
     }
 
 
-def run(algorithm: Any, values: Any, data: Splits, steps: int, seed: int) -> Run:
-    """All runs of a seed start from the same weights and see the same batches."""
+def run(
+    driver: Any, algorithm: Any, values: Any, data: Splits, steps: int, seed: int
+) -> Run:
+    """Runs `hpo.tune`, or `hpo.fit` at fixed values. All runs of a seed start from the
+    same weights and see the same batches."""
     model_key, tune_key = jr.split(jr.key(seed))
     network = make_network(data.train.images.shape[1], values, model_key)
     hyperparams, rest = hpo.partition(network)
@@ -164,8 +166,8 @@ def run(algorithm: Any, values: Any, data: Splits, steps: int, seed: int) -> Run
         test_losses.append(float(assess(now, data.test).loss))
 
     options: Any = dict(record_every=max(1, steps // RECORDS), callback=record)
-    args, start = (algorithm, rest, hyperparams, train, val), time.process_time()
-    solution = hpo.tune(*args, steps=steps, key=tune_key, **options)
+    args, start = (algorithm, rest, hyperparams, train), time.process_time()
+    solution = driver(*args, val=val, steps=steps, key=tune_key, **options)
     seconds = time.process_time() - start
     final = eqx.combine(solution.model, solution.values)
     return Run(
@@ -181,12 +183,13 @@ def run(algorithm: Any, values: Any, data: Splits, steps: int, seed: int) -> Run
 def compare(
     algorithms: dict[str, Any], data: Splits, steps: int, seed: int
 ) -> dict[str, Run]:
-    fixed = lambda values: run(algorithms[DEFAULT], values, data, steps, seed)
+    # Of the algorithm `fit` takes the losses and the way of training.
+    fixed = lambda values: run(hpo.fit, algorithms[T1T2], values, data, steps, seed)
     runs = {NONE: fixed(NOTHING), DEFAULT: fixed(DEFAULTS)}
     tried = [fixed((*DEFAULTS[:2], rate)) for rate in RATES]
     runs[SEARCHED] = min([runs[DEFAULT], *tried], key=lambda x: x.val.loss)
     for name in LOOKS:
-        runs[name] = run(algorithms[name], DEFAULTS, data, steps, seed)
+        runs[name] = run(hpo.tune, algorithms[name], DEFAULTS, data, steps, seed)
     return runs | {RETRAINED: fixed(runs[T1T2].course[..., -1])}
 
 

@@ -446,15 +446,34 @@ def test_regularisation(example, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_audit(example, capsys, monkeypatch):
+    audit = example("audit")
+    for name, value in dict(GRID=(0.1,), AUDITS=(5, 10), DRAWS=3).items():
+        monkeypatch.setattr(audit, name, value)
+    # Over its own horizon the exact algorithm is right.
+    (result,) = audit.main(steps=10, horizon=audit.INNER_STEPS, seeds=1)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in result)
+    exact = result[audit.WINDOW].verdicts
+    assert exact.estimate.shape == (2, 3)
+    assert len(np.unique(exact.estimate)) == 6
+    assert np.allclose(exact.cosine, 1, atol=1e-4)
+    assert np.allclose(exact.norm_ratio, 1, rtol=1e-2)
+    short = result[audit.T1T2].verdicts
+    assert np.allclose(np.abs(short.cosine), 1, atol=1e-4)
+    assert np.max(np.abs(short.norm_ratio - 1)) > 0.1
+    assert result[audit.BEST] == result["noise 0.1"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_augmentation(example, tmp_path, capsys, monkeypatch):
     augmentation = example("augmentation")
     methods = {"T1T2": augmentation.METHODS["T1T2"]}
     monkeypatch.setattr(augmentation, "METHODS", methods)
     monkeypatch.setattr(augmentation, "HIDDEN", 32)
     # Nothing is retrained: that compiles two more programs.
-    row = lambda _, __, values, *rest: augmentation.Row(
-        *(np.zeros(len(values.weights)) for _ in range(3))
-    )
+    row = lambda _, __, values, *rest: augmentation.Row(*np.zeros((3, len(values))))
     monkeypatch.setattr(augmentation, "train_all", row)
     figure = tmp_path / "figure.png"
     (result,) = augmentation.main(size=60, steps=30, random=1, figure=str(figure))
