@@ -123,6 +123,7 @@ def test_grid_and_best_of():
     assert list(rivals.best_of(trials)["x"]) == [3, 7]
 
 
+@pytest.mark.slow
 def test_course_of_overfitting_begins_at_the_default(monkeypatch):
     """The first update of Adam is its rate, where the hypergradient is well above the
     `eps` of Adam."""

@@ -24,6 +24,7 @@ def example(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_quickstart(example, tmp_path, capsys):
     quickstart = example("quickstart")

@@ -62,8 +62,7 @@ def test_equals_training_by_hand():
     assert int(solution.state.step) == int(solution.state.episode_step) == 50
 
 
-@pytest.mark.parametrize("inner_steps", [1, 3])
-@pytest.mark.parametrize("replacement", [False, True])
+@pytest.mark.parametrize("inner_steps, replacement", [(1, False), (3, True)])
 def test_has_the_batches_of_tune(inner_steps, replacement):
     batches = hpo.Minibatch(CASE.train, 8, replacement=replacement)
     options = {} if inner_steps == 1 else {"inner_steps": inner_steps}
@@ -75,6 +74,7 @@ def test_has_the_batches_of_tune(inner_steps, replacement):
     np.testing.assert_allclose(*losses, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_batches_of_an_iterator():
     batches = [jax.tree.map(lambda x: x[i : i + 8], CASE.train) for i in range(4)]
     fitted, tuned = _fit(iter(batches * 13)), _tune(iter(batches * 13))
@@ -185,6 +185,7 @@ def test_model_state_and_aux():
         assert (aux[1] is None) == (val is None)
 
 
+@pytest.mark.slow
 def test_schedules_and_noise_move_with_the_steps():
     def loss(model, hyperparams, batch, key):
         x, y = batch
@@ -229,6 +230,7 @@ def test_rejects_a_state_of_another_model():
         _fit(state=state)
 
 
+@pytest.mark.slow
 def test_no_discretised_losses_without_validation_data():
     def loss(model, hyperparams, batch, key):
         return jnp.sum(hyperparams) * (model - 1) ** 2

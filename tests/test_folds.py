@@ -391,6 +391,7 @@ def _reported(rate, key, repeats=1):
     return mean, jnp.sqrt(jnp.mean(error**2))
 
 
+@pytest.mark.slow
 def test_the_standard_error_is_that_of_independent_hold_outs():
     rate = 0.3
 
@@ -416,6 +417,7 @@ def test_the_standard_error_where_training_hardly_tells_folds_apart():
     assert jnp.abs(error / jnp.std(mean) * 2 - 1) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [32, 40])  # train parts that 4 divides, and 30 rows
 def test_of_data_on_a_mesh_with_explicit_axes(size):
     x = jnp.arange(2.0 * size).reshape(size, 2)

@@ -291,7 +291,7 @@ def test_over_tasks():
     after = meta.step(meta.init(state.model, state.hyperparams), *map(tuple, both))
     expected = plain.step(state, case.train, case.val)
     assert relative_error(after.hyperparams, expected.hyperparams) < 1e-10
-    residuals = after.metrics.diagnostics.residual
+    residuals = after.metrics.diagnostics.tasks.residual
     assert residuals.shape == (2,)
 
 
@@ -320,6 +320,7 @@ def test_bad_settings(kwargs, match):
         hpo.Implicit(ridge().problem, STAY, STAY, **kwargs)
 
 
+@pytest.mark.slow
 def test_conjugate_gradients_in_single_precision_at_any_scale_of_the_loss():
     """Lineax takes curvatures below 100 rounding units for each weight for zero: with
     1010 weights all of this problem."""

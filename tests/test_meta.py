@@ -186,6 +186,7 @@ def test_each_task_draws_its_own_batches():
     assert len({k for _, k in drawn}) == 8
 
 
+@pytest.mark.slow
 def test_tune_with_an_iterator_and_many_inner_steps():
     """Batches stacked on the host have the axis of the tasks behind that of the
     steps."""

@@ -103,6 +103,7 @@ def test_tpe_learns_what_random_search_does_not():
     assert losses["tpe"][30:].mean() < losses["random"][30:].mean()
 
 
+@pytest.mark.slow
 def test_placeholders_are_searched_in_their_raw_values():
     def losses(model, hyperparams, batch, key):
         weights = hyperparams["decay"] * hyperparams["shares"] * hyperparams["gate"]
@@ -287,6 +288,7 @@ def test_one_model_only():
         _search(algorithm)
 
 
+@pytest.mark.slow
 def test_the_state_suits_any_outer_optimiser_and_aux():
     """One that keeps the parameters, and an `aux` with the size of a batch."""
 
@@ -534,6 +536,7 @@ def test_trials_that_have_failed_are_not_put_to_a_pruner():
     assert np.all(history.step[has_failed] == 1)
 
 
+@pytest.mark.slow
 def test_a_stored_search_goes_on_in_the_middle_of_halving():
     storage = optuna.storages.InMemoryStorage()
     settings: dict[str, Any] = {"trials": 9, "steps": 9, "parallel": 9}
