@@ -122,6 +122,7 @@ def test_the_bias_of_a_learning_rate():
     assert _near(got.norm_ratios["rate"].raw, ratio)
 
 
+@pytest.mark.slow
 def test_from_a_callback_it_compiles_once():
     case, traces, log = ridge(), 0, []
 

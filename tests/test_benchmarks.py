@@ -65,6 +65,7 @@ def _kernel_task(features: int):
     )
 
 
+@pytest.mark.slow
 def test_hypergradient_through_a_solve_is_that_of_cross_validation():
     with jax.enable_x64(True):
         task = _kernel_task(3)

@@ -77,6 +77,7 @@ def test_holds_at_each_of_1000_random_steps(getkey, constraint):
         assert jnp.max(violations) < 1e-5
 
 
+@pytest.mark.slow
 def test_within_a_run_the_values_of_placeholders_stay_in_their_sets():
     """Bijections need no projection; parts of a tree are constrained by `where`."""
     hyperparams = {

@@ -144,6 +144,7 @@ def test_in_the_middle_of_a_training():
     assert got.rows[0].relative_error < 1e-12
 
 
+@pytest.mark.slow
 def test_schedules_and_implicit():
     case = ridge()
     penalties = jnp.stack([case.hyperparams["penalty"]] * 2)

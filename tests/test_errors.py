@@ -56,6 +56,7 @@ def test_an_error_inside_a_loss_over_tasks():
 QUICK = [(name, "float32") for name in ("t1t2_3", "hyperdistill", "implicit_3")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, dtype",
     [

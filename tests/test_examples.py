@@ -50,6 +50,7 @@ def test_quickstart_on_real_data(example, tmp_path):
     assert all(0.3 < error < 3 for error in errors.values())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_greedy_toy(example, tmp_path, capsys):
     figure = tmp_path / "figure.png"
@@ -637,6 +638,7 @@ def test_library_at_every_nth_step(example, monkeypatch):
             assert np.allclose(x, y, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_page_of_training_loop(capsys):
     """Both scripts that the first difference on the page stands for."""
     page = (ROOT / "docs" / "examples" / "training-loop.md").read_text()

@@ -256,6 +256,7 @@ def test_reports_no_validation_loss_that_was_not_taken():
     assert f"Validation loss {float(loss(3)):.4g} at first" in rest.message
 
 
+@pytest.mark.slow
 def test_validates_after_the_first_finite_step():
     bad = jax.tree.map(lambda x: x * jnp.nan, CASE.train)
     seen = []

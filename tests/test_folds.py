@@ -53,6 +53,7 @@ def test_the_order_is_that_of_the_key():
     assert equal(traced, hpo.folds(data, 4, key=jr.key(1)))
 
 
+@pytest.mark.slow
 def test_rows_of_all_arrays_stay_together():
     numbers = np.arange(10)
     keys = jr.split(jr.key(3), 10)

@@ -120,6 +120,7 @@ def _schedules(every=3):
     return inner, values, {k: hpo.Schedule(x, every) for k, x in values.items()}
 
 
+@pytest.mark.slow
 def test_schedules_share_hyperparameters_over_windows():
     case = ridge()
     inner, values, hyperparams = _schedules()

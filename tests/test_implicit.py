@@ -361,6 +361,7 @@ def test_conjugate_gradients_in_single_precision_at_any_scale_of_the_loss():
             assert jnp.allclose(got, expected, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_complex_weights():
     """Against the same problem in real and imaginary parts."""
     keys = jr.split(jr.key(0), 4)
@@ -414,6 +415,7 @@ def test_half_precision(dtype):
     assert int(state.skipped) == 0
 
 
+@pytest.mark.slow
 def test_the_report_costs_nothing_unless_asked_for():
     case = ridge(features=200, examples=300)
     products = []

@@ -109,6 +109,7 @@ def test_a_scale_that_starts_at_zero_has_its_true_slope():
     assert jnp.allclose(got, -6 * 0.2 / 1e-8, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_values_and_rules_of_the_function_itself_are_kept():
     @jax.custom_vjp
     def clip(x):

@@ -294,6 +294,7 @@ def test_mean_and_standard_error(size, tasks):
         assert np.allclose(mean.astype(float), exact.mean(0), atol=scale * tolerance)
 
 
+@pytest.mark.slow
 def test_the_report_of_each_solve():
     """Under that of the tasks; the outcome of `tune` is still that of one that
     fails."""
@@ -333,6 +334,7 @@ def test_bad_arguments():
         algorithm.restart(state, jnp.ones(7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stacked", [False, True])
 def test_discretised_losses_are_means_over_tasks(stacked):
     def val_loss(model, hyperparams, batch, key):

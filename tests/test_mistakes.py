@@ -66,6 +66,7 @@ def test_python_numbers_in_batches_are_arrays(by):
     assert counted.traces <= before + more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["step", "tune"])
 def test_shapes_that_change_are_a_warning_at_the_third_compilation(by):
     batches = [{"x": jnp.ones((4 + i, 2))} for i in range(5)]

@@ -110,6 +110,7 @@ def _seeds(problem=hpo.Problem(_noisy, _noisy)):
     return jax.jit(run)
 
 
+@pytest.mark.slow
 def test_vmap_over_seeds_and_learning_rates(getkey):
     run = _seeds()
     keys, rates = jr.split(getkey(), 3), jnp.array([0.01, 0.1, 0.2])

@@ -130,6 +130,7 @@ def test_placeholders_are_searched_in_their_raw_values():
     assert isinstance(solution.hyperparams["decay"], hpo.Positive)
 
 
+@pytest.mark.slow
 def test_a_learning_rate_can_be_searched():
     algorithm = hpo.T1T2(PROBLEM, lambda h: optax.sgd(h[1]), OUTER)
     losses = lambda model, h, *rest: PROBLEM.train_loss(model, h[0], *rest)
@@ -141,6 +142,7 @@ def test_a_learning_rate_can_be_searched():
     assert solution.history.val_loss.std() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [hpo.T1T2, hpo.Greedy, hpo.HyperDistill, hpo.Unrolled],
@@ -366,6 +368,7 @@ def _at_once(low=0.0, high=1.0, **settings):
     return solution, len(steps)
 
 
+@pytest.mark.slow
 def test_halving_lets_the_best_third_go_on():
     solution, taken = _at_once(trials=9, steps=10, parallel=9, pruner="halving")
     history = solution.history
@@ -556,6 +559,7 @@ def test_a_stored_search_goes_on_in_the_middle_of_halving():
     assert rest.state.metrics.val_loss == rest.history.hyperparams.min()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampler, parallel, trials",
     [("random", 1, 6), pytest.param("tpe", 2, 16, marks=pytest.mark.slow)],

@@ -116,6 +116,7 @@ def _with_dead_pixels():
     return hpo.Problem(train_loss, val_loss), (x, y), jnp.linspace(-1.0, 1.0, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule_name, steps", [*[(name, 4) for name in RULES], ("forward_over_reverse", 1)]
 )
@@ -203,6 +204,7 @@ def _by_hand(h):
     return jnp.sum(w**2) + h * jnp.sum(w**2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule_name", ["forward_over_reverse", "finite_difference"])
 def test_a_loss_may_close_over_tracers(rule_name, getkey):
     """A problem made inside `jit` and `vmap`."""
@@ -273,6 +275,7 @@ COMPLEX = hpo.Problem(_complex_train_loss, _complex_val_loss)
 W, H = jnp.array([0.1 + 0.2j, 0.3 - 0.1j, -0.2j]), jnp.array([-1.0, -2.0, 0.3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["forward_mode", "drmad", *RULES])
 def test_complex_weights_in_parts(name):
     """The same as real and imaginary parts, by an optimiser that conjugates."""

@@ -499,6 +499,7 @@ def test_tune_in_another_thread():
     assert int(out[0].state.step) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("driver", ["tune", "fit"])
 def test_numbers_too_large_to_be_counted_stand_for_never(driver):
     def loss(model, hyperparams, batch, key):

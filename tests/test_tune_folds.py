@@ -46,6 +46,7 @@ def _by_parts(batch_size, average):
     return final, tuning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size, average", [(8, 0.5), (None, 0.0)])
 def test_equals_its_parts(batch_size, average):
     final, tuning = hpo.tune_folds(

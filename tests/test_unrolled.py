@@ -107,6 +107,7 @@ def test_truncation_equals_unrolling_the_last_steps():
     assert relative_error(got, expected) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -132,6 +133,7 @@ def test_how_it_is_computed_changes_nothing(kwargs):
     assert relative_error(got, expected) < 1e-12
 
 
+@pytest.mark.slow
 def test_what_is_kept_of_the_inner_steps():
     """A loss with a large tape: without checkpoints memory grows with all of it, with
     one at each step by the weights alone, nested with their root."""
