@@ -92,15 +92,10 @@ class Run:
         self._leaps = self._pace.loops and isinstance(algorithm, PlainTraining)
         self._status: Any = None  # of the last call, where it is not yet known
 
-    def restart(
-        self, model: Model, model_state: PyTree, hyperparams: Hyperparams | None = None
-    ) -> None:
-        """Starts the inner level afresh, with other hyperparameters if given."""
-        state = self.state
-        if hyperparams is not None:
-            state = dataclasses.replace(state, hyperparams=hyperparams)
-        fresh = self._algorithm.restart(state, model, model_state=model_state)
-        self.state = own_copy(fresh, (model, model_state, hyperparams))
+    def restart(self, model: Model, model_state: PyTree) -> None:
+        """Starts the inner level afresh."""
+        fresh = self._algorithm.restart(self.state, model, model_state=model_state)
+        self.state = own_copy(fresh, (model, model_state))
 
     def advance(self, limit: int, donate: bool) -> None:
         """Takes at most `limit` steps."""
