@@ -46,8 +46,9 @@ def _by_parts(batch_size, average):
     return final, tuning
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("batch_size, average", [(8, 0.5), (None, 0.0)])
+@pytest.mark.parametrize(
+    "batch_size, average", [(8, 0.5), pytest.param(None, 0.0, marks=pytest.mark.slow)]
+)
 def test_equals_its_parts(batch_size, average):
     final, tuning = hpo.tune_folds(
         ALGORITHM,

@@ -22,7 +22,7 @@ from jax import lax
 from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Bool, PyTree
 
-from .._custom_types import Hyperparams, IntScalar
+from .._custom_types import FloatScalar, Hyperparams, IntScalar
 from .._hyperparameter import partition_raw
 from .._jaxpr import holds_primitive
 from .._misc import match_dtypes, tree_norm, tree_where
@@ -63,10 +63,6 @@ def next_state(
     - `has_aux`: whether the losses have an `aux`.
     """
     gradient = estimate.hypergradient
-    # What is not taken is no reason to skip a step.
-    nothing = (float_scalar(jnp.nan), None)
-    val = nothing if estimate.val is None else estimate.val
-    losses = [x[0] for x in (estimate.train, estimate.val) if x is not None]
     raw, constants = partition_raw(hyperparams)
     noise, fixed = eqx.partition(constants, eqx.is_array)
     old_noise = eqx.filter(partition_raw(state.hyperparams)[1], eqx.is_array)
@@ -76,17 +72,10 @@ def next_state(
         outer,
         (gradient, estimate.error),
         (raw, state.outer_opt_state),
-        [*_pairs(new, old), *_pairs((losses, gradient))],
+        [*_pairs(new, old), *_pairs((losses_of(estimate), gradient))],
     )
     (inner, memory), noise = tree_where(is_good, (new, noise), (old, old_noise))
     untrained = eqx.filter(state.model, eqx.is_inexact_array, inverse=True)
-    metrics = Metrics(
-        train_loss=float_scalar(estimate.train[0]),
-        val_loss=float_scalar(val[0]),
-        hypergradient_norm=float_scalar(tree_norm(gradient)),
-        aux=(estimate.train[1], val[1]) if has_aux else None,
-        diagnostics=estimate.diagnostics,
-    )
     step, is_first = state.step + 1, ~is_good & (state.total_skipped == 0)
     return BilevelState(
         model=eqx.combine(inner.params, untrained),
@@ -100,7 +89,23 @@ def next_state(
         skipped=jnp.where(is_good, 0, state.skipped + 1),
         total_skipped=jnp.where(is_good, state.total_skipped, state.total_skipped + 1),
         first_skipped=jnp.where(is_first, step, state.first_skipped),
-        metrics=metrics,
+        metrics=metrics_of(estimate, has_aux),
+    )
+
+
+def losses_of(estimate: Estimate) -> list[FloatScalar]:
+    """Takes the losses. One that was not taken is no reason to skip a step."""
+    return [x[0] for x in (estimate.train, estimate.val) if x is not None]
+
+
+def metrics_of(estimate: Estimate, has_aux: bool) -> Metrics:
+    val = (jnp.nan, None) if estimate.val is None else estimate.val
+    return Metrics(
+        train_loss=float_scalar(estimate.train[0]),
+        val_loss=float_scalar(val[0]),
+        hypergradient_norm=float_scalar(tree_norm(estimate.hypergradient)),
+        aux=(estimate.train[1], val[1]) if has_aux else None,
+        diagnostics=estimate.diagnostics,
     )
 
 

@@ -37,10 +37,9 @@ from .._state import (
     inner_state,
     InnerState,
     Memory,
-    Metrics,
 )
 from .base import AbstractAlgorithm, levels_of_step
-from .guard import all_finite
+from .guard import all_finite, losses_of, metrics_of
 
 
 class PlainTraining(AbstractAlgorithm):
@@ -123,8 +122,8 @@ class PlainTraining(AbstractAlgorithm):
         hyperparams, levels = at(count - 1)
         plain = unwrap_values(hyperparams)
         val_report, memory = self._validate(levels, inner, plain, state.memory)
-        losses = [x[0] for x in (report, val_report) if x is not None]
-        is_good = all_finite(inner, old, losses)
+        estimate = Estimate(inner, memory, None, report, val_report)
+        is_good = all_finite(inner, old, losses_of(estimate))
         untrained = eqx.filter(state.model, eqx.is_inexact_array, inverse=True)
         new = dataclasses.replace(
             state,
@@ -136,7 +135,7 @@ class PlainTraining(AbstractAlgorithm):
             step=step + count,
             episode_step=state.episode_step + count * self.inner_steps,
             skipped=jnp.zeros_like(state.skipped),
-            metrics=_report(self.problem, report, val_report),
+            metrics=metrics_of(estimate, self.problem.has_aux),
         )
         arrays, static = eqx.partition(new, eqx.is_array)
         kept = tree_where(is_good, arrays, eqx.filter(state, eqx.is_array))
@@ -167,13 +166,3 @@ class PlainTraining(AbstractAlgorithm):
         # Mapped, it is still a branch: trainings side by side are due together.
         val = lax.cond(any_mapped(is_due), take, lambda: (before, no_aux))
         return val, Memory(lasting=(val[0], was_taken | is_due))
-
-
-def _report(problem: Problem, train: Any, val: Any) -> Metrics:
-    val = (jnp.nan, None) if val is None else val
-    return Metrics(
-        train_loss=float_scalar(train[0]),
-        val_loss=float_scalar(val[0]),
-        hypergradient_norm=float_scalar(0.0),
-        aux=(train[1], val[1]) if problem.has_aux else None,
-    )
