@@ -2,6 +2,7 @@ import importlib.metadata
 
 from ._audit import Audit as Audit, audit as audit
 from ._checkpoint import load as load, save as save
+from ._checkpoints import Checkpoints as Checkpoints
 from ._data import (
     AbstractBatches as AbstractBatches,
     Minibatch as Minibatch,

@@ -1,113 +1,166 @@
 """Saving a state to a file, and loading it back."""
 
-import json
 import os
 import pathlib
-import tempfile
 from typing import Any
 
-import equinox as eqx
+import jax
+import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import PyTree
 
 from ._checks import check_path
+from ._container import Container, write_file
+from ._hyperparameter import is_placeholder
 from ._misc import is_array_or_numpy, is_typed_key
 from ._state import BilevelState, check_state
 
 
-_FORMAT = "eqx_hpo.BilevelState"
-_VERSION = 1
+_NUMBERS = (bool, int, float, complex)
 
 
 def save(path: str | os.PathLike[str], state: BilevelState) -> None:
     """Writes a state to a file.
 
-    The file is first written under another name and then moved in place. A run that
-    dies meanwhile leaves the last good file.
+    The file is first written under another name, with a checksum for each array, put on
+    disk and then moved in place. A run that dies meanwhile leaves the last good file.
 
     **Arguments:**
 
     - `path`: of the file. An existing one is replaced.
-    - `state`: a [`eqx_hpo.BilevelState`][].
+    - `state`: a [`eqx_hpo.BilevelState`][]. Arrays that are split over devices are put
+        together, one at a time, in the memory of the host.
 
     **Raises:** an `OSError` if the file cannot be written; a `ValueError` if `state` is
-    something else.
+    something else, or split over the devices of several processes.
     """
     check_state("state", state)
     check_path("path", path)
-    path = pathlib.Path(path)
-    header = {"format": _FORMAT, "version": _VERSION, "leaves": _specs(state)}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write((json.dumps(header) + "\n").encode())
-            eqx.tree_serialise_leaves(file, _without_keys(state))
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    check_addressable(state)
+    write_file(pathlib.Path(path), facts_of(state), arrays_of(state))
 
 
 def load(path: str | os.PathLike[str], like: BilevelState) -> BilevelState:
-    """Reads a state that [`eqx_hpo.save`][] wrote.
+    """Reads a state that [`eqx_hpo.save`][], or a run with `checkpoint`, wrote.
 
     **Arguments:**
 
     - `path`: of the file.
-    - `like`: a state of the same structure, shapes and dtypes: make it by `init` of
-        the same algorithm with the same arguments.
+    - `like`: a state of the same structure, shapes, dtypes and placeholders: make it by
+        `init` of the same algorithm with the same arguments.
 
-    **Returns:** the saved state, bit for bit.
+    **Returns:** the saved state, bit for bit. Each array is on the device of that in
+    `like`, or split over devices as that is.
 
-    **Raises:** a `ValueError` if the file is not such a state, or of another structure.
+    **Raises:** a `ValueError` if the file is not such a state, is damaged, or is of
+    another structure; an `OSError` if it cannot be read.
     """
     check_path("path", path)
     check_state("like", like)
-    with open(path, "rb") as file:
-        header = _read_header(file.readline(), path)
-        _check_specs(header["leaves"], _specs(like))
-        keyless = eqx.tree_deserialise_leaves(file, _without_keys(like))
-    restore = lambda x, y: (
-        jr.wrap_key_data(x, impl=jr.key_impl(y)) if is_typed_key(y) else x
-    )
-    return jtu.tree_map(restore, keyless, like)
+    with Container(path) as file:
+        return read_state(file, like)
 
 
-def _read_header(line: bytes, path: Any) -> dict[str, Any]:
-    try:
-        header = json.loads(line)
-    except ValueError:
-        header = None
-    if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        raise ValueError(f"`{path}` is not a state saved by `eqx_hpo.save`.")
-    if header["version"] != _VERSION:
-        raise ValueError(
-            f"`{path}` has version {header['version']} of the file format; this "
-            f"eqx_hpo reads version {_VERSION}."
-        )
-    return header
+def read_state(file: Container, like: BilevelState, prefix: str = "") -> BilevelState:
+    """Reads the state in a file whose arrays have names that begin with `prefix`."""
+    saved = {
+        name.removeprefix(prefix): entry.spec()
+        for name, entry in file.entries.items()
+        if name.startswith(prefix + "state")
+    }
+    check_match(saved, file.header, like, f"`{file.path}`")
+    numbers = file.header.get("numbers", {})
+
+    def read(path, x):
+        name = _name(path)
+        if is_array_or_numpy(x):
+            return place(file.read(prefix + name), x)
+        return _as_number(numbers[name], x) if name in numbers else x
+
+    return jtu.tree_map_with_path(read, like)
 
 
-def _check_specs(saved: dict[str, str], like: dict[str, str]) -> None:
-    for name in [*saved, *like]:
-        got, expected = saved.get(name, "nothing"), like.get(name, "nothing")
-        if got != expected:
-            raise ValueError(
-                f"`like` does not match the saved state: `state{name}` is {got} in the "
-                f"file and {expected} in `like`. Make `like` by `init` of the same "
-                "algorithm with the same arguments (`HyperDistill` needs `train`)."
-            )
+def check_match(
+    saved: dict[str, str], header: dict[str, Any], like: BilevelState, source: str
+) -> None:
+    """Compares the specs of saved arrays, and the classes in the header of a file, with
+    those of a state."""
+    expected = {k: f"{x.dtype}{list(x.shape)}" for k, x in arrays_of(like).items()}
+    there, here = {**header.get("classes", {})}, _classes_of(like)
+    for got, wanted in ((saved, expected), (there, here)):
+        for name in [*got, *wanted]:
+            pair = got.get(name, "nothing"), wanted.get(name, "nothing")
+            if pair[0] != pair[1]:
+                raise ValueError(
+                    f"`like` does not match the saved state: `{name}` is {pair[0]} in "
+                    f"{source} and {pair[1]} in `like`. Make `like` by `init` of the "
+                    "same algorithm with the same arguments (`HyperDistill` needs "
+                    "`train`)."
+                )
 
 
-def _specs(state: BilevelState) -> dict[str, str]:
-    """Lists the shape and dtype of each array, by its place in the state."""
-    leaves = jtu.tree_leaves_with_path(state)
+def arrays_of(tree: PyTree, root: str = "state") -> dict[str, Any]:
+    """Lists the arrays of a pytree by their places, keys by their data."""
     return {
-        jtu.keystr(path): f"{x.dtype}{list(x.shape)}"
-        for path, x in leaves
+        _name(path, root): jr.key_data(x) if is_typed_key(x) else x
+        for path, x in jtu.tree_leaves_with_path(tree)
         if is_array_or_numpy(x)
     }
 
 
-def _without_keys(state: BilevelState) -> BilevelState:
-    return jtu.tree_map(lambda x: jr.key_data(x) if is_typed_key(x) else x, state)
+def facts_of(state: BilevelState) -> dict[str, Any]:
+    """Makes what the header of a file says of a state: the classes in it, and the
+    Python numbers among its leaves."""
+    numbers = {
+        _name(path): [x.real, x.imag] if isinstance(x, complex) else x
+        for path, x in jtu.tree_leaves_with_path(state)
+        if isinstance(x, _NUMBERS)
+    }
+    return {"classes": _classes_of(state), "numbers": numbers}
+
+
+def _classes_of(state: BilevelState) -> dict[str, str]:
+    """Names what gives the numbers of a state their meaning: the class of each
+    placeholder, and the kind of each PRNG key."""
+    nodes = jtu.tree_leaves_with_path(state, is_leaf=is_placeholder)
+    names = {
+        _name(path): type(x).__qualname__ for path, x in nodes if is_placeholder(x)
+    }
+    keys = {_name(path): str(x.dtype) for path, x in nodes if is_typed_key(x)}
+    return names | keys
+
+
+def check_addressable(state: BilevelState) -> None:
+    """Refuses a state that no process has as a whole."""
+    for name, x in arrays_of(state).items():
+        whole = not isinstance(x, jax.Array) or (
+            x.is_fully_addressable or x.is_fully_replicated
+        )
+        if not whole:
+            raise ValueError(
+                f"`{name}` is split over the devices of several processes, and a file "
+                'is written by one. Use `Checkpoints(folder, backend="orbax")`.'
+            )
+
+
+def place(array: np.ndarray, like: Any) -> Any:
+    """Puts an array where that in `like` is: on a device, or on several."""
+    if not isinstance(like, jax.Array):
+        return array
+    if is_typed_key(like):
+        return jr.wrap_key_data(jnp.asarray(array), impl=jr.key_impl(like))
+    if not like.committed:
+        return jnp.asarray(array)
+    return jax.make_array_from_callback(
+        like.shape, like.sharding, lambda index: array[index]
+    )
+
+
+def _name(path: Any, root: str = "state") -> str:
+    return root + jtu.keystr(path)
+
+
+def _as_number(saved: Any, like: Any) -> Any:
+    return complex(*saved) if isinstance(like, complex) else saved

@@ -1,31 +1,29 @@
 """The loop of the drivers: steps, and what is done between them."""
 
+import dataclasses
 import os
+import signal
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from ._checkpoint import save
-from ._checks import (
-    as_count,
-    as_flag,
-    as_int,
-    check_function,
-    check_key,
-    check_path,
-    check_type,
-)
+from ._callbacks import CallbackArgument, Callbacks
+from ._checkpoints import Checkpoints, make_keeper
+from ._checks import as_count, as_flag, as_int, check_key, check_type
 from ._jit import own_error_text
 from ._monitor import Monitor, Watcher
 from ._optimizer import AbstractBilevelOptimizer
-from ._progress import catch_interrupt, ProgressBar
+from ._progress import ProgressBar
 from ._run import Run
+from ._signals import catch_signals
 from ._solution import describe_skipped, RESULTS, Solution
-from ._state import BilevelState, check_state
+from ._state import check_state
 
 
 _MANY_SKIPPED = 0.1  # the share of skipped steps from which on there is a warning
 
+
+CheckpointArgument: TypeAlias = Checkpoints | str | os.PathLike[str] | None
 
 # A number of steps, and what is done whenever it has passed: an item of `RESULTS` that
 # it returns ends the run.
@@ -33,32 +31,28 @@ Event: TypeAlias = tuple[int, Callable[[], Any]]
 
 
 class Companions:
-    """What goes along with the steps of a run: a monitor, checkpoints, a callback and
-    a progress bar, as the drivers take them."""
+    """What goes along with the steps of a run: a monitor, callbacks, checkpoints and a
+    progress bar, as the drivers take them."""
 
     def __init__(
         self,
         interval: int,
         monitor: Monitor | None,
-        checkpoint: str | os.PathLike[str] | None,
+        checkpoint: CheckpointArgument,
         checkpoint_every: int,
-        callback: Callable[[BilevelState], Any] | None,
+        callback: CallbackArgument,
         progress: bool,
     ):
         if monitor is not None:
             what = "an `eqx_hpo.Monitor(metric, every=...)`, or `None`"
             check_type("monitor", monitor, Monitor, what)
-        if checkpoint is not None:
-            check_path("checkpoint", checkpoint)
-        if callback is not None:
-            check_function("callback", callback, "a function of the state, or `None`")
+        every = as_int("checkpoint_every", checkpoint_every, 1)
+        self.keeper = make_keeper(checkpoint, every)
+        self.callbacks = Callbacks(callback)
         self.watcher = None if monitor is None else Watcher(monitor)
-        self.callback = callback
         self.progress = as_flag("progress", progress)
         self._interval = interval
         self._watch_every = 0 if monitor is None else monitor.every
-        self._checkpoint = checkpoint
-        self._checkpoint_every = as_int("checkpoint_every", checkpoint_every, 1)
 
     def check(self, start: int, steps: int) -> None:
         """Refuses a fresh run in which the monitor would read the start alone, and the
@@ -69,15 +63,24 @@ class Companions:
                 f"{steps}: it would see nothing but the start. Lower its `every`."
             )
 
+    def signals(self) -> tuple[signal.Signals, ...]:
+        """Lists the signals that end the run."""
+        if self.keeper is None:
+            return (signal.SIGTERM,)
+        return self.keeper.settings.signals
+
     def events(self, run: Run) -> list[Event]:
         """Makes what is done after steps of `run`."""
-        events = []
+        events: list[Event] = []
         if self.watcher is not None:
             events.append((self._watch_every, lambda: self.watch(run)))
-        if self._checkpoint is not None:
-            events.append((self._checkpoint_every, lambda: self.save(run)))
-        if self.callback is not None:
-            events.append((self._interval, lambda: self.call_back(run)))
+        if self.callbacks:
+            events.append((self._interval, lambda: self.callbacks.call(run.state)))
+        keeper = self.keeper
+        if keeper is not None:
+            # The last: it saves what the others have done.
+            save = lambda: keeper.save(run, self.watcher)
+            events.append((keeper.settings.every, save))
         return events
 
     def watch(self, run: Run) -> Any:
@@ -86,41 +89,77 @@ class Companions:
         self.watcher.look(run.state)
         return RESULTS.patience if self.watcher.is_over() else None
 
-    def save(self, run: Run) -> None:
-        if self._checkpoint is not None and run.is_alive():
-            save(self._checkpoint, run.state)
-
-    def call_back(self, run: Run) -> Any:
-        assert self.callback is not None
-        return RESULTS.stopped if asks_to_stop(self.callback, run.state) else None
+    def begin(self, run: Run, algorithm: Any, key: Any) -> Any:
+        """Goes on from a checkpoint, if there is one of this run. Returns an item of
+        `RESULTS` if that was its end."""
+        stopped = False
+        if self.keeper is not None:
+            stopped = self.keeper.begin(run, self.watcher, algorithm, key)
+        if self.watcher is not None:
+            if not self.watcher.has_read():
+                self.watcher.look(run.state)
+            if self.watcher.is_over():
+                return RESULTS.patience
+        if run.has_failed():
+            return RESULTS.nonfinite
+        return RESULTS.stopped if stopped else None
 
 
 def conduct(
-    run: Run, steps: int, companions: Companions, before: list[Event], tunes: bool
+    run: Run,
+    steps: int,
+    companions: Companions,
+    before: list[Event],
+    tunes: bool,
+    identity: tuple[Any, Any],
 ) -> Solution:
-    """Takes `steps` steps, with all that goes along."""
+    """Takes `steps` steps, with all that goes along. `identity` are the algorithm and
+    the key, by which a checkpoint is known to be of the same run."""
     companions.check(run.step, steps)
-    after, watcher = companions.events(run), companions.watcher
-    try:
-        with ProgressBar(steps, companions.progress, tunes) as bar:
-            companions.watch(run)
-            # A callback may keep its state: no later step may overwrite it.
-            donate = companions.callback is None
-            result = drive(run, run.step + steps, before, after, bar, donate)
-    except KeyboardInterrupt:
-        result = RESULTS.interrupted
-    except Exception as e:
-        if run.has_begun() and run.is_alive():
-            attach_solution(e, lambda: run.finish(RESULTS.failed, watcher))
-        raise
-    finally:
-        companions.save(run)
-    with own_error_text():
-        solution = run.finish(result, watcher)
+    watcher, keeper = companions.watcher, companions.keeper
+    end, result = run.began + steps, None
+    with catch_signals(companions.signals()) as asked:
+        try:
+            result = companions.begin(run, *identity)
+            after = companions.events(run)
+            done = run.step - run.began
+            with ProgressBar(steps, done, companions.progress, tunes) as bar:
+
+                def tick():
+                    bar.update(run.step - run.began, run.state)
+                    if keeper is not None and keeper.is_due():
+                        keeper.save(run, watcher)
+
+                # A callback may keep its state: no later step may overwrite it.
+                donate = not companions.callbacks
+                if result is None:
+                    result = drive(run, end, before, after, tick, asked, donate)
+        except KeyboardInterrupt:
+            if not run.is_alive():
+                raise
+            result = RESULTS.interrupted
+        except Exception as e:
+            if run.has_begun() and run.is_alive():
+                attach_solution(e, lambda: run.finish(RESULTS.failed, watcher))
+            raise
+        finally:
+            if keeper is not None:
+                keeper.finish(run, watcher, bool(result == RESULTS.stopped))
+        with own_error_text():
+            solution = run.finish(result, watcher)
+    return _with_reports(solution, run, companions)
+
+
+def _with_reports(solution: Solution, run: Run, companions: Companions) -> Solution:
+    """Tells what the run itself does not know, in words and in warnings."""
+    message = solution.message + companions.callbacks.describe()
+    if companions.keeper is not None:
+        message += companions.keeper.describe()
     has_said_so = solution.result == RESULTS.nonfinite
     if run.share_skipped() > _MANY_SKIPPED and not has_said_so:
-        warnings.warn(describe_skipped(solution.state).strip(), stacklevel=3)
-    return solution
+        warnings.warn(describe_skipped(solution.state).strip(), stacklevel=4)
+    exception = companions.callbacks.exception
+    return dataclasses.replace(solution, message=message, exception=exception)
 
 
 def drive(
@@ -128,34 +167,31 @@ def drive(
     end: int,
     before: list[Event],
     after: list[Event],
-    bar: ProgressBar,
+    tick: Callable[[], None],
+    asked: Callable[[], Any],
     donate: bool,
 ) -> Any:
     """Steps until `end`, or until there is a reason to stop; returns an item of
-    `RESULTS`."""
+    `RESULTS`. `tick` is called after each call of the device, and `asked` gives what a
+    signal asks for."""
     periods = [period for period, _ in (*before, *after)]
-    try:
-        with own_error_text(), catch_interrupt() as interrupted:
-            while run.step < end:
-                start = run.step
-                for action in _due(before, start):
-                    action()
-                left = [period - start % period for period in periods]
-                try:
-                    run.advance(min([end - start, *left]), donate)
-                except StopIteration:
-                    return RESULTS.data_exhausted
-                bar.update(run.step - start, run.state)
-                reasons = [action() for action in _due(after, run.step)]
-                for reason in reasons:
-                    if reason is not None:
-                        return reason
-                if run.has_failed():
-                    return RESULTS.nonfinite
-                if interrupted():
-                    return RESULTS.interrupted
-    except KeyboardInterrupt:
-        return RESULTS.interrupted
+    with own_error_text():
+        while run.step < end:
+            start = run.step
+            for action in _due(before, start):
+                action()
+            left = [period - start % period for period in periods]
+            try:
+                run.advance(min([end - start, *left]), donate)
+            except StopIteration:
+                return RESULTS.data_exhausted
+            tick()
+            reasons = [action() for action in _due(after, run.step)]
+            for reason in (*reasons, asked()):
+                if reason is not None:
+                    return reason
+            if run.has_failed():
+                return RESULTS.nonfinite
     return RESULTS.successful
 
 
@@ -176,20 +212,6 @@ def as_interval(record_every: Any, steps: int) -> int:
     if record_every is None:
         return max(1, steps // 100)
     return as_count("record_every", record_every)
-
-
-def asks_to_stop(callback: Callable[[BilevelState], Any], state: BilevelState) -> bool:
-    """Calls the callback of a driver."""
-    answer = callback(state)
-    if answer is None:
-        return False
-    try:
-        return bool(answer)
-    except Exception as e:
-        raise ValueError(
-            "`callback` must return a boolean, or `None`; got a "
-            f"{type(answer).__name__}."
-        ) from e
 
 
 def attach_solution(error: Exception, make: Callable[[], Solution]) -> None:

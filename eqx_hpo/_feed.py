@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
+from . import _loader_state
 from ._custom_types import Batch
 from ._data import AbstractBatches, numbers_as_arrays, Stacked
 from ._misc import as_device_arrays
@@ -21,6 +22,9 @@ class Feed:
 
     `is_static` tells whether every call gets the same object. From an iterator a call
     takes `count` batches as one `Stacked`, or a single plain batch if that is `None`.
+
+    Its position is where the loader says that it is, and how many batches were used
+    since; for a loader that says nothing, since the start.
     """
 
     def __init__(self, data: Any, name: str, count: int | None):
@@ -30,6 +34,9 @@ class Feed:
         self._iterator: Iterator[Any] | None = None
         self._same: Any = None
         self._peeked: list[Any] = []
+        self._pulled = self._used = 0  # batches
+        self._said: Any = None  # by the loader, when `_said_at` batches were used
+        self._said_at = 0
         self.is_static = not is_loader(data)
         if self.is_static:
             self._same = as_device_arrays(numbers_as_arrays(data))
@@ -68,6 +75,61 @@ class Feed:
                 "last, incomplete batch."
             ) from e
 
+    def commit(self) -> None:
+        """Takes note that a step was made with what `next` gave last."""
+        self._used = self._pulled
+
+    def position(self) -> dict[str, Any] | None:
+        """Returns the position after the last step, for JSON; `None` for arrays."""
+        if self.is_static:
+            return None
+        teller = self._teller()
+        # What was taken for a step that was never made must come again.
+        if teller is not None and self._pulled == self._used:
+            self._said = _loader_state.get_state(self._name, teller)
+            self._said_at = self._used
+        return {"loader": self._said, "skip": self._used - self._said_at}
+
+    def go_to(self, position: dict[str, Any] | None) -> None:
+        """Goes to a position that a feed of the same data had."""
+        if self.is_static or position is None:
+            return
+        self._said, skip = position["loader"], position["skip"]
+        if self._said is not None:
+            self._restore(self._said)
+        if skip > 0:
+            self._peeked.clear()
+        try:
+            while self._pulled < skip:
+                self._pull()
+        except StopIteration:
+            raise ValueError(
+                f"`{self._name}` ended after {self._pulled} batches; the run that the "
+                f"checkpoint is of had taken {skip}."
+            ) from None
+        self._used = skip
+
+    def _restore(self, said: Any) -> None:
+        self._peeked.clear()
+        self._pulled, self._iterator = 0, None
+        if not _loader_state.has_state(self._loader):
+            assert self._loader is not None
+            self._iterator = iter(self._loader)
+        teller = self._teller()
+        if teller is None:
+            raise ValueError(
+                f"`{self._name}` does not tell its position any more, as it did in the "
+                "run that the checkpoint is of."
+            )
+        _loader_state.set_state(teller, said)
+
+    def _teller(self) -> Any:
+        """Finds what tells the position: the loader, or else its iterator."""
+        for x in (self._loader, self._iterator):
+            if _loader_state.has_state(x):
+                return x
+        return None
+
     def _check_stackable(self, batch: Batch) -> None:
         for path, x in jtu.tree_leaves_with_path(batch):
             if not (hasattr(x, "shape") or isinstance(x, (bool, int, float, complex))):
@@ -77,6 +139,11 @@ class Feed:
                 )
 
     def _pull(self) -> Any:
+        batch = self._pull_uncounted()
+        self._pulled += 1
+        return batch
+
+    def _pull_uncounted(self) -> Any:
         assert self._loader is not None
         if self._iterator is None:
             self._iterator = iter(self._loader)

@@ -1,16 +1,21 @@
 """Plain training at fixed hyperparameters, by the driver of `tune`."""
 
-import os
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from ._callbacks import CallbackArgument
 from ._checks import as_count, MOST_STEPS
 from ._custom_types import Batch, Hyperparams, Key, Model
 from ._data import AbstractBatches
-from ._drive import as_interval, check_start, Companions, conduct
+from ._drive import (
+    as_interval,
+    check_start,
+    CheckpointArgument,
+    Companions,
+    conduct,
+)
 from ._feed import Feed
 from ._meta import MetaLearner
 from ._monitor import Monitor
@@ -33,9 +38,9 @@ def fit(
     state: BilevelState | None = None,
     record_every: int | None = None,
     monitor: Monitor | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: CheckpointArgument = None,
     checkpoint_every: int = 1000,
-    callback: Callable[[BilevelState], Any] | None = None,
+    callback: CallbackArgument = None,
     progress: bool = True,
     model_state: PyTree = None,
     max_skipped: int = 20,
@@ -89,7 +94,7 @@ def fit(
     state = start(trainer, model, hyperparams, *feeds, key, state, model_state)
     run = Run(trainer, *feeds, key, state, interval, max_skipped)
     del state  # the run donates it
-    return conduct(run, steps, companions, [], tunes=False)
+    return conduct(run, steps, companions, [], False, (trainer, key))
 
 
 def _make_trainer(

@@ -120,6 +120,14 @@ class Watcher:
             copy = lambda x: jnp.copy(x) if eqx.is_array(x) else x
             self.best = Best(jtu.tree_map(copy, state), value, self._steps[-1])
 
+    def go_on(self, readings: Readings, best: Best | None) -> None:
+        """Goes on behind what the same run has read before."""
+        self.best = best
+        self._steps, self._values = readings.step.tolist(), readings.value.tolist()
+
+    def has_read(self) -> bool:
+        return len(self._steps) > 0
+
     def is_over(self) -> bool:
         """Tells whether the patience is."""
         patience, every = self._monitor.patience, self._monitor.every

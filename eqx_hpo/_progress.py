@@ -1,12 +1,8 @@
-"""The progress bar of the driver, and its way of being stopped from the keyboard."""
+"""The progress bar of the drivers."""
 
-import contextlib
 import math
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -26,28 +22,28 @@ class ProgressBar:
     to a file, it is a plain line every half minute.
     """
 
-    def __init__(self, total: int, enabled: bool, tunes: bool = True):
+    def __init__(self, total: int, done: int, enabled: bool, tunes: bool = True):
         # Here, as it would be a good part of the time of `import eqx_hpo`.
         from tqdm.auto import tqdm
 
         moves = _shows_a_bar(sys.stderr)
         disable = not (enabled and moves)
-        self._bar = tqdm(total=total, disable=disable, dynamic_ncols=True)
+        self._bar = tqdm(total=total, initial=done, disable=disable, dynamic_ncols=True)
         self._writes = enabled and not moves
         self._tunes = tunes
-        self._total, self._done = total, 0
+        self._total, self._done, self._before = total, done, done
         self._start = time.monotonic()
         self._shown = self._start if self._writes else 0.0
 
-    def update(self, steps: int, state: BilevelState) -> None:
-        """Counts `steps` more; reads the metrics of `state` from the device only when
-        the line is due."""
-        self._done += steps
+    def update(self, done: int, state: BilevelState) -> None:
+        """Shows that so many steps are done. Reads the metrics of `state` from the
+        device only when the line is due."""
         if not self._bar.disable:
-            self._bar.update(steps)
+            self._bar.update(done - self._done)
+        self._done = done
         now = time.monotonic()
         if self._writes and now - self._shown >= _LINE:
-            rate = self._done / (now - self._start)
+            rate = (done - self._before) / (now - self._start)
             share = f"{self._done}/{self._total} steps, {rate:.3g} a second, "
             print(share + self._describe(state), file=sys.stderr, flush=True)
         elif self._bar.disable or now - self._shown < _REFRESH:
@@ -77,26 +73,3 @@ def _shows_a_bar(stream: Any) -> bool:
     in a notebook, whose streams say that they are none."""
     in_notebook = type(stream).__module__.partition(".")[0] == "ipykernel"
     return in_notebook or (stream is not None and stream.isatty())
-
-
-@contextlib.contextmanager
-def catch_interrupt() -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells whether Ctrl-C was pressed. A state whose buffers
-    were just donated would be lost if the exception came at once; a second Ctrl-C
-    raises it nevertheless."""
-    pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed.is_set
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def handler(signum, frame):
-        if pressed.is_set():
-            raise KeyboardInterrupt
-        pressed.set()
-
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield pressed.is_set
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -2,6 +2,7 @@
 `Run`."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -49,6 +50,7 @@ class Rounds:
         model_state: PyTree,
         parallel: int,
         bar: ProgressBar,
+        asked: Callable[[], Any],
     ):
         self._algorithm = ParallelTraining(trainer, key)
         args = (model, low, train, val, key, None, model_state)
@@ -57,7 +59,7 @@ class Rounds:
         self._run = Run(
             self._algorithm, train, val, None, state, MOST_STEPS, MOST_STEPS
         )
-        self._parallel, self._bar = parallel, bar
+        self._parallel, self._bar, self._asked = parallel, bar, asked
         self._steps_of_each = trainer.validate_every
 
     def begin(self, raw: PyTree[np.ndarray], numbers: list[int]) -> None:
@@ -79,7 +81,8 @@ class Rounds:
         self._put(self._rows(), step)
         end = self._run.step + step - self._taken
         self._taken = step
-        return drive(self._run, end, [], [], self._bar, donate=True)
+        tick = lambda: self._bar.update(self._run.step, self._run.state)
+        return drive(self._run, end, [], [], tick, self._asked, donate=True)
 
     def report(self) -> Report:
         return jax.device_get(_report(self._rows()))

@@ -36,14 +36,15 @@ from ._meta import discretised_over_tasks, MetaLearner
 from ._misc import is_array_or_numpy
 from ._monitor import Watcher
 from ._optimizer import AbstractBilevelOptimizer, failed_solve, PlainTraining
+from ._rows import Rows
 from ._solution import (
     as_history,
     compare_discretised,
+    Course,
     describe,
     Discretised,
     has_diverged,
     History,
-    Record,
     record,
     RESULTS,
     Solution,
@@ -79,7 +80,7 @@ class Run:
             # The caller goes on from a run that ended so: it gets another chance.
             state = dataclasses.replace(state, skipped=jnp.zeros((), int))
         self.state = state
-        self._start = self.step = int(state.step)
+        self.began = self.step = int(state.step)
         self.skipped = int(state.skipped)
         self._skipped_before = int(state.total_skipped)
         self._algorithm, self._key = algorithm, key
@@ -87,10 +88,32 @@ class Run:
         self._last_val: AbstractBatches | None = None
         self._max_skipped = max_skipped
         self._recorder = _Recorder(state, interval)
-        self._course = start_course()
+        self.rows = self._recorder.rows_so_far
+        self.course = start_course()
         self._pace = _Pace(_can_loop(algorithm, state, train, val, key))
         self._leaps = self._pace.loops and isinstance(algorithm, PlainTraining)
         self._status: Any = None  # of the last call, where it is not yet known
+
+    def go_on(
+        self, state: BilevelState, course: Course, positions: dict[str, Any]
+    ) -> None:
+        """Goes over to a later state of the same run, whose history is in `rows`."""
+        self.state, self.course = state, course
+        self.step, self.skipped = int(state.step), int(state.skipped)
+        self._recorder.go_on(self.step)
+        self._train.go_to(positions["train"])
+        self._val.go_to(positions["val"])
+
+    def positions(self) -> dict[str, Any]:
+        """Returns the positions of the data after the last step, for JSON.
+
+        **Raises:** a `ValueError` if a loader's own cannot be written.
+        """
+        return {"train": self._train.position(), "val": self._val.position()}
+
+    def record_rows(self) -> None:
+        """Takes the rows of the history so far from the device."""
+        self._recorder.drain(self.step)
 
     def restart(self, model: Model, model_state: PyTree) -> None:
         """Starts the inner level afresh."""
@@ -110,6 +133,8 @@ class Run:
         if self.step == begun:
             status = self._call(advance_donating if donate else advance_keeping, inputs)
             self._take_in(status)
+        self._train.commit()
+        self._val.commit()
         if self._pace.loops:
             goal = _LEAP_SECONDS if self._leaps else _CALL_SECONDS
             self._pace.adapt(time.monotonic() - start, limit, goal)
@@ -132,8 +157,8 @@ class Run:
         )
 
     def _call(self, call: Callable[..., Any], inputs: Inputs) -> Any:
-        carry = (self.state, self._recorder.rows, self._course)
-        (self.state, self._recorder.rows, self._course), status = call(carry, inputs)
+        carry = (self.state, self._recorder.rows, self.course)
+        (self.state, self._recorder.rows, self.course), status = call(carry, inputs)
         return status
 
     def _take_in(self, status: Any) -> None:
@@ -155,12 +180,12 @@ class Run:
 
     def has_begun(self) -> bool:
         """Tells whether a step was taken."""
-        return self.step > self._start
+        return self.step > self.began
 
     def share_skipped(self) -> float:
         """Returns the share of the steps of this run that were skipped."""
         skipped = int(self.state.total_skipped) - self._skipped_before
-        return skipped / max(1, self.step - self._start)
+        return skipped / max(1, self.step - self.began)
 
     def is_alive(self) -> bool:
         """Tells whether the state was not lost to a call that failed after donating
@@ -183,7 +208,7 @@ class Run:
         chosen = self.state if best is None else best.state
         hyperparams = without_noise(chosen.hyperparams)
         discretised = self._discretise(chosen)
-        message = describe(result, self.state, self._course, solve, discretised)
+        message = describe(result, self.state, self.course, solve, discretised)
         if watcher is not None:
             message += watcher.describe()
         return Solution(
@@ -204,14 +229,19 @@ class Run:
             return RESULTS.nonfinite
         if solve is not None:
             return solve[0]
-        if has_diverged(self._course, self.state):
+        if has_diverged(self.course, self.state):
             return RESULTS.diverged
         return RESULTS.successful
 
     def _discretise(self, state: BilevelState) -> Discretised | None:
         algorithm, val = self._algorithm, self._last_val
-        if not has_discrete(state.hyperparams) or val is None:
+        if not has_discrete(state.hyperparams):
             return None
+        if val is None:  # no step was made: the run was finished already
+            peeked = self._val.peek()
+            if peeked is None:
+                return None
+            val = as_batches(peeked, "val", None)
         if isinstance(algorithm, PlainTraining) and algorithm.validate_every is None:
             return None
         key = None if self._key is None else jr.fold_in(self._key, self.step)
@@ -251,7 +281,11 @@ class _Recorder:
         self._capacity = max(1, min(_HISTORY_ROWS, _HISTORY_NUMBERS // numbers))
         empty = lambda x: jnp.zeros((self._capacity, *x.shape), x.dtype)
         self.rows = jtu.tree_map(empty, row)
-        self._blocks: list[Record] = []
+        self.rows_so_far = Rows(row)
+
+    def go_on(self, step: int) -> None:
+        """Goes on behind `step`, whose rows are there."""
+        self.drained = step // self.interval
 
     def room(self, step: int) -> int:
         """Counts the steps that may be taken until the block must be drained."""
@@ -259,24 +293,25 @@ class _Recorder:
 
     def drain_if_full(self, step: int) -> None:
         if step // self.interval - self.drained == self._capacity:
-            self._drain(step)
+            self.drain(step)
 
     def finish(
         self, state: BilevelState, step: int, watcher: Watcher | None
     ) -> History:
         """Joins all rows, with that of the last step, and what a monitor read."""
-        self._drain(step)
+        self.drain(step)
+        rows = self.rows_so_far.load()
         last = jtu.tree_map(lambda x: np.asarray(x)[None], record(state))
-        if len(self._blocks) == 0 or self._blocks[-1].step[-1] != last.step[0]:
-            self._blocks.append(last)
+        is_there = len(rows.step) > 0 and rows.step[-1] == last.step[0]
         readings = None if watcher is None else watcher.readings()
-        return as_history(self._blocks, readings)
+        return as_history([rows] if is_there else [rows, last], readings)
 
-    def _drain(self, step: int) -> None:
+    def drain(self, step: int) -> None:
+        """Takes the rows from the device."""
         count = step // self.interval - self.drained
         if count > 0:
             rows = jax.device_get(self.rows)
-            self._blocks.append(jtu.tree_map(lambda x: x[:count].copy(), rows))
+            self.rows_so_far.append(jtu.tree_map(lambda x: x[:count], rows))
             self.drained += count
 
 

@@ -8,7 +8,7 @@ is kept.
 
 import dataclasses
 import math
-from collections.abc import Callable
+import signal
 from typing import Any, Literal
 
 import jax
@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from ._checks import as_flag, as_int, check_function, check_type, MOST_STEPS
+from ._callbacks import CallbackArgument, Callbacks
+from ._checks import as_flag, as_int, check_type, MOST_STEPS
 from ._custom_types import Batch, Hyperparams, Key, Model
 from ._data import AbstractBatches, Minibatch
-from ._drive import asks_to_stop, attach_solution, check_start
+from ._drive import attach_solution, check_start
 from ._feed import Feed, make_feeds
 from ._hyperparameter import partition_raw, unwrap
 from ._misc import as_device_arrays
@@ -32,6 +33,7 @@ from ._optimizer import (
 from ._progress import ProgressBar
 from ._pruning import AbstractPruning, make_pruning
 from ._rounds import recorded, Rounds
+from ._signals import catch_signals
 from ._solution import History, RESULTS, Solution
 from ._space import Space
 from ._state import BilevelState
@@ -56,7 +58,7 @@ def search(
     storage: Any = None,
     study_name: str = "search",
     progress: bool = True,
-    callback: Callable[[BilevelState], Any] | None = None,
+    callback: CallbackArgument = None,
     model_state: PyTree = None,
 ) -> Solution:
     """Chooses hyperparameters by complete trainings, as a baseline for
@@ -134,8 +136,7 @@ def search(
     **Raises:** an `ImportError` without Optuna, or what `sampler` needs; a `ValueError`
     if the ranges do not match, are empty, not finite or upside down, if the study in
     `storage` is of other ranges, `steps` or `key`, or if an option is out of range. An
-    exception of the callback or of an iterator has the best trial so far as its
-    attribute `solution`.
+    exception of an iterator has the best trial so far as its attribute `solution`.
     """
     check_start(algorithm, key, None)
     what = "an algorithm for one model, such as `T1T2`"
@@ -143,8 +144,7 @@ def search(
     assert isinstance(algorithm, AbstractAlgorithm)
     trials, steps = as_int("trials", trials, 1), as_int("steps", steps, 1)
     parallel, progress = as_int("parallel", parallel, 1), as_flag("progress", progress)
-    if callback is not None:
-        check_function("callback", callback, "a function of the state, or `None`")
+    callbacks = Callbacks(callback)
     space = Space(low, high)
     pruning = make_pruning(pruner, steps, parallel, report_every)
     trainer = _make_trainer(algorithm, steps, trials)
@@ -159,10 +159,13 @@ def search(
     )
     rounds_left = math.ceil(max(0, trials - study.finished) / parallel)
     total = (rounds_left + (study.best is not None)) * steps
-    with ProgressBar(total, progress, tunes=False) as bar:
+    with (
+        ProgressBar(total, 0, progress, tunes=False) as bar,
+        catch_signals((signal.SIGTERM,)) as asked,
+    ):
         start = (model, space.low, *feeds, key, model_state)
-        rounds = Rounds(trainer, *start, parallel, bar)
-        loop = _Loop(rounds, study, pruning, callback)
+        rounds = Rounds(trainer, *start, parallel, bar, asked)
+        loop = _Loop(rounds, study, pruning, callbacks)
         try:
             result = loop.run(trials, parallel)
         except Exception as e:
@@ -209,10 +212,10 @@ class _Loop:
         rounds: Rounds,
         study: Study,
         pruning: AbstractPruning,
-        callback: Callable[[BilevelState], Any] | None,
+        callbacks: Callbacks,
     ):
         self.rounds, self.study, self.pruning = rounds, study, pruning
-        self._callback, self._stops = callback, False
+        self.callbacks, self._reason = callbacks, RESULTS.successful
         self.best: BilevelState | None = None
 
     def run(self, trials: int, parallel: int) -> Any:
@@ -250,7 +253,7 @@ class _Loop:
             alive = self._judge(alive, step)
             if len(alive) == 0:
                 break
-        return RESULTS.stopped if self._stops else RESULTS.successful
+        return self._reason
 
     def _judge(self, alive: dict[int, Any], step: int) -> dict[int, Any]:
         """Ends the trials that go no further, and returns the others."""
@@ -279,9 +282,10 @@ class _Loop:
     ) -> None:
         if self.study.tell(trial, loss, facts, done):
             self.best = self.rounds.state(row)
-        if self._callback is not None:
+        if self.callbacks:
             # The other trials of the round are not in vain: it comes to its end.
-            self._stops |= asks_to_stop(self._callback, self.rounds.state(row))
+            reason = self.callbacks.call(self.rounds.state(row))
+            self._reason = self._reason if reason is None else reason
 
     def _shrink(self, alive: dict[int, Any], size: int) -> dict[int, Any]:
         """Goes over to a smaller program if one holds what is left."""
@@ -304,6 +308,7 @@ def _join(
         result = RESULTS.nonfinite
     if result != RESULTS.successful:
         message = f"{RESULTS[result]} {message}"
+    message += loop.callbacks.describe()
     best = loop.rounds.fresh if loop.best is None else loop.best
     outer_opt_state = algorithm.outer.init(partition_raw(best.hyperparams)[0])
     # No `aux`: that of `val` as a whole may have another shape.
@@ -324,6 +329,7 @@ def _join(
         result=result,
         state=state,
         message=message,
+        exception=loop.callbacks.exception,
     )
 
 

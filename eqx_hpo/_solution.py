@@ -30,6 +30,8 @@ class RESULTS(lx.RESULTS):  # pyright: ignore
     )
     interrupted = "The run was interrupted from the keyboard."
     stopped = "The callback asked to stop."
+    preempted = "The run was told to end by a signal, and can go on from its state."
+    callback_failed = "A callback raised an exception: `exception` of the solution."
     patience = "The monitor saw nothing better for as long as its `patience` lasts."
     failed = (
         "An exception ended the run. It was raised, with the solution so far as its "
@@ -141,6 +143,7 @@ class Solution(eqx.Module):
     - `discretised`: an [`eqx_hpo.Discretised`][] if there are discrete hyperparameters
         ([`eqx_hpo.Choice`][], [`eqx_hpo.Integer`][], [`eqx_hpo.Switch`][]), else
         `None`.
+    - `exception`: what a callback raised, with `RESULTS.callback_failed`.
     """
 
     model: Model
@@ -152,6 +155,7 @@ class Solution(eqx.Module):
     message: str
     best: Best | None
     discretised: Discretised | None
+    exception: Exception | None = None
 
 
 def record(state: BilevelState) -> Record:

@@ -1,15 +1,20 @@
 """The driver: `tune` takes a problem from its start to a `Solution`."""
 
-import os
-from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import PyTree
 
+from ._callbacks import CallbackArgument
 from ._checks import as_count, as_int
 from ._custom_types import Batch, Hyperparams, Key, Model
 from ._data import AbstractBatches
-from ._drive import as_interval, check_start, Companions, conduct
+from ._drive import (
+    as_interval,
+    check_start,
+    CheckpointArgument,
+    Companions,
+    conduct,
+)
 from ._feed import make_feeds
 from ._monitor import Monitor
 from ._optimizer import AbstractBilevelOptimizer
@@ -31,9 +36,9 @@ def tune(
     restart_every: int | None = None,
     record_every: int | None = None,
     monitor: Monitor | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: CheckpointArgument = None,
     checkpoint_every: int = 1000,
-    callback: Callable[[BilevelState], Any] | None = None,
+    callback: CallbackArgument = None,
     progress: bool = True,
     model_state: PyTree = None,
     max_skipped: int = 20,
@@ -72,11 +77,14 @@ def tune(
         steps; by default about a hundred times. The last step is always recorded.
     - `monitor`: an [`eqx_hpo.Monitor`][], for a metric on data that nothing is tuned
         on, an early stop, and the best state.
-    - `checkpoint`: a file to save the state to ([`eqx_hpo.save`][]), after every
-        `checkpoint_every` steps and when the run ends for whatever reason.
-    - `checkpoint_every`: see `checkpoint`.
+    - `checkpoint`: an [`eqx_hpo.Checkpoints`][]: the run is saved as it goes and when
+        it ends for whatever reason, and the same call goes on from there. `steps` then
+        counts from its start. The path of a file stands for one checkpoint in that
+        file, which [`eqx_hpo.load`][] reads too.
+    - `checkpoint_every`: the steps between two saves to the path of a file.
     - `callback`: called as `callback(state)` after every `record_every` steps; the run
-        stops if it returns something true, a boolean of Python, NumPy or JAX.
+        stops if it returns something true, a boolean of Python, NumPy or JAX. A list
+        calls several.
     - `progress`: whether to show a progress bar in a terminal or a notebook, and
         elsewhere, as in the log of a job, a line on the standard error every half
         minute.
@@ -85,15 +93,16 @@ def tune(
 
     **Returns:** a [`eqx_hpo.Solution`][], of the last state, or of the best one with a
     `monitor`, whose patience ends a run with `RESULTS.patience`. Ctrl-C ends it early
-    and returns what there is, with `RESULTS.interrupted`; a run of non-finite steps
-    ends it with `RESULTS.nonfinite`. A validation loss that ends far above where it
-    began is `RESULTS.diverged`. More than a tenth of skipped steps is a warning
-    otherwise.
+    and returns what there is, with `RESULTS.interrupted`, and SIGTERM with
+    `RESULTS.preempted`; a run of non-finite steps ends it with `RESULTS.nonfinite`, and
+    an exception of a callback with `RESULTS.callback_failed` and a warning. A
+    validation loss that ends far above where it began is `RESULTS.diverged`. More than
+    a tenth of skipped steps is a warning otherwise.
 
     **Raises:** a `ValueError` if `state` does not match `model` and `hyperparams`, or
     an option is out of range. The error of an `equinox.error_if` inside a loss comes
-    with its own text. An exception of the callback, of the metric or of an iterator
-    ends the run, and has the solution so far as its attribute `solution`.
+    with its own text. An exception of the metric or of an iterator ends the run, and
+    has the solution so far as its attribute `solution`.
     """
     check_start(algorithm, key, state)
     steps = as_count("steps", steps)
@@ -111,4 +120,4 @@ def tune(
     before = []
     if restart_every is not None:
         before.append((restart_every, lambda: run.restart(model, model_state)))
-    return conduct(run, steps, companions, before, tunes=True)
+    return conduct(run, steps, companions, before, True, (algorithm, key))

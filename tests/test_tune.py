@@ -220,13 +220,13 @@ def test_ctrl_c_in_a_loader():
     assert int(solution.state.step) == 3
 
 
-def test_another_error_saves_before_it_is_raised(tmp_path):
+def test_an_error_of_the_callback_saves(tmp_path):
     def fail(state):
         if state.step == 4:
             raise RuntimeError("mine")
 
     path = tmp_path / "state"
-    with pytest.raises(RuntimeError, match="mine"):
+    with pytest.warns(UserWarning, match="RuntimeError: mine"):
         _tune(callback=fail, record_every=2, checkpoint=path)
     saved = hpo.load(path, _algorithm().init(CASE.model, CASE.hyperparams))
     assert int(saved.step) == 4
@@ -347,16 +347,30 @@ def test_a_callback_that_returns_something_else():
 
 @pytest.mark.parametrize("kind", [StopIteration, RuntimeError])
 def test_an_exception_of_the_callback_keeps_what_was_learned(kind):
+    error = kind("from the callback")
+
     def callback(state):
         if state.step >= 6:
-            raise kind("from the callback")
+            raise error
 
-    with pytest.raises(kind, match="from the callback") as info:
-        _tune(callback=callback)
-    solution = info.value.solution
-    assert solution.result == hpo.RESULTS.failed
+    with pytest.warns(UserWarning, match="A callback ended the run"):
+        solution = _tune(callback=callback)
+    assert solution.result == hpo.RESULTS.callback_failed
+    assert solution.exception is error
     assert equal(solution.model, _tune(steps=6, callback=lambda state: None).model)
-    assert "The solution up to step 6" in info.value.__notes__[0]
+    assert f"It was a {kind.__name__}: from the callback" in solution.message
+
+
+def test_several_callbacks():
+    seen = []
+    callbacks = [
+        lambda state: seen.append(("first", int(state.step))),
+        lambda state: seen.append(("second", int(state.step))) or len(seen) > 3,
+    ]
+    solution = _tune(callback=callbacks, record_every=2)
+    expected = [("first", 2), ("second", 2), ("first", 4), ("second", 4)]
+    assert seen == expected
+    assert solution.result == hpo.RESULTS.stopped
 
 
 def test_an_exception_of_a_loader_keeps_what_was_learned():
@@ -437,17 +451,6 @@ def test_a_zero_hypergradient_is_said_once():
             algorithm, jnp.zeros(2), 0.5, jnp.ones(2), jnp.ones(2), steps=9, key=None
         )
     assert len(record) == 1
-
-
-def test_checkpoint_every(tmp_path, monkeypatch):
-    steps = []
-    real = hpo.save
-    monkeypatch.setattr(
-        "eqx_hpo._drive.save",
-        lambda path, s: (steps.append(int(s.step)), real(path, s)),
-    )
-    _tune(checkpoint=tmp_path / "state", checkpoint_every=5)
-    assert steps == [5, 10, 12]
 
 
 def test_aux_is_kept_in_one_structure():

@@ -1,0 +1,354 @@
+"""The checkpoints of a run: when they are made, what is in them, and how the same call
+goes on from them."""
+
+import concurrent.futures
+import contextlib
+import importlib.metadata
+import os
+import pathlib
+import time
+import warnings
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+from ._checks import as_flag, as_int, as_number, check_one_of, check_path, shown
+from ._container import DamagedFile
+from ._misc import is_typed_key
+from ._monitor import Best, Readings, Watcher
+from ._run import Run
+from ._signals import as_signals
+from ._solution import Course
+from ._stores import AbstractStore, FileStore, FolderStore, Keep, Snapshot
+
+
+_BACKENDS = ("file", "orbax")
+_COURSE = ("first", "best", "best_step")
+_PACKAGES = ("eqx_hpo", "jax", "equinox", "optax", "numpy")
+
+
+class Checkpoints(eqx.Module):
+    """Saves a run of [`eqx_hpo.tune`][] or [`eqx_hpo.fit`][] as it goes, so that the
+    same script, started again, goes on where the last one ended.
+
+    ```python
+    checkpoint = hpo.Checkpoints("runs/decay", every=500)
+    solution = hpo.tune(..., steps=10_000, checkpoint=checkpoint)
+    ```
+
+    It then has the result of a run that nobody interrupted, bit for bit, with its whole
+    history. A run that had ended returns its solution at once.
+
+    A checkpoint holds the state, the best state of a monitor and what it has read, the
+    position of the data, and, to be compared, the key, the class of the algorithm and
+    of each placeholder. The history is a file of its own. Nothing is ever unpickled.
+
+    A save that fails is no reason to end a run: it is a warning, the run tries again
+    at the next one, and `solution.message` tells of it.
+    """
+
+    folder: str = eqx.field(static=True)
+    every: int = eqx.field(static=True)
+    minutes: float | None = eqx.field(static=True)
+    keep_last: int = eqx.field(static=True)
+    keep_best: int = eqx.field(static=True)
+    backend: str = eqx.field(static=True)
+    resume: bool = eqx.field(static=True)
+    signals: tuple[Any, ...] = eqx.field(static=True)
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        every: int = 1000,
+        minutes: float | None = None,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        backend: str = "file",
+        resume: bool = True,
+        signals: tuple[Any, ...] = ("SIGTERM",),
+    ):
+        """**Arguments:**
+
+        - `folder`: where the checkpoints go; it is made if it is not there. A folder
+            belongs to one run.
+        - `every`: save after each step whose number is a multiple of this. The run does
+            not wait for the disk: what falls due while the last save is still under way
+            is left out.
+        - `minutes`: save also when so many minutes have passed since the last save.
+        - `keep_last`: how many checkpoints to keep. If the newest cannot be read, the
+            run goes on from the one before.
+        - `keep_best`: how many states to keep, of those that were the best by a
+            `monitor` when they came.
+        - `backend`: `"file"`, for arrays that one process has as a whole; `"orbax"`,
+            for arrays that are split over the devices of several (the extra `orbax`).
+        - `resume`: whether to go on from what is there. `False` begins anew, and
+            removes the checkpoints in the folder.
+        - `signals`: names or numbers of the signals at which the run saves, and returns
+            with `RESULTS.preempted`. A scheduler sends SIGTERM before it kills, and
+            SIGUSR1 where it is asked to (`sbatch --signal=USR1@60`).
+
+        **Raises:** a `ValueError` if an argument is out of range, and from the run if
+        the folder cannot be written, or holds another run.
+        """
+        check_path("folder", folder)
+        check_one_of("backend", backend, _BACKENDS)
+        self.folder = os.fspath(folder)
+        self.every = as_int("every", every, 1)
+        self.minutes = None
+        if minutes is not None:
+            self.minutes = float(as_number("minutes", minutes, zero=False))
+        self.keep_last = as_int("keep_last", keep_last, 1)
+        self.keep_best = as_int("keep_best", keep_best, 1)
+        self.backend = backend
+        self.resume = as_flag("resume", resume)
+        self.signals = as_signals("signals", signals)
+
+
+class Keeper:
+    """Saves a run, and restores it."""
+
+    def __init__(self, checkpoints: Checkpoints, store: AbstractStore, folder: bool):
+        self.settings = checkpoints
+        self._store = store
+        self._place = pathlib.Path(checkpoints.folder)
+        self._has_folder = folder
+        self._needs: dict[int, int | None] = {}  # by checkpoint, the best state's step
+        self._writing: tuple[Snapshot, concurrent.futures.Future[None]] | None = None
+        self._writer = concurrent.futures.ThreadPoolExecutor(1)
+        self._saved: Any = None  # the step of the last snapshot, and whether it stopped
+        self._saved_at = time.monotonic()
+        self._failures: list[tuple[int, str]] = []
+        self._facts: dict[str, Any] = {}
+        self._is_ready = False
+
+    def begin(
+        self, run: Run, watcher: Watcher | None, algorithm: Any, key: Any
+    ) -> bool:
+        """Tries the place out, and goes on from what is there; returns whether the
+        callback had ended that run."""
+        self._facts = {
+            "algorithm": _name(algorithm),
+            "key": _numbers_of(key),
+            "began": run.began,
+            "versions": {x: importlib.metadata.version(x) for x in _PACKAGES},
+        }
+        settings = self.settings
+        try:
+            self._store.prepare(run.state, clear=not settings.resume)
+            snapshot = self._newest(run) if settings.resume else None
+            if snapshot is not None:
+                self._restore(run, watcher, snapshot)
+            run.positions()  # before it is needed
+            if self._has_folder:
+                kept = 0 if snapshot is None else snapshot.header["rows"]
+                run.rows.write_to(self._place / "history", kept)
+        except OSError as e:
+            raise ValueError(
+                f"`checkpoint` cannot be written to `{self._place}`: {e}"
+            ) from e
+        self._is_ready = True
+        return snapshot is not None and snapshot.header["stopped"]
+
+    def is_due(self) -> bool:
+        """Tells whether the minutes between two saves are over."""
+        minutes = self.settings.minutes
+        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+
+    def save(self, run: Run, watcher: Watcher | None) -> None:
+        """Begins to save a run, unless the last save is still under way."""
+        if self._writing is None or self._writing[1].done():
+            self._collect()
+            self._try(run, watcher, stopped=False)
+
+    def finish(self, run: Run, watcher: Watcher | None, stopped: bool) -> None:
+        """Saves the end of a run, and waits for it."""
+        self._collect()
+        if self._is_ready and run.has_begun() and run.is_alive():
+            self._try(run, watcher, stopped)
+            self._collect()
+        self._writer.shutdown()
+        self._store.close()
+
+    def describe(self) -> str:
+        """Tells of the saves that failed; empty if there are none."""
+        if len(self._failures) == 0:
+            return ""
+        step, reason = self._failures[-1]
+        return (
+            f" Saves that failed: {len(self._failures)}, the last one at step {step}: "
+            f"{reason}."
+        )
+
+    def _newest(self, run: Run) -> Snapshot | None:
+        """Reads the newest checkpoint that can be read, if it is of this run."""
+        steps, reasons = self._store.steps(), []
+        for number in reversed(steps):
+            try:
+                header = self._store.header(number)
+                if not self._is_ours(header, run.began):
+                    return None
+                snapshot = self._store.read(number, run.state)
+            except (DamagedFile, OSError) as e:
+                reasons.append(str(e))
+                continue
+            for reason in reasons:
+                warnings.warn(f"{reason} The run goes on from step {snapshot.step}.")
+            self._note_kept(steps, number)
+            return snapshot
+        if len(reasons) > 0:
+            raise ValueError(
+                f"{reasons[0]} (`checkpoint`: to begin anew in its place, give "
+                "`Checkpoints(..., resume=False)`.)"
+            )
+        return None
+
+    def _is_ours(self, header: dict[str, Any], began: int) -> bool:
+        """Tells whether a checkpoint is of this very run, and not of the one before,
+        whose last state was given to go on from."""
+        if header.get("began") != began and header.get("step", -1) == began:
+            return False
+        for name, what in (
+            ("began", "the step at which the run began"),
+            ("algorithm", "the algorithm"),
+            ("key", "`key`"),
+        ):
+            if header.get(name, "nothing") != self._facts[name]:
+                raise ValueError(
+                    f"`checkpoint`: `{self._place}` is of another run: {what} is "
+                    f"{header.get(name)} there and {self._facts[name]} here. Give "
+                    "another place, or `Checkpoints(..., resume=False)` to begin anew."
+                )
+        return True
+
+    def _note_kept(self, steps: list[int], newest: int) -> None:
+        for step in (x for x in steps if x <= newest):
+            with contextlib.suppress(DamagedFile, OSError):
+                self._needs[step] = self._store.header(step).get("best")
+
+    def _restore(self, run: Run, watcher: Watcher | None, snapshot: Snapshot) -> None:
+        extra, header = snapshot.extra, snapshot.header
+        if self._has_folder:
+            count = run.rows.restore_file(self._place / "history", snapshot.step)
+        else:
+            count = run.rows.restore(extra["history"], snapshot.step)
+        if count != header["rows"]:
+            warnings.warn(
+                f"The history at `{self._place}` is damaged: {count} of "
+                f"{header['rows']} rows are left."
+            )
+            header["rows"] = count
+        course = Course(*(jnp.asarray(extra[f"course.{x}"]) for x in _COURSE))
+        run.go_on(snapshot.state, course, header["data"])
+        if watcher is not None and "monitor.step" in extra:
+            best = snapshot.best
+            if best is not None:
+                best = Best(best[1], header["best_value"], best[0])
+            readings = Readings(extra["monitor.step"], extra["monitor.value"])
+            watcher.go_on(readings, best)
+        self._saved = snapshot.step, header["stopped"]
+
+    def _try(self, run: Run, watcher: Watcher | None, stopped: bool) -> None:
+        if self._saved == (run.step, stopped):
+            return
+        self._saved_at = time.monotonic()
+        try:
+            snapshot = self._snapshot(run, watcher, stopped)
+            write = self._store.put(snapshot, self._keep(snapshot))
+            run.rows.flush()
+
+            def work():
+                run.rows.sync()
+                write()
+
+            self._writing = snapshot, self._writer.submit(work)
+            self._saved = run.step, stopped
+        except Exception as e:
+            self._fail(run.step, e)
+
+    def _snapshot(self, run: Run, watcher: Watcher | None, stopped: bool) -> Snapshot:
+        run.record_rows()
+        course = jax.device_get(run.course)
+        extra = {f"course.{x}": getattr(course, x) for x in _COURSE}
+        header = self._facts | {
+            "data": run.positions(),
+            "rows": run.rows.count(),
+            "stopped": stopped,
+        }
+        best = None
+        if not self._has_folder:
+            extra["history"] = run.rows.content().reshape(-1)
+        if watcher is not None:
+            readings = watcher.readings()
+            extra |= {"monitor.step": readings.step, "monitor.value": readings.value}
+            if watcher.best is not None:
+                best = watcher.best.step, watcher.best.state
+                header["best_value"] = watcher.best.value
+        return Snapshot(run.step, run.state, extra, header, best)
+
+    def _keep(self, snapshot: Snapshot) -> Keep:
+        """Finds what is to be kept once `snapshot` is there."""
+        needs = {**self._needs, snapshot.step: snapshot.best and snapshot.best[0]}
+        steps = sorted(needs)[-self.settings.keep_last :]
+        bests = {best for x in steps if (best := needs[x]) is not None}
+        newest = sorted({*self._store.bests(), *bests})[-self.settings.keep_best :]
+        self._needs = {x: needs[x] for x in steps if x in self._needs}
+        return Keep({*steps}, {*bests, *newest})
+
+    def _collect(self) -> None:
+        """Waits for the save under way, if there is one."""
+        if self._writing is None:
+            return
+        (snapshot, written), self._writing = self._writing, None
+        try:
+            written.result()
+        except Exception as e:
+            self._saved = None
+            self._fail(snapshot.step, e)
+        else:
+            best = snapshot.best
+            self._needs[snapshot.step] = None if best is None else best[0]
+
+    def _fail(self, step: int, error: Exception) -> None:
+        reason = f"{type(error).__name__}: {error}"
+        self._failures.append((step, reason))
+        warnings.warn(
+            f"The checkpoint of step {step} could not be saved ({reason}). The run "
+            "goes on, and tries again at the next one.",
+            stacklevel=2,
+        )
+
+
+def make_keeper(checkpoint: Any, every: int) -> Keeper | None:
+    """Makes what saves a run, of the argument `checkpoint` of a driver: `Checkpoints`,
+    or the path of a folder or of a file, which is saved `every` so many steps."""
+    if checkpoint is None:
+        return None
+    if not isinstance(checkpoint, Checkpoints):
+        if not isinstance(checkpoint, (str, os.PathLike)) or checkpoint == "":
+            raise ValueError(
+                "`checkpoint` must be an `eqx_hpo.Checkpoints`, the path of a file, or "
+                f"`None`; got {shown(checkpoint)}."
+            )
+        checkpoint = Checkpoints(checkpoint, every=every)
+        path = pathlib.Path(checkpoint.folder)
+        if not path.is_dir():
+            return Keeper(checkpoint, FileStore(path), folder=False)
+    return Keeper(checkpoint, FolderStore(pathlib.Path(checkpoint.folder)), folder=True)
+
+
+def _name(algorithm: Any) -> str:
+    inner = getattr(algorithm, "algorithm", None)
+    name = type(algorithm).__qualname__
+    return name if inner is None else f"{name}({_name(inner)})"
+
+
+def _numbers_of(key: Any) -> Any:
+    if key is None:
+        return None
+    data = jr.key_data(key) if is_typed_key(key) else key
+    return np.asarray(data).tolist()

@@ -1,0 +1,173 @@
+"""The rows of a history as bytes, in memory or in a file of their own.
+
+All rows have one length and a checksum each. They are written as they come, and a run
+that goes on cuts off those behind its checkpoint.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import zlib
+from typing import Any
+
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import UInt8
+
+from ._solution import Record
+
+
+_CHECKSUM = 4  # bytes at the end of each row
+
+
+class Rows:
+    """Rows of a history. What a file does not take waits in memory."""
+
+    def __init__(self, row: Record):
+        """**Arguments:**
+
+        - `row`: a record of arrays, or of `jax.ShapeDtypeStruct`s.
+        """
+        leaves, self._treedef = jtu.tree_flatten(row)
+        self._fields = [(np.dtype(x.dtype), tuple(x.shape)) for x in leaves]
+        self._sizes = [dtype.itemsize * math.prod(s) for dtype, s in self._fields]
+        self._length = sum(self._sizes) + _CHECKSUM
+        fields = [[str(dtype), shape] for dtype, shape in self._fields]
+        self._head = (json.dumps({"eqx_hpo history": fields}) + "\n").encode()
+        self._waiting: list[UInt8[np.ndarray, "rows bytes"]] = []
+        self._path: pathlib.Path | None = None
+        self._file: Any = None
+        self._written = 0  # rows in the file
+
+    def append(self, block: Record) -> None:
+        """Adds rows: a record whose arrays have a leading axis."""
+        self._waiting.append(self._encode(block))
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # `flush` will tell
+                self.flush()
+
+    def count(self) -> int:
+        """Counts all rows."""
+        return self._written + sum(map(len, self._waiting))
+
+    def load(self) -> Record:
+        """Returns all rows, as one record with a leading axis."""
+        return self._decode(self.content())
+
+    def content(self) -> UInt8[np.ndarray, "rows bytes"]:
+        """Returns all rows as bytes."""
+        return np.concatenate([self._read(), *self._waiting])
+
+    def restore(self, content: np.ndarray, until: int) -> int:
+        """Takes the rows up to step `until` out of bytes; returns their number."""
+        count = len(content) // self._length
+        rows = content[: count * self._length].reshape(count, self._length)
+        steps = self._decode(rows).step
+        good = (self._checksums(rows) == rows[:, -_CHECKSUM:]).all(1) & (steps <= until)
+        count = count if good.all() else int(np.argmin(good))
+        self._waiting = [rows[:count]]
+        return count
+
+    def restore_file(self, path: pathlib.Path, until: int) -> int:
+        """Takes the rows up to step `until` out of a file; returns their number, which
+        is 0 if it is no such file."""
+        try:
+            content = path.read_bytes()
+        except OSError:
+            return 0
+        if not content.startswith(self._head):
+            return 0
+        rows = np.frombuffer(content, np.uint8, offset=len(self._head))
+        return self.restore(rows, until)
+
+    def write_to(self, path: pathlib.Path, kept: int) -> None:
+        """Keeps the rows in a file from now on, which holds the first `kept` already.
+
+        **Raises:** an `OSError`.
+        """
+        self._path = path
+        self._open("r+b" if kept > 0 else "w+b", kept)
+        self._waiting = [] if kept > 0 else self._waiting
+
+    def flush(self) -> None:
+        """Hands all rows to the file.
+
+        **Raises:** an `OSError`; the rows then wait for another try.
+        """
+        if self._path is None:
+            return
+        if not self._is_in_place():
+            self._waiting = [self.content()]
+            self._open("w+b", 0)
+        if len(self._waiting) > 0:
+            rows = np.concatenate(self._waiting)
+            _write_at(self._file, self._end(), rows.tobytes())
+            self._waiting, self._written = [], self._written + len(rows)
+
+    def sync(self) -> None:
+        """Puts on disk what the file was handed."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def _open(self, mode: str, kept: int) -> None:
+        assert self._path is not None
+        file = open(self._path, mode, buffering=0)
+        if kept == 0:
+            _write_at(file, 0, self._head)
+        self._file, self._written = file, kept
+        file.truncate(self._end())
+
+    def _end(self) -> int:
+        return len(self._head) + self._written * self._length
+
+    def _is_in_place(self) -> bool:
+        """Tells whether the file is still there."""
+        assert self._path is not None
+        if self._file is None:
+            return False
+        try:
+            there = os.stat(self._path)
+        except OSError:
+            return False
+        return os.path.samestat(there, os.fstat(self._file.fileno()))
+
+    def _read(self) -> UInt8[np.ndarray, "rows bytes"]:
+        if self._written == 0:
+            return np.empty((0, self._length), np.uint8)
+        # A file that was deleted can still be read.
+        self._file.seek(len(self._head))
+        content = np.fromfile(self._file, np.uint8, self._written * self._length)
+        return content.reshape(-1, self._length)
+
+    def _encode(self, block: Record) -> UInt8[np.ndarray, "rows bytes"]:
+        leaves = [np.asarray(x, order="C") for x in jtu.tree_leaves(block)]
+        count = len(leaves[0])
+        parts = [x.reshape(count, -1).view(np.uint8) for x in leaves if x.size > 0]
+        rows = np.concatenate([*parts, np.zeros((count, _CHECKSUM), np.uint8)], axis=1)
+        rows[:, -_CHECKSUM:] = self._checksums(rows)
+        return rows
+
+    def _decode(self, rows: UInt8[np.ndarray, "rows bytes"]) -> Record:
+        leaves, start = [], 0
+        for (dtype, shape), size in zip(self._fields, self._sizes):
+            part = np.ascontiguousarray(rows[:, start : start + size])
+            leaves.append(part.view(dtype).reshape(len(rows), *shape))
+            start += size
+        return jtu.tree_unflatten(self._treedef, leaves)
+
+    def _checksums(
+        self, rows: UInt8[np.ndarray, "rows bytes"]
+    ) -> UInt8[np.ndarray, "rows 4"]:
+        sums = [zlib.crc32(row[:-_CHECKSUM]) for row in np.ascontiguousarray(rows)]
+        return np.array(sums, "<u4").reshape(-1, 1).view(np.uint8)
+
+
+def _write_at(file: Any, start: int, content: bytes) -> None:
+    """Writes to the end of a file, in place of what a failed try has left there."""
+    file.truncate(start)
+    file.seek(start)
+    left = memoryview(content)
+    while len(left) > 0:
+        left = left[file.write(left) :]

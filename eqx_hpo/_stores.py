@@ -1,0 +1,222 @@
+"""Where the checkpoints of a run are kept: in a folder of files, or in one file.
+
+A snapshot is written by a thread while the run goes on. So its arrays are copied to the
+host first: the next step writes over their memory.
+"""
+
+import abc
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ._checkpoint import (
+    arrays_of,
+    check_addressable,
+    facts_of,
+    read_state,
+)
+from ._container import Container, remove_partial, write_file
+from ._state import BilevelState
+
+
+class Snapshot(NamedTuple):
+    """What a checkpoint holds: a state; some small arrays by their names; a header of
+    JSON; and the best state that a monitor has seen, with its step."""
+
+    step: int
+    state: BilevelState
+    extra: dict[str, np.ndarray]
+    header: dict[str, Any]
+    best: tuple[int, BilevelState] | None
+
+
+class Keep(NamedTuple):
+    """The steps of the checkpoints, and of the best states, that stay."""
+
+    steps: set[int]
+    bests: set[int]
+
+
+class AbstractStore(abc.ABC):
+    """The checkpoints of a run, by the number of their step."""
+
+    @abc.abstractmethod
+    def prepare(self, state: BilevelState, clear: bool) -> None:
+        """Removes what a killed process has left, or all there is, and tries to write.
+
+        **Raises:** an `OSError`; a `ValueError` if it cannot hold such a state.
+        """
+
+    @abc.abstractmethod
+    def steps(self) -> list[int]:
+        """Lists the checkpoints there are, the newest last."""
+
+    @abc.abstractmethod
+    def bests(self) -> list[int]:
+        """Lists the steps of the best states that lie beside the checkpoints."""
+
+    @abc.abstractmethod
+    def header(self, step: int) -> dict[str, Any]:
+        """Reads the header of a checkpoint.
+
+        **Raises:** a `DamagedFile` or an `OSError`.
+        """
+
+    @abc.abstractmethod
+    def read(self, step: int, like: BilevelState) -> Snapshot:
+        """Reads a checkpoint.
+
+        **Raises:** a `DamagedFile` or an `OSError`; a `ValueError` if it has another
+        structure than `like`.
+        """
+
+    @abc.abstractmethod
+    def put(self, snapshot: Snapshot, keep: Keep) -> Callable[[], None]:
+        """Takes a snapshot, whose arrays may change afterwards. Returns what writes it
+        and then removes all but `keep`, to be called in another thread."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Ends what the store has begun."""
+
+
+class FileStore(AbstractStore):
+    """One file, with the best state in it."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+
+    def prepare(self, state: BilevelState, clear: bool) -> None:
+        del clear  # the first snapshot replaces it
+        check_addressable(state)
+        _try_out(self._path)
+
+    def steps(self) -> list[int]:
+        return [0] if self._path.exists() else []
+
+    def bests(self) -> list[int]:
+        return []
+
+    def header(self, step: int) -> dict[str, Any]:
+        with Container(self._path) as file:
+            return file.header
+
+    def read(self, step: int, like: BilevelState) -> Snapshot:
+        with Container(self._path) as file:
+            snapshot = _read(file, like)
+            if snapshot.header.get("best") is None:
+                return snapshot
+            best = read_state(file, like, "best.")
+        return snapshot._replace(best=(snapshot.header["best"], best))
+
+    def put(self, snapshot: Snapshot, keep: Keep) -> Callable[[], None]:
+        del keep
+        header, arrays = _taken(snapshot)
+        if snapshot.best is not None:
+            best = host_copies(arrays_of(snapshot.best[1]))
+            arrays |= {f"best.{name}": x for name, x in best.items()}
+        return lambda: write_file(self._path, header, arrays)
+
+    def close(self) -> None:
+        pass
+
+
+class FolderStore(AbstractStore):
+    """A folder with a file for each checkpoint, and one for each best state."""
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder = folder
+
+    def prepare(self, state: BilevelState, clear: bool) -> None:
+        check_addressable(state)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if clear:
+            self._remove(Keep(set(), set()))
+        for stray in self._folder.glob(".*.ckpt.*.partial"):
+            stray.unlink(missing_ok=True)
+        _try_out(self._file("step", 0))
+
+    def steps(self) -> list[int]:
+        return self._numbers("step")
+
+    def bests(self) -> list[int]:
+        return self._numbers("best")
+
+    def header(self, step: int) -> dict[str, Any]:
+        with Container(self._file("step", step)) as file:
+            return file.header
+
+    def read(self, step: int, like: BilevelState) -> Snapshot:
+        with Container(self._file("step", step)) as file:
+            snapshot = _read(file, like)
+        number = snapshot.header.get("best")
+        if number is None:
+            return snapshot
+        with Container(self._file("best", number)) as file:
+            return snapshot._replace(best=(number, read_state(file, like)))
+
+    def put(self, snapshot: Snapshot, keep: Keep) -> Callable[[], None]:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        files = [(self._file("step", snapshot.step), *_taken(snapshot))]
+        if snapshot.best is not None:
+            number, state = snapshot.best
+            path = self._file("best", number)
+            if not path.exists():
+                arrays = host_copies(arrays_of(state))
+                # Before the checkpoint, which needs it.
+                files.insert(0, (path, facts_of(state), arrays))
+
+        def write():
+            for path, header, arrays in files:
+                write_file(path, header, arrays)
+            self._remove(keep)
+
+        return write
+
+    def close(self) -> None:
+        pass
+
+    def _remove(self, keep: Keep) -> None:
+        for kind, kept in (("step", keep.steps), ("best", keep.bests)):
+            for number in set(self._numbers(kind)) - kept:
+                self._file(kind, number).unlink(missing_ok=True)
+
+    def _file(self, kind: str, number: int) -> pathlib.Path:
+        return self._folder / f"{kind}-{number:010d}.ckpt"
+
+    def _numbers(self, kind: str) -> list[int]:
+        names = [x.name for x in self._folder.glob(f"{kind}-*.ckpt")]
+        found = [re.fullmatch(rf"{kind}-(\d+)\.ckpt", name) for name in names]
+        return sorted(int(x[1]) for x in found if x is not None)
+
+
+def host_copies(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Copies arrays to the memory of the host. On a CPU what JAX gives is a view."""
+    fetched = jax.device_get(arrays)
+    return {k: x if x.flags.owndata else x.copy() for k, x in fetched.items()}
+
+
+def _taken(snapshot: Snapshot) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Copies a snapshot but for the best state."""
+    header = {**facts_of(snapshot.state), **snapshot.header, "step": snapshot.step}
+    header["best"] = None if snapshot.best is None else snapshot.best[0]
+    return header, host_copies(arrays_of(snapshot.state) | snapshot.extra)
+
+
+def _read(file: Container, like: BilevelState) -> Snapshot:
+    names = [x for x in file.entries if not x.startswith(("state", "best."))]
+    extra = {name: file.read(name) for name in names}
+    state = read_state(file, like)
+    return Snapshot(int(state.step), state, extra, file.header, None)
+
+
+def _try_out(path: pathlib.Path) -> None:
+    """Writes and removes a file next to `path`."""
+    trial = path.with_name(f"{path.name}.trial")
+    write_file(trial, {}, {})
+    trial.unlink()
+    remove_partial(path)
