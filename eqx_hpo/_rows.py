@@ -111,12 +111,18 @@ class Rows:
         if self._file is not None:
             os.fsync(self._file.fileno())
 
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+
     def _open(self, mode: str, kept: int) -> None:
         assert self._path is not None
         file = open(self._path, mode, buffering=0)
+        self.close()
+        self._file, self._written = file, kept
         if kept == 0:
             _write_at(file, 0, self._head)
-        self._file, self._written = file, kept
         file.truncate(self._end())
 
     def _end(self) -> int:
