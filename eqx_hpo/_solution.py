@@ -156,7 +156,7 @@ class Solution(eqx.Module):
 
 def record(state: BilevelState) -> Record:
     """Makes the row of the history that belongs to a state."""
-    arrays = eqx.filter(unwrap(without_noise(state.hyperparams)), eqx.is_array)
+    arrays = constrained(state.hyperparams)
     if sum(x.size for x in jtu.tree_leaves(arrays)) > _FULL_ROW:
         arrays = jtu.tree_map(_summarise, arrays)
     metrics = state.metrics
@@ -171,8 +171,15 @@ def record(state: BilevelState) -> Record:
 
 
 def _summarise(x: Array) -> Array:
-    if x.size <= 3:
-        return x
+    return x if x.size <= 3 else mean_min_max(x)
+
+
+def constrained(hyperparams: Hyperparams) -> PyTree[Array]:
+    """Unwraps what a report shows: the arrays, at the centre of their noise."""
+    return eqx.filter(unwrap(without_noise(hyperparams)), eqx.is_array)
+
+
+def mean_min_max(x: Array) -> Float[Array, "3"]:
     return jnp.stack([jnp.mean(x), jnp.min(x), jnp.max(x)])
 
 
