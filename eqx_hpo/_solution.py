@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from ._custom_types import Hyperparams, Key, Model
 from ._data import AbstractBatches
 from ._discrete import discretise, without_noise
+from ._draw import draw_run
 from ._hyperparameter import unwrap
 from ._monitor import Best, Readings
 from ._problem import evaluate_val, Problem
@@ -152,6 +153,26 @@ class Solution(eqx.Module):
     message: str
     best: Best | None
     discretised: Discretised | None
+
+    def draw(self) -> Any:
+        """Draws the history, the best state of a monitor included. Needs Matplotlib:
+        `pip install 'eqx_hpo[examples]'`.
+
+        The panels are the losses, the metric of a monitor, the norm of the
+        hypergradient, and each hyperparameter array: a line for each entry if there are
+        at most 8, else the mean, with bands from the first to the third quartile and
+        from the minimum to the maximum. If there are more than 9 arrays, the last panel
+        has the means of all that are left. A scale is logarithmic where positive
+        numbers differ tenfold. A cross marks a record before which steps were skipped.
+
+        ```python
+        solution.draw().savefig("run.png")
+        ```
+
+        **Returns:** a `matplotlib.figure.Figure`, which no window shows. A notebook
+        shows it as the value of a cell.
+        """
+        return draw_run(self.history, self.values, self.best)
 
 
 def record(state: BilevelState) -> Record:
