@@ -164,7 +164,7 @@ def _trajectories(recorded: PyTree[Any], values: Hyperparams) -> list[_Trajector
         few = range(value.size) if value.size <= _LINES else []
         indices = [np.unravel_index(i, value.shape) for i in few]
         labels = [str([int(i) for i in index]) for index in indices]
-        array = np.asarray(x, float).reshape(len(x), -1)
+        array = np.asarray(x, float).reshape(len(x), math.prod(x.shape[1:]))
         found.append(_Trajectory(name, array, labels, x.shape[1:] != value.shape))
     return found
 

@@ -16,8 +16,8 @@ from ._state import BilevelState, check_state, float_scalar, Metrics
 
 
 def summary(state: BilevelState) -> dict[str, float]:
-    """Puts a state into numbers with names, for any logger: see [logging](
-    ../logging.md).
+    """Puts a state into numbers with names, for any logger.
+    [Logging](../logging.md) has recipes.
 
     ```python
     hpo.tune(..., callback=lambda state: wandb.log(hpo.summary(state)))
