@@ -13,7 +13,8 @@ from jaxtyping import Float, PyTree, Shaped
 from ._custom_types import Hyperparams
 
 
-# Those of Okabe and Ito, which the colour-blind can tell apart.
+# Those of Okabe and Ito, which the colour-blind can tell apart; brown for their yellow,
+# which is too light for a line.
 _COLOURS = (
     "#0072B2",
     "#D55E00",

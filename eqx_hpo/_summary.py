@@ -17,7 +17,7 @@ from ._state import BilevelState, check_state, float_scalar, Metrics
 
 def summary(state: BilevelState) -> dict[str, float]:
     """Puts a state into numbers with names, for any logger.
-    [Logging](../logging.md) has recipes.
+    [Logging](../logging.md) has recipes for files, TensorBoard and Weights & Biases.
 
     ```python
     hpo.tune(..., callback=lambda state: wandb.log(hpo.summary(state)))
