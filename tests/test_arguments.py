@@ -242,6 +242,7 @@ def _calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "proximal": {"penalty": hpo.L1(0.1), "learning_rate": 0.1},
         "select_top_k": {"k": 1},
         "save": {"path": file, "state": state},
+        "summary": {"state": state},
         "load": {"path": file, "like": state},
         "Monitor": {"metric": _metric, "every": 1},
         "tune": driver | {"hyperparams": ones, "progress": False},
