@@ -81,7 +81,7 @@ NUMBERS = {"True", "-1", "0", "1.5", "nan", "inf", "-inf", "1j", "int64"}
 LEGAL = {
     "*.key": {"None"},
     "*.where": {"None", *FUNCTIONS},
-    "*.callback": {"None", *FUNCTIONS},
+    "*.callback": {"None", "[]", "()", *FUNCTIONS},
     "*.progress": {"True"},
     "save.path": {"'a'"},
     "Problem.*_loss": FUNCTIONS,
@@ -144,6 +144,10 @@ LEGAL = {
     "tune_folds.batch_size": {"None"},
     "tune_folds.average": {"0", "int64"},
     "tune_folds.data": {"array"},
+    "Checkpoints.folder": {"'a'"},
+    "Checkpoints.minutes": {"None", "1.5"},
+    "Checkpoints.resume": {"True"},
+    "Checkpoints.signals": {"[]", "()"},
     "Monitor.metric": {*FUNCTIONS},
     "Monitor.patience": {"None"},
     "Monitor.best": {"None"},
@@ -245,6 +249,7 @@ def _calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "summary": {"state": state},
         "load": {"path": file, "like": state},
         "Monitor": {"metric": _metric, "every": 1},
+        "Checkpoints": {"folder": "run"},
         "tune": driver | {"hyperparams": ones, "progress": False},
         "fit": {x: y for x, y in driver.items() if x != "val"}
         | {"hyperparams": ones, "progress": False},

@@ -133,7 +133,7 @@ def _check_loads(page):
 
 
 def test_the_built_site(tmp_path):
-    pytest.importorskip("material", reason="needs the group `docs`")
+    pytest.importorskip("material", reason="needs the extra `tests`")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
     command += ["--config-file", str(ROOT / "mkdocs.yml"), "--site-dir", str(tmp_path)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
