@@ -20,6 +20,7 @@ from ._checks import as_flag, as_int, as_number, check_one_of, check_path, shown
 from ._container import DamagedFile
 from ._misc import is_typed_key
 from ._monitor import Best, Readings, Watcher
+from ._processes import agree, is_first
 from ._run import Run
 from ._signals import as_signals
 from ._solution import Course
@@ -138,31 +139,28 @@ class Keeper:
             "began": run.began,
             "versions": {x: importlib.metadata.version(x) for x in _PACKAGES},
         }
-        settings = self.settings
-        try:
-            self._store.prepare(run.state, clear=not settings.resume)
-            snapshot = self._newest(run) if settings.resume else None
-            if snapshot is not None:
-                self._restore(run, watcher, snapshot)
-            run.check_positions()
-            if self._has_folder:
-                kept = 0 if snapshot is None else snapshot.header["rows"]
-                run.rows.write_to(self._place / "history", kept)
-        except OSError as e:
-            raise ValueError(
-                f"`checkpoint` cannot be written to `{self._place}`: {e}"
-            ) from e
+        run.check_positions()
+        self._prepare(run)
+        snapshot = self._newest(run) if self.settings.resume else None
+        if snapshot is not None:
+            self._restore(run, watcher, snapshot)
+        if self._has_folder and is_first():
+            kept = 0 if snapshot is None else snapshot.header["rows"]
+            run.rows.write_to(self._place / "history", kept)
         self._is_ready = True
         return snapshot is not None and snapshot.header["stopped"]
 
     def is_due(self) -> bool:
         """Tells whether the minutes between two saves are over."""
         minutes = self.settings.minutes
-        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        if minutes is None:
+            return False
+        return agree(time.monotonic() - self._saved_at >= 60 * minutes) == 1
 
     def save(self, run: Run, watcher: Watcher | None) -> None:
         """Begins to save a run, unless the last save is still under way."""
-        if self._writing is None or self._writing[2].done():
+        is_busy = self._writing is not None and not self._writing[2].done()
+        if agree(is_busy) == 0:
             self._collect()
             self._try(run, watcher, stopped=False)
 
@@ -184,6 +182,19 @@ class Keeper:
             f" Saves that failed: {len(self._failures)}, the last one at step {step}: "
             f"{reason}."
         )
+
+    def _prepare(self, run: Run) -> None:
+        error = None
+        try:
+            self._store.prepare(run.state, clear=not self.settings.resume)
+        except OSError as e:
+            error = e
+        # The others wait here for the first one, or they would wait for ever.
+        if agree(error is not None) == 1:
+            reason = "another process could not" if error is None else error
+            raise ValueError(
+                f"`checkpoint` cannot be written to `{self._place}`: {reason}."
+            ) from error
 
     def _newest(self, run: Run) -> Snapshot | None:
         """Reads the newest checkpoint that can be read, if it is of this run."""

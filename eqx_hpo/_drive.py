@@ -14,6 +14,7 @@ from ._checks import as_count, as_flag, as_int, check_key, check_type
 from ._jit import own_error_text
 from ._monitor import Monitor, Watcher
 from ._optimizer import AbstractBilevelOptimizer
+from ._processes import agree
 from ._progress import ProgressBar
 from ._run import Run
 from ._signals import catch_signals
@@ -21,6 +22,15 @@ from ._solution import describe_skipped, RESULTS, Solution
 from ._state import check_state
 
 
+# What may end a run between two calls.
+_REASONS = [
+    None,
+    RESULTS.interrupted,
+    RESULTS.preempted,
+    RESULTS.patience,
+    RESULTS.stopped,
+    RESULTS.callback_failed,
+]
 _MANY_SKIPPED = 0.1  # the share of skipped steps from which on there is a warning
 
 
@@ -191,12 +201,25 @@ def drive(
                 return RESULTS.data_exhausted
             tick()
             reasons = [action() for action in _due(after, run.step)]
-            for reason in (*reasons, asked()):
-                if reason is not None:
-                    return reason
+            reason = _agreed([*reasons, asked()])
+            if reason is not None:
+                return reason
             if run.has_failed():
                 return RESULTS.nonfinite
     return RESULTS.successful
+
+
+def _agreed(reasons: list[Any]) -> Any:
+    """Finds the reason to stop, if any process has one."""
+    codes = [i for i, x in enumerate(_REASONS) for y in reasons if _is(x, y)]
+    code = agree(max(codes, default=0))
+    return _REASONS[code]
+
+
+def _is(left: Any, right: Any) -> bool:
+    if left is None or right is None:
+        return left is right
+    return bool(left == right)
 
 
 def _due(events: list[Event], step: int) -> list[Callable[[], Any]]:

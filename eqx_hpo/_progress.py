@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from ._processes import is_first
 from ._state import BilevelState
 
 
@@ -27,6 +28,7 @@ class ProgressBar:
         from tqdm.auto import tqdm
 
         moves = _shows_a_bar(sys.stderr)
+        enabled = enabled and is_first()
         disable = not (enabled and moves)
         self._bar = tqdm(total=total, initial=done, disable=disable, dynamic_ncols=True)
         self._writes = enabled and not moves

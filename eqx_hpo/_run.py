@@ -36,6 +36,7 @@ from ._meta import discretised_over_tasks, MetaLearner
 from ._misc import is_array_or_numpy
 from ._monitor import Watcher
 from ._optimizer import AbstractBilevelOptimizer, failed_solve, PlainTraining
+from ._processes import agree
 from ._rows import Rows
 from ._solution import (
     as_history,
@@ -266,6 +267,7 @@ class _Pace:
             self.steps *= 2
         elif seconds > goal * 2 and self.steps > 1:
             self.steps //= 2
+        self.steps = agree(self.steps)
 
 
 class _Recorder:

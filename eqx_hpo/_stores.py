@@ -20,6 +20,7 @@ from ._checkpoint import (
     read_state,
 )
 from ._container import Container, remove_partial, write_file
+from ._processes import is_first
 from ._state import BilevelState
 
 
@@ -93,7 +94,8 @@ class FileStore(AbstractStore):
     def prepare(self, state: BilevelState, clear: bool) -> None:
         del clear  # the first snapshot replaces it
         check_addressable(state)
-        _try_out(self._path)
+        if is_first():
+            _try_out(self._path)
 
     def steps(self) -> list[int]:
         return [0] if self._path.exists() else []
@@ -115,6 +117,8 @@ class FileStore(AbstractStore):
 
     def put(self, snapshot: Snapshot, keep: Keep) -> Callable[[], None]:
         del keep
+        if not is_first():
+            return lambda: None
         header, arrays = _taken(snapshot)
         if snapshot.best is not None:
             best = host_copies(arrays_of(snapshot.best[1]))
@@ -133,6 +137,8 @@ class FolderStore(AbstractStore):
 
     def prepare(self, state: BilevelState, clear: bool) -> None:
         check_addressable(state)
+        if not is_first():
+            return
         self._folder.mkdir(parents=True, exist_ok=True)
         if clear:
             self._remove(Keep(set(), set()))
@@ -160,6 +166,8 @@ class FolderStore(AbstractStore):
             return snapshot._replace(best=(number, read_state(file, like)))
 
     def put(self, snapshot: Snapshot, keep: Keep) -> Callable[[], None]:
+        if not is_first():
+            return lambda: None
         self._folder.mkdir(parents=True, exist_ok=True)
         files = [(self._file("step", snapshot.step), *_taken(snapshot))]
         if snapshot.best is not None:

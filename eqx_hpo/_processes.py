@@ -1,0 +1,23 @@
+"""Several processes that take the same run.
+
+Each makes the same calls at the same time, and each call waits for all. So what one of
+them alone knows, such as a signal, the time or a failure, is told to the others before
+anyone acts on it. The first process writes files and shows progress.
+"""
+
+import jax
+import numpy as np
+
+
+def is_first() -> bool:
+    return jax.process_index() == 0
+
+
+def agree(value: int) -> int:
+    """Returns the largest of the values that the processes have."""
+    if jax.process_count() == 1:
+        return value
+    # Here, as it would be a good part of the time of `import eqx_hpo`.
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.process_allgather(np.array(value, np.int32)).max())
