@@ -20,6 +20,7 @@ from ._checks import as_flag, as_int, as_number, check_one_of, check_path, shown
 from ._container import DamagedFile
 from ._misc import is_typed_key
 from ._monitor import Best, Readings, Watcher
+from ._orbax_store import OrbaxStore
 from ._run import Run
 from ._signals import as_signals
 from ._solution import Course
@@ -338,7 +339,8 @@ def make_keeper(checkpoint: Any, every: int) -> Keeper | None:
         path = pathlib.Path(checkpoint.folder)
         if not path.is_dir():
             return Keeper(checkpoint, FileStore(path), folder=False)
-    return Keeper(checkpoint, FolderStore(pathlib.Path(checkpoint.folder)), folder=True)
+    make = OrbaxStore if checkpoint.backend == "orbax" else FolderStore
+    return Keeper(checkpoint, make(pathlib.Path(checkpoint.folder)), folder=True)
 
 
 def _name(algorithm: Any) -> str:
