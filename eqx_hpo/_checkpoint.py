@@ -97,7 +97,7 @@ def check_match(
     those of a state."""
     expected = {k: f"{x.dtype}{list(x.shape)}" for k, x in arrays_of(like).items()}
     there, here = {**header.get("classes", {})}, _classes_of(like)
-    for got, wanted in ((saved, expected), (there, here)):
+    for got, wanted in ((there, here), (saved, expected)):
         for name in [*got, *wanted]:
             pair = got.get(name, "nothing"), wanted.get(name, "nothing")
             if pair[0] != pair[1]:

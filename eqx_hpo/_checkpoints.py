@@ -144,7 +144,7 @@ class Keeper:
             snapshot = self._newest(run) if settings.resume else None
             if snapshot is not None:
                 self._restore(run, watcher, snapshot)
-            run.positions()  # before it is needed
+            run.check_positions()
             if self._has_folder:
                 kept = 0 if snapshot is None else snapshot.header["rows"]
                 run.rows.write_to(self._place / "history", kept)

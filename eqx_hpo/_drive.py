@@ -1,5 +1,6 @@
 """The loop of the drivers: steps, and what is done between them."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -117,10 +118,13 @@ def conduct(
     the key, by which a checkpoint is known to be of the same run."""
     companions.check(run.step, steps)
     watcher, keeper = companions.watcher, companions.keeper
-    end, result = run.began + steps, None
-    with catch_signals(companions.signals()) as asked:
+    end, result = run.began + steps, RESULTS.failed
+    with (
+        catch_signals(companions.signals()) as asked,
+        contextlib.closing(run.rows),
+    ):
         try:
-            result = companions.begin(run, *identity)
+            reason = companions.begin(run, *identity)
             after = companions.events(run)
             done = run.step - run.began
             with ProgressBar(steps, done, companions.progress, tunes) as bar:
@@ -132,8 +136,8 @@ def conduct(
 
                 # A callback may keep its state: no later step may overwrite it.
                 donate = not companions.callbacks
-                if result is None:
-                    result = drive(run, end, before, after, tick, asked, donate)
+                step = lambda: drive(run, end, before, after, tick, asked, donate)
+                result = step() if reason is None else reason
         except KeyboardInterrupt:
             if not run.is_alive():
                 raise

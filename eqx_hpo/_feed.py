@@ -79,6 +79,12 @@ class Feed:
         """Takes note that a step was made with what `next` gave last."""
         self._used = self._pulled
 
+    def check_position(self) -> None:
+        """Refuses a loader that says what cannot be written, before it matters."""
+        teller = self._teller()
+        if teller is not None:
+            _loader_state.get_state(self._name, teller)
+
     def position(self) -> dict[str, Any] | None:
         """Returns the position after the last step, for JSON; `None` for arrays."""
         if self.is_static:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ._checks import kind
+
 
 _METHODS = (("state_dict", "load_state_dict"), ("get_state", "set_state"))
 _TAG = "eqx_hpo"  # the key of what JSON itself has not
@@ -58,8 +60,8 @@ def _encode(name: str, value: Any) -> Any:
             text = base64.b64encode(array.tobytes()).decode()
             return {_TAG: ["array", [str(array.dtype), list(array.shape), text]]}
     raise ValueError(
-        f"`{name}` is a {type(value).__name__}, which a checkpoint cannot hold. It may "
-        "have numbers, text, bytes, arrays, and lists, tuples and dictionaries of them."
+        f"`{name}` is {kind(value)}, which a checkpoint cannot hold. It may have "
+        "numbers, text, bytes, arrays, and lists, tuples and dictionaries of them."
     )
 
 
@@ -70,12 +72,12 @@ def _decode(value: Any) -> Any:
         return value
     if _TAG not in value:
         return {k: _decode(x) for k, x in value.items()}
-    kind, content = value[_TAG]
-    if kind == "tuple":
+    what, content = value[_TAG]
+    if what == "tuple":
         return tuple(_decode(content))
-    if kind == "dict":
+    if what == "dict":
         return {_decode(k): _decode(x) for k, x in content}
-    if kind == "bytes":
+    if what == "bytes":
         return base64.b64decode(content)
     dtype, shape, text = content
     return np.frombuffer(base64.b64decode(text), dtype).reshape(shape).copy()

@@ -89,7 +89,7 @@ class Rows:
         """
         self._path = path
         self._open("r+b" if kept > 0 else "w+b", kept)
-        self._waiting = [] if kept > 0 else self._waiting
+        self._file.truncate(self._end())
 
     def flush(self) -> None:
         """Hands all rows to the file.
@@ -99,11 +99,11 @@ class Rows:
         if self._path is None:
             return
         if not self._is_in_place():
-            self._waiting = [self.content()]
             self._open("w+b", 0)
         if len(self._waiting) > 0:
             rows = np.concatenate(self._waiting)
-            _write_at(self._file, self._end(), rows.tobytes())
+            head = self._head if self._written == 0 else b""
+            _write_at(self._file, self._end(), head + rows.tobytes())
             self._waiting, self._written = [], self._written + len(rows)
 
     def sync(self) -> None:
@@ -111,15 +111,22 @@ class Rows:
         if self._file is not None:
             os.fsync(self._file.fileno())
 
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+
     def _open(self, mode: str, kept: int) -> None:
+        """Opens a file that holds the first `kept` rows; the others wait."""
         assert self._path is not None
+        content = self.content()
         file = open(self._path, mode, buffering=0)
-        if kept == 0:
-            _write_at(file, 0, self._head)
-        self._file, self._written = file, kept
-        file.truncate(self._end())
+        self.close()
+        self._file, self._written, self._waiting = file, kept, [content[kept:]]
 
     def _end(self) -> int:
+        if self._written == 0:
+            return 0
         return len(self._head) + self._written * self._length
 
     def _is_in_place(self) -> bool:

@@ -105,11 +105,13 @@ class Run:
         self._val.go_to(positions["val"])
 
     def positions(self) -> dict[str, Any]:
-        """Returns the positions of the data after the last step, for JSON.
-
-        **Raises:** a `ValueError` if a loader's own cannot be written.
-        """
+        """Returns the positions of the data after the last step, for JSON."""
         return {"train": self._train.position(), "val": self._val.position()}
+
+    def check_positions(self) -> None:
+        """Refuses loaders whose position cannot be written, by a `ValueError`."""
+        self._train.check_position()
+        self._val.check_position()
 
     def record_rows(self) -> None:
         """Takes the rows of the history so far from the device."""

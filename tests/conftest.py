@@ -17,9 +17,34 @@ import itertools
 
 import jax.random as jr
 import pytest
+from eqx_hpo import _checkpoints
 
 
 @pytest.fixture
 def getkey():
     numbers = itertools.count()
     return lambda: jr.key(next(numbers))
+
+
+class Killed(BaseException):
+    """Ends a run without a chance to save."""
+
+
+@pytest.fixture
+def kill(monkeypatch):
+    """Ends a run at a step as a power cut does: nothing is saved afterwards."""
+
+    def at(step):
+        finish = _checkpoints.Keeper.finish
+
+        def die(state):
+            if int(state.step) >= step:
+                monkeypatch.setattr(_checkpoints.Keeper, "finish", lambda *args: None)
+                raise Killed("killed")
+
+        def revive():
+            monkeypatch.setattr(_checkpoints.Keeper, "finish", finish)
+
+        return die, revive
+
+    return at

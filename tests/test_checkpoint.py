@@ -1,3 +1,4 @@
+import functools as ft
 import json
 import os
 import pickle
@@ -15,6 +16,7 @@ from .helpers import equal
 from .problems import ridge
 
 
+@ft.cache
 def _state(inner=optax.adam(0.1), features=6):
     case = ridge(features)
     algorithm = hpo.T1T2(case.problem, inner, optax.adam(0.1))
