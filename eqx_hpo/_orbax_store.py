@@ -139,7 +139,7 @@ class OrbaxStore(AbstractStore):
         for name, x in _divide(arrays_of(state))[0].items():
             try:
                 tensorstore.dtype(str(x.dtype))
-            except TypeError as e:
+            except ValueError as e:
                 raise ValueError(
                     f"`checkpoint`: Orbax does not save `{name}`, whose dtype is "
                     f"{x.dtype}. Use another dtype, or `Checkpoints(folder)`."
