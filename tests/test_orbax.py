@@ -39,8 +39,8 @@ pytestmark = pytest.mark.filterwarnings(
 CASE = ridge()
 ALGORITHM = hpo.T1T2(CASE.problem, optax.sgd(0.1, momentum=0.9), optax.adam(0.05))
 DTYPES = (
-    "bool int4 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bfloat16 float16 "
-    "float32 float64 complex64 complex128 float8_e4m3fn float8_e5m2"
+    "bool int4 int8 uint16 int32 uint64 bfloat16 float16 float32 float64 complex64 "
+    "complex128 float8_e4m3fn"
 ).split()
 VALUES = jnp.array([[0, 1, 3, -2], [1, 0, 1, 1]])
 
@@ -59,6 +59,12 @@ def _checkpoints(folder, every=3, **kwargs):
 
 def _names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def _strays(folder):
+    """What must not be left."""
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*")]
+    return [x for x in names if "partial" in x or "gone" in x or "tmp" in x]
 
 
 def _check_equal(left, right):
@@ -129,24 +135,35 @@ def waits(monkeypatch):
     monkeypatch.setattr(Keeper, "save", save)
 
 
-@pytest.mark.parametrize("stop", [7, 9])
-def test_a_run_in_two_parts_equals_one(tmp_path, whole, stop):
+def test_a_run_in_two_parts_equals_one(tmp_path, whole):
     checkpoint = _checkpoints(tmp_path)
-    _tune(stop, checkpoint=checkpoint)
+    _tune(7, checkpoint=checkpoint)
     solution = _tune(checkpoint=checkpoint)
     _check_equal(solution, whole)
     assert solution.result == hpo.RESULTS.successful
     _check_equal(_tune(checkpoint=checkpoint), whole)  # and once more, at its end
 
 
-def test_a_callback_that_stops_where_a_checkpoint_is(tmp_path):
-    stop = lambda state: int(state.step) == 6
-    kwargs = {"callback": stop, "checkpoint": _checkpoints(tmp_path)}
-    solution = _tune(**kwargs)
-    assert solution.result == hpo.RESULTS.stopped
-    again = _tune(**kwargs)
-    assert again.result == hpo.RESULTS.stopped
-    _check_equal(again, solution)
+def test_a_step_that_is_there_already(tmp_path):
+    """As at the end of a run that a callback ends where a checkpoint is."""
+    state = _state(CASE.model)
+    store = _store(tmp_path, state)
+    _put(store, state, 6, (6, state), readings=np.zeros(1))
+    times = [x.stat().st_mtime_ns for x in tmp_path.glob("*/arrays")]
+    for _ in range(2):
+        _put(store, state, 6, (6, state), readings=np.ones(2))
+        assert [x.stat().st_mtime_ns for x in tmp_path.glob("*/arrays")] == times
+        assert store.read(6, _blank(state)).extra["readings"].tolist() == [1, 1]
+        store.close()
+        store = _store(tmp_path, state)
+        store.read(6, _blank(state))
+    store.close()
+    # What it has not read it does not trust.
+    store = _store(tmp_path, state)
+    _put(store, state, 6, (6, state), readings=np.ones(3))
+    assert [x.stat().st_mtime_ns for x in tmp_path.glob("*/arrays")] != times
+    assert len(store.read(6, _blank(state)).extra["readings"]) == 3
+    store.close()
 
 
 def test_what_is_kept(tmp_path, waits):
@@ -160,14 +177,13 @@ def test_what_is_kept(tmp_path, waits):
     assert _names(tmp_path) == ["best-0000000002", "history", "step-0000000002"]
 
 
-@pytest.mark.parametrize("keep_best, bests", [(1, [4]), (2, [2, 4]), (5, [0, 2, 4])])
-def test_how_many_best_states_are_kept(tmp_path, waits, keep_best, bests):
+def test_how_many_best_states_are_kept(tmp_path, waits):
     values = {0: 9.0, 2: 2.0, 4: 1.0}
     monitor = hpo.Monitor(lambda state: values.get(int(state.step), 3.0), every=2)
-    checkpoint = _checkpoints(tmp_path, 1, keep_last=1, keep_best=keep_best)
+    checkpoint = _checkpoints(tmp_path, 1, keep_last=1, keep_best=2)
     _tune(6, monitor=monitor, checkpoint=checkpoint)
-    names = [f"best-{step:010d}" for step in bests]
-    assert _names(tmp_path) == [*names, "history", "step-0000000006"]
+    names = ["best-0000000002", "best-0000000004", "history", "step-0000000006"]
+    assert _names(tmp_path) == names
 
 
 @pytest.mark.parametrize(
@@ -205,7 +221,7 @@ def test_no_flipped_bit_gives_another_state(tmp_path):
     store = _store(tmp_path, state)
     _put(store, state)
     files = [x for x in tmp_path.glob("step-*/**/*") if x.is_file()]
-    tries = [(x, i) for x in files for i in range(0, x.stat().st_size, 97)]
+    tries = [(x, i) for x in files for i in range(0, x.stat().st_size, 199)]
     expected, found = _content(state), 0
     for path, place in tries:
         _flip(path, place)
@@ -269,23 +285,24 @@ def test_a_dtype_that_orbax_does_not_save(tmp_path):
         _store(tmp_path, state)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kind",
+    [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)],
+)
 def test_arrays_go_where_those_of_like_are(tmp_path, kind):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
     put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
-    x = jr.normal(jr.key(0), (8, 4))
+    x = VALUES.astype(float).T
     model = {
         "split": put(x, "x", "y"),
-        "partly": put(x, None, "x"),
         "copied": put(x),
         "third": jax.device_put(x, jax.devices()[3]),
         "free": x,
         "keys": put(jr.split(jr.key(1), 4), "x"),
     }
     other = {
-        "split": put(x, "y", "x"),
-        "partly": x,
-        "copied": put(x, "y"),
+        "split": put(x, "y"),
+        "copied": x,
         "third": jax.device_put(x, jax.devices()[2]),
         "free": jax.device_put(x, jax.devices()[1]),
         "keys": put(jr.split(jr.key(0), 4)),
@@ -330,23 +347,24 @@ def test_a_save_that_fails_is_a_warning(tmp_path, whole, waits, monkeypatch):
         solution = _tune(checkpoint=checkpoint)
     assert "Saves that failed: 1, the last one at step 6" in solution.message
     _check_equal(solution, whole)
-    assert [x for x in _names(tmp_path) if "." in x] == []
+    assert _strays(tmp_path) == []
     _check_equal(_tune(checkpoint=checkpoint), whole)
 
 
 def test_a_folder_that_goes_away(tmp_path, whole, waits):
     folder = tmp_path / "run"
 
-    def callback(state):
+    def metric(state):
         if state.step == 6:
             folder.rename(tmp_path / "away")
             folder.write_bytes(b"")
-        elif state.step == 9:
+        elif state.step == 10:
             folder.unlink()
+        return state.metrics.val_loss
 
-    checkpoint = _checkpoints(folder, 2)
+    monitor, checkpoint = hpo.Monitor(metric, every=2), _checkpoints(folder, 2)
     with pytest.warns(UserWarning, match="could not be saved"):
-        solution = _tune(callback=callback, checkpoint=checkpoint)
+        solution = _tune(monitor=monitor, checkpoint=checkpoint)
     _check_equal(solution, whole)
     _check_equal(_tune(checkpoint=checkpoint), whole)
 
@@ -359,8 +377,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path, whole):
     (tmp_path / "step-0000000003").rename(tmp_path / "step-0000000003.gone")
     (tmp_path / "step-0000000006" / ".header.12345678.partial").touch()
     _check_equal(_tune(checkpoint=checkpoint), whole)
-    names = [str(x.relative_to(tmp_path)) for x in tmp_path.rglob("*")]
-    assert [x for x in names if "partial" in x or "gone" in x or "tmp" in x] == []
+    assert _strays(tmp_path) == []
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -426,21 +443,22 @@ def _spawn(*arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["minibatch", "folds", "loader"])
+@pytest.mark.parametrize("kind", ["minibatch", "folds"])
 def test_kills_at_any_time(tmp_path, kind):
     folder, ends = tmp_path / "orbax", [tmp_path / "end", tmp_path / "whole"]
     pick, kills = random.Random(0), 0
     while not ends[0].exists():
-        process = _spawn("tests.interrupted", kind, folder, ends[0], 0.1)
-        assert process.stdout is not None and process.stdout.readline() == "begins\n"
-        if kills < 5:
-            time.sleep(pick.uniform(1, 4))
-            process.kill()
-        kills += process.wait() != 0
+        with _spawn("tests.interrupted", kind, folder, ends[0], 0.1) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "begins\n"
+            if kills < 5:
+                time.sleep(pick.uniform(1, 4))
+                process.kill()
+        kills += process.returncode != 0
     assert kills == 5
-    names = [str(x) for x in folder.rglob("*")]
-    assert [x for x in names if "partial" in x or "gone" in x or "tmp" in x] == []
-    assert _spawn("tests.interrupted", kind, "none", ends[1]).wait() == 0
+    assert _strays(folder) == []
+    with _spawn("tests.interrupted", kind, "none", ends[1]) as process:
+        process.communicate()
     found, expected = (json.loads(end.read_text()) for end in ends)
     assert found == expected
 
@@ -453,6 +471,7 @@ def test_two_processes(tmp_path):
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     command = ["tests.orbax_processes", port, tmp_path / "run"]
-    both = [_spawn(*command, index) for index in (0, 1)]
-    assert [process.wait(300) for process in both] == [0, 0]
+    with _spawn(*command, 0) as first, _spawn(*command, 1) as second:
+        first.communicate()
+    assert (first.returncode, second.returncode) == (0, 0)
     assert _names(tmp_path / "run") == ["best-0000000002", "step-0000000002"]
