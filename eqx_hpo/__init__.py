@@ -85,6 +85,7 @@ from ._state import (
     Metrics as Metrics,
     TaskReport as TaskReport,
 )
+from ._summary import summary as summary
 from ._tune import tune as tune
 from ._tune_folds import FoldsSolution as FoldsSolution, tune_folds as tune_folds
 

@@ -86,7 +86,8 @@ class Checkpoints(eqx.Module):
         - `keep_best`: how many states to keep, of those that were the best by a
             `monitor` when they came.
         - `backend`: `"file"`, for arrays that one process has as a whole; `"orbax"`,
-            for arrays that are split over the devices of several (the extra `orbax`).
+            for arrays that are split over the devices of several (the extra `orbax`),
+            which must all see the folder.
         - `resume`: whether to go on from what is there. `False` begins anew, and
             removes the checkpoints in the folder.
         - `signals`: names or numbers of the signals at which the run saves, and returns
@@ -119,7 +120,8 @@ class Keeper:
         self._place = pathlib.Path(checkpoints.folder)
         self._has_folder = folder
         self._needs: dict[int, int | None] = {}  # by checkpoint, the best state's step
-        self._writing: tuple[Snapshot, concurrent.futures.Future[None]] | None = None
+        # The step of the snapshot under way, the best state it needs, and its end.
+        self._writing: tuple[int, int | None, concurrent.futures.Future] | None = None
         self._writer = concurrent.futures.ThreadPoolExecutor(1)
         self._saved: Any = None  # the step of the last snapshot, and whether it stopped
         self._saved_at = time.monotonic()
@@ -162,7 +164,7 @@ class Keeper:
 
     def save(self, run: Run, watcher: Watcher | None) -> None:
         """Begins to save a run, unless the last save is still under way."""
-        if self._writing is None or self._writing[1].done():
+        if self._writing is None or self._writing[2].done():
             self._collect()
             self._try(run, watcher, stopped=False)
 
@@ -266,7 +268,8 @@ class Keeper:
                 run.rows.sync()
                 write()
 
-            self._writing = snapshot, self._writer.submit(work)
+            need = None if snapshot.best is None else snapshot.best[0]
+            self._writing = run.step, need, self._writer.submit(work)
             self._saved = run.step, stopped
         except Exception as e:
             self._fail(run.step, e)
@@ -304,15 +307,14 @@ class Keeper:
         """Waits for the save under way, if there is one."""
         if self._writing is None:
             return
-        (snapshot, written), self._writing = self._writing, None
+        (step, need, written), self._writing = self._writing, None
         try:
             written.result()
         except Exception as e:
             self._saved = None
-            self._fail(snapshot.step, e)
+            self._fail(step, e)
         else:
-            best = snapshot.best
-            self._needs[snapshot.step] = None if best is None else best[0]
+            self._needs[step] = need
 
     def _fail(self, step: int, error: Exception) -> None:
         reason = f"{type(error).__name__}: {error}"

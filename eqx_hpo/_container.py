@@ -41,7 +41,6 @@ class Entry(NamedTuple):
     checksum: int
     offset: int
 
-    @property
     def size(self) -> int:
         return self.dtype.itemsize * math.prod(self.shape)
 
@@ -128,7 +127,7 @@ class Container:
     def read(self, name: str) -> np.ndarray:
         """Reads an array, and compares its checksum."""
         entry = self.entries[name]
-        content = bytearray(entry.size)
+        content = bytearray(entry.size())
         self._file.seek(entry.offset)
         self._file.readinto(content)
         if zlib.crc32(content) != entry.checksum:
@@ -183,7 +182,7 @@ class Container:
                 if entry.dtype.hasobject or min(entry.shape, default=0) < 0:
                     raise ValueError
                 entries[name] = entry
-                offset += entry.size
+                offset += entry.size()
         except (TypeError, ValueError):
             raise self.damaged("its header lists no arrays") from None
         if offset != self._end_of_arrays:

@@ -157,6 +157,7 @@ class OrbaxStore(AbstractStore):
         split, rest = _divide(arrays_of(state))
         sums = {name: checksum(x) for name, x in split.items()}
         rest, specs = host_copies({**rest, **extra}), _specs(split)
+        facts = {**facts_of(state), **header}  # `finish` keeps no state alive
         saver = self._savers[path.name.partition("-")[0]]
         folder = path if has_arrays else path.with_name(f"{path.name}.partial")
         if not has_arrays:
@@ -170,8 +171,7 @@ class OrbaxStore(AbstractStore):
             found = {name: int(x) for name, x in sums.items()}
             listed = {name: [spec, found[name]] for name, spec in specs.items()}
             if jax.process_index() == 0:
-                facts = {**facts_of(state), **header, _SPLIT: listed}
-                write_file(folder / _HEADER, facts, rest)
+                write_file(folder / _HEADER, {**facts, _SPLIT: listed}, rest)
                 if not has_arrays:
                     self._move(folder, path)
                 self._whole.add(path)

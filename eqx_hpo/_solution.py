@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from ._custom_types import Hyperparams, Key, Model
 from ._data import AbstractBatches
 from ._discrete import discretise, without_noise
+from ._draw import draw_run
 from ._hyperparameter import unwrap
 from ._monitor import Best, Readings
 from ._problem import evaluate_val, Problem
@@ -157,10 +158,30 @@ class Solution(eqx.Module):
     discretised: Discretised | None
     exception: Exception | None = None
 
+    def draw(self) -> Any:
+        """Draws the history, the best state of a monitor included. Needs Matplotlib:
+        `pip install 'eqx_hpo[examples]'`.
+
+        The panels are the losses, the metric of a monitor, the norm of the
+        hypergradient, and each hyperparameter array: a line for each entry if there are
+        at most 8, else the mean, with bands from the first to the third quartile and
+        from the minimum to the maximum. If there are more than 9 arrays, the last panel
+        has the means of all that are left. A scale is logarithmic where positive
+        numbers differ tenfold. A cross marks a record before which steps were skipped.
+
+        ```python
+        solution.draw().savefig("run.png")
+        ```
+
+        **Returns:** a `matplotlib.figure.Figure`, which no window shows. A notebook
+        shows it as the value of a cell.
+        """
+        return draw_run(self.history, self.values, self.best)
+
 
 def record(state: BilevelState) -> Record:
     """Makes the row of the history that belongs to a state."""
-    arrays = eqx.filter(unwrap(without_noise(state.hyperparams)), eqx.is_array)
+    arrays = constrained(state.hyperparams)
     if sum(x.size for x in jtu.tree_leaves(arrays)) > _FULL_ROW:
         arrays = jtu.tree_map(_summarise, arrays)
     metrics = state.metrics
@@ -175,8 +196,15 @@ def record(state: BilevelState) -> Record:
 
 
 def _summarise(x: Array) -> Array:
-    if x.size <= 3:
-        return x
+    return x if x.size <= 3 else mean_min_max(x)
+
+
+def constrained(hyperparams: Hyperparams) -> PyTree[Array]:
+    """Unwraps what a report shows: the arrays, at the centre of their noise."""
+    return eqx.filter(unwrap(without_noise(hyperparams)), eqx.is_array)
+
+
+def mean_min_max(x: Array) -> Float[Array, "3"]:
     return jnp.stack([jnp.mean(x), jnp.min(x), jnp.max(x)])
 
 

@@ -7,6 +7,8 @@ import inspect
 import pathlib
 import pkgutil
 import re
+import sys
+import tomllib
 
 import equinox as eqx
 import eqx_hpo as hpo
@@ -173,3 +175,40 @@ def test_sizes(path):
 
 def test_readme_is_short():
     assert (ROOT / "README.md").read_text().count("\n") < 110
+
+
+def _imported(path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add((node.module or "").partition(".")[0])
+    return names - sys.stdlib_module_names
+
+
+def test_what_is_imported_is_required_and_no_more():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = {re.split("[<>=]", x)[0] for x in project["dependencies"]}
+    found = set().union(*[_imported(path) for path in PACKAGE.rglob("*.py")])
+    assert found - {"matplotlib", "optuna"} == required  # these two are extras
+
+
+def test_actions_are_pinned_by_commit():
+    uses = [
+        line.partition("uses: ")[2]
+        for path in (ROOT / ".github" / "workflows").glob("*.yml")
+        for line in path.read_text().splitlines()
+        if "uses: " in line
+    ]
+    assert len(uses) > 10
+    for action in uses:
+        assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+", action), action
+
+
+def test_the_command_of_the_tests_is_one_everywhere():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    (command,) = [line for line in lines if line.endswith("pytest --cov -n auto")]
+    assert f'"{command}"' in (ROOT / ".ci" / "run").read_text()
+    workflow = ROOT / ".github" / "workflows" / "tests.yml"
+    assert f"- run: {command}\n" in workflow.read_text()

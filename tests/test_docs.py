@@ -24,6 +24,9 @@ LONG = [
     "docs/examples/model-parts.md",
     "docs/getting-started.md",
 ]
+# Packages of the extra `logging`, which a block of docs/logging.md may import.
+# By the pattern one finds what each has written.
+LOGGERS = {"tensorboardX": "runs/first/events*", "wandb": "wandb/*run-*/*.wandb"}
 
 
 def _blocks(page, language="python"):
@@ -37,21 +40,37 @@ def _parametrise(page):
     return pytest.param(page, id=name, marks=[pytest.mark.slow] * (name in LONG))
 
 
+def _run_blocks(page, namespace, unless):
+    """Runs the blocks of a page, but for those that import a package of `unless`."""
+    with jax.enable_x64(False):  # as a reader has it
+        for block in _blocks(page):
+            if not re.search(rf"^(from|import) ({'|'.join(unless)})\b", block, re.M):
+                exec(compile(block, str(page), "exec"), namespace)
+
+
 @pytest.mark.parametrize(
     "page", [_parametrise(page) for page in PAGES if _blocks(page)]
 )
 def test_blocks_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "docs"}
-    with jax.enable_x64(False):  # as a reader has it
-        for block in _blocks(page):
-            exec(compile(block, str(page), "exec"), namespace)
+    _run_blocks(page, namespace, LOGGERS)
     if page.name == "README.md":
         printed = _blocks(page, "text")
         numbers = lambda text: [float(x) for x in re.findall(r"-?\d+\.\d+", text)]
         got = numbers(capsys.readouterr().out)
         expected = numbers(printed[0])
         assert got[: len(expected)] == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("package", LOGGERS)
+def test_blocks_of_loggers_run(package, tmp_path, monkeypatch):
+    pytest.importorskip(package, reason="needs the extra `logging`")
+    monkeypatch.chdir(tmp_path)
+    others = [x for x in LOGGERS if x != package]
+    _run_blocks(ROOT / "docs" / "logging.md", {"__name__": "docs"}, others)
+    (written,) = tmp_path.glob(LOGGERS[package])
+    assert b"hyperparams" in written.read_bytes()
 
 
 def test_the_example_of_the_readme_has_15_lines():
@@ -114,7 +133,7 @@ def _check_loads(page):
 
 
 def test_the_built_site(tmp_path):
-    pytest.importorskip("material", reason="needs the extra `docs`")
+    pytest.importorskip("material", reason="needs the extra `tests`")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
     command += ["--config-file", str(ROOT / "mkdocs.yml"), "--site-dir", str(tmp_path)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
