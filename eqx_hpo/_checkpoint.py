@@ -2,13 +2,13 @@
 
 import os
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-import numpy as np
 from jaxtyping import PyTree
 
 from ._checks import check_path
@@ -71,15 +71,23 @@ def read_state(file: Container, like: BilevelState, prefix: str = "") -> Bilevel
         if name.startswith(prefix + "state")
     }
     check_match(saved, file.header, like, f"`{file.path}`")
-    numbers = file.header.get("numbers", {})
+    return fill(like, file.header, lambda name: file.read(prefix + name))
 
-    def read(path, x):
+
+def fill(
+    like: BilevelState, header: Mapping[str, Any], read: Callable[[str], Any]
+) -> BilevelState:
+    """Puts saved arrays, by their names, and the numbers in the header of a file in the
+    places of those in `like`."""
+    numbers = header.get("numbers", {})
+
+    def saved(path, x):
         name = _name(path)
         if is_array_or_numpy(x):
-            return place(file.read(prefix + name), x)
+            return place(read(name), x)
         return _as_number(numbers[name], x) if name in numbers else x
 
-    return jtu.tree_map_with_path(read, like)
+    return jtu.tree_map_with_path(saved, like)
 
 
 def check_match(
@@ -145,12 +153,14 @@ def check_addressable(state: BilevelState) -> None:
             )
 
 
-def place(array: np.ndarray, like: Any) -> Any:
-    """Puts an array where that in `like` is: on a device, or on several."""
-    if not isinstance(like, jax.Array):
-        return array
+def place(array: Any, like: Any) -> Any:
+    """Puts an array where that in `like` is: on a device, or on several. An array of
+    JAX is there already."""
     if is_typed_key(like):
-        return jr.wrap_key_data(jnp.asarray(array), impl=jr.key_impl(like))
+        data = place(array, jr.key_data(like))
+        return jr.wrap_key_data(data, impl=jr.key_impl(like))
+    if isinstance(array, jax.Array) or not isinstance(like, jax.Array):
+        return array
     if not like.committed:
         return jnp.asarray(array)
     return jax.make_array_from_callback(

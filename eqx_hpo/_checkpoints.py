@@ -20,6 +20,7 @@ from ._checks import as_flag, as_int, as_number, check_one_of, check_path, shown
 from ._container import DamagedFile
 from ._misc import is_typed_key
 from ._monitor import Best, Readings, Watcher
+from ._orbax_store import OrbaxStore
 from ._processes import agree, is_first
 from ._run import Run
 from ._signals import as_signals
@@ -86,7 +87,8 @@ class Checkpoints(eqx.Module):
         - `keep_best`: how many states to keep, of those that were the best by a
             `monitor` when they came.
         - `backend`: `"file"`, for arrays that one process has as a whole; `"orbax"`,
-            for arrays that are split over the devices of several (the extra `orbax`).
+            for arrays that are split over the devices of several (the extra `orbax`),
+            which must all see the folder.
         - `resume`: whether to go on from what is there. `False` begins anew, and
             removes the checkpoints in the folder.
         - `signals`: names or numbers of the signals at which the run saves, and returns
@@ -140,7 +142,12 @@ class Keeper:
             "versions": {x: importlib.metadata.version(x) for x in _PACKAGES},
         }
         run.check_positions()
-        self._prepare(run)
+        try:
+            self._store.prepare(run.state, clear=not self.settings.resume)
+        except OSError as e:
+            raise ValueError(
+                f"`checkpoint` cannot be written to `{self._place}`: {e}"
+            ) from e
         snapshot = self._newest(run) if self.settings.resume else None
         if snapshot is not None:
             self._restore(run, watcher, snapshot)
@@ -182,19 +189,6 @@ class Keeper:
             f" Saves that failed: {len(self._failures)}, the last one at step {step}: "
             f"{reason}."
         )
-
-    def _prepare(self, run: Run) -> None:
-        error = None
-        try:
-            self._store.prepare(run.state, clear=not self.settings.resume)
-        except OSError as e:
-            error = e
-        # The others wait here for the first one, or they would wait for ever.
-        if agree(error is not None) == 1:
-            reason = "another process could not" if error is None else error
-            raise ValueError(
-                f"`checkpoint` cannot be written to `{self._place}`: {reason}."
-            ) from error
 
     def _newest(self, run: Run) -> Snapshot | None:
         """Reads the newest checkpoint that can be read, if it is of this run."""
@@ -317,15 +311,14 @@ class Keeper:
         if self._writing is None:
             return
         (step, need, written), self._writing = self._writing, None
-        try:
-            written.result()
-        except Exception as e:
-            self._saved = None
-            self._fail(step, e)
-        else:
+        error = written.exception()
+        if agree(error is not None) == 0:
             self._needs[step] = need
+            return
+        self._saved = None
+        self._fail(step, error or OSError("another process could not write"))
 
-    def _fail(self, step: int, error: Exception) -> None:
+    def _fail(self, step: int, error: BaseException) -> None:
         reason = f"{type(error).__name__}: {error}"
         self._failures.append((step, reason))
         warnings.warn(
@@ -350,7 +343,8 @@ def make_keeper(checkpoint: Any, every: int) -> Keeper | None:
         path = pathlib.Path(checkpoint.folder)
         if not path.is_dir():
             return Keeper(checkpoint, FileStore(path), folder=False)
-    return Keeper(checkpoint, FolderStore(pathlib.Path(checkpoint.folder)), folder=True)
+    make = OrbaxStore if checkpoint.backend == "orbax" else FolderStore
+    return Keeper(checkpoint, make(pathlib.Path(checkpoint.folder)), folder=True)
 
 
 def _name(algorithm: Any) -> str:

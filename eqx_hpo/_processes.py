@@ -5,6 +5,9 @@ them alone knows, such as a signal, the time or a failure, is told to the others
 anyone acts on it. The first process writes files and shows progress.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -16,8 +19,26 @@ def is_first() -> bool:
 def agree(value: int) -> int:
     """Returns the largest of the values that the processes have."""
     if jax.process_count() == 1:
-        return value
+        return int(value)
     # Here, as it would be a good part of the time of `import eqx_hpo`.
     from jax.experimental import multihost_utils
 
     return int(multihost_utils.process_allgather(np.array(value, np.int32)).max())
+
+
+def at_first(action: Callable[[], Any]) -> bool:
+    """Lets the first process do something; returns to all whether it gave a true value.
+
+    **Raises:** an `OSError`, in all.
+    """
+    answer, failure = False, None
+    if is_first():
+        try:
+            answer = bool(action())
+        except OSError as e:
+            failure = e
+    # 0: false, 1: true, 2: it failed.
+    told = agree(2 if failure is not None else answer)
+    if told == 2:
+        raise failure or OSError("the first process could not write")
+    return told == 1

@@ -20,7 +20,7 @@ from ._checkpoint import (
     read_state,
 )
 from ._container import Container, remove_partial, write_file
-from ._processes import is_first
+from ._processes import at_first, is_first
 from ._state import BilevelState
 
 
@@ -94,8 +94,7 @@ class FileStore(AbstractStore):
     def prepare(self, state: BilevelState, clear: bool) -> None:
         del clear  # the first snapshot replaces it
         check_addressable(state)
-        if is_first():
-            _try_out(self._path)
+        at_first(lambda: _try_out(self._path))
 
     def steps(self) -> list[int]:
         return [0] if self._path.exists() else []
@@ -134,17 +133,25 @@ class FolderStore(AbstractStore):
 
     def __init__(self, folder: pathlib.Path):
         self._folder = folder
+        self._whole: set[int] = set()  # best states that are there, and not damaged
 
     def prepare(self, state: BilevelState, clear: bool) -> None:
         check_addressable(state)
-        if not is_first():
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        if clear:
-            self._remove(Keep(set(), set()))
-        for stray in self._folder.glob(".*.ckpt.*.partial"):
-            stray.unlink(missing_ok=True)
-        _try_out(self._file("step", 0))
+        if any(self._folder.glob("step-*/")):
+            raise ValueError(
+                f"`checkpoint`: `{self._folder}` holds checkpoints of the backend "
+                '"orbax". Give another folder, or that backend.'
+            )
+
+        def work():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if clear:
+                self._remove(Keep(set(), set()))
+            for stray in self._folder.glob(".*.ckpt.*.partial"):
+                stray.unlink(missing_ok=True)
+            _try_out(self._file("step", 0))
+
+        at_first(work)
 
     def steps(self) -> list[int]:
         return self._numbers("step")
@@ -163,17 +170,21 @@ class FolderStore(AbstractStore):
         if number is None:
             return snapshot
         with Container(self._file("best", number)) as file:
-            return snapshot._replace(best=(number, read_state(file, like)))
+            best = read_state(file, like)
+        self._whole.add(number)
+        return snapshot._replace(best=(number, best))
 
     def put(self, snapshot: Snapshot, keep: Keep) -> Callable[[], None]:
         if not is_first():
             return lambda: None
         self._folder.mkdir(parents=True, exist_ok=True)
         files = [(self._file("step", snapshot.step), *_taken(snapshot))]
+        needs = []
         if snapshot.best is not None:
             number, state = snapshot.best
+            needs.append(number)
             path = self._file("best", number)
-            if not path.exists():
+            if number not in self._whole or not path.exists():
                 arrays = host_copies(arrays_of(state))
                 # Before the checkpoint, which needs it.
                 files.insert(0, (path, facts_of(state), arrays))
@@ -181,6 +192,7 @@ class FolderStore(AbstractStore):
         def write():
             for path, header, arrays in files:
                 write_file(path, header, arrays)
+            self._whole.update(needs)
             self._remove(keep)
 
         return write

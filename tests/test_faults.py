@@ -49,6 +49,7 @@ def _at(step, action):
     def callback(state):
         if not done and state.step >= step:
             done.append(None)
+            time.sleep(0.3)  # until nothing is being written
             action()
 
     return callback
@@ -114,7 +115,6 @@ def test_a_limit_of_open_files(tmp_path, whole):
 
 
 def _remove(folder):
-    time.sleep(0.5)  # until nothing is being written
     shutil.rmtree(folder)
 
 
@@ -186,6 +186,16 @@ def test_a_damaged_file_in_a_folder(damage, kind, tmp_path, whole):
     with pytest.warns(UserWarning, match="The run goes on from step"):
         solution = _run(folder)
     assert digest(solution) == whole and not older.exists()
+
+
+def test_a_damaged_best_state_is_written_anew(tmp_path, whole):
+    folder = tmp_path / "run"
+    _run(folder, steps=24)
+    _flip(max(folder.glob("best-*")))
+    with pytest.warns(UserWarning, match="best-.* is damaged.*goes on from step 10"):
+        solution = _run(folder)
+    assert digest(solution) == whole
+    assert digest(_run(folder)) == whole
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
