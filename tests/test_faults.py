@@ -190,7 +190,7 @@ def test_a_damaged_file_in_a_folder(damage, kind, tmp_path, whole):
 
 def test_a_damaged_best_state_is_written_anew(tmp_path, whole):
     folder = tmp_path / "run"
-    _run(folder, steps=24)
+    _run(folder, steps=20)
     _flip(max(folder.glob("best-*")))
     with pytest.warns(UserWarning, match="best-.* is damaged.*goes on from step 10"):
         solution = _run(folder)
