@@ -14,11 +14,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, Bool, Int, PyTree
 
-from ._checks import as_int, as_number, check_type, shown
+from ._checks import as_int, check_type, shown
 from ._custom_types import FloatScalar
 from ._misc import as_single, holds_half, tree_where
 from ._state import InnerState
@@ -283,15 +284,17 @@ def _as_transformation(inner: Any) -> optax.GradientTransformation:
     if hasattr(inner, "gradient_transformation"):
         inner = inner.gradient_transformation()
     what = (
-        "an `optax.GradientTransformation`; of hyperparameters make it inside a "
-        "function, `lambda h: mixed_precision(optax.sgd(h))`"
+        "an `optax.GradientTransformation`, made inside `lambda h: "
+        "mixed_precision(...)` if it depends on hyperparameters"
     )
     check_type("inner", inner, optax.GradientTransformation, what)
     return inner
 
 
 def _as_exponent(loss_scale: Any) -> int:
-    mantissa, exponent = math.frexp(as_number("loss_scale", loss_scale, zero=False))
+    # No array, which would be traced where `inner` is a function of hyperparameters.
+    is_number = isinstance(loss_scale, (int, float, np.number))
+    mantissa, exponent = math.frexp(loss_scale) if is_number else (0.0, 0)
     if mantissa != 0.5 or not 1 <= exponent - 1 <= _LARGEST:
         raise ValueError(
             f"`loss_scale` must be a power of two from 2 to 2**{_LARGEST}; got "
