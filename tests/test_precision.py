@@ -2,6 +2,7 @@
 the same numbers, in float64."""
 
 import functools as ft
+from typing import Any
 
 import equinox as eqx
 import eqx_hpo as hpo
@@ -11,6 +12,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from .helpers import equal, hand_unrolled, relative_error, RULES
 
@@ -122,7 +124,7 @@ def test_hypergradient_of_training_by_central_differences(dtype):
     got = algorithm.compute_hypergradient(state, train, val)
 
     model, h, train, val = cast((model, h, train, val), jnp.float64)
-    flat, unflatten = jax.flatten_util.ravel_pytree(h)
+    flat, unflatten = ravel_pytree(h)
 
     @jax.jit
     def reached(flat):
@@ -272,19 +274,18 @@ def test_what_is_never_finite_is_left_to_the_guard():
 
 
 def test_optax_alone():
-    inner = hpo.mixed_precision(optax.adam(1e-3))
-    params = {"half": jnp.array([1.0, -0.3], jnp.bfloat16), "single": jnp.ones(2)}
+    inner: Any = hpo.mixed_precision(optax.adam(1e-3))
+    params: Any = {"half": jnp.array([1.0, -0.3], jnp.bfloat16), "single": jnp.ones(2)}
     state = inner.init(params)
     assert state.masters["single"] is None and state.log2_scale is None
-    plain = cast(params, jnp.float32)
-    expected = optax.adam(1e-3).init(plain)
+    plain: Any = cast(params, jnp.float32)
+    adam: Any = optax.adam(1e-3)
+    expected = adam.init(plain)
     for grads in (params, params):
         updates, state = inner.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        moves, expected = optax.adam(1e-3).update(
-            cast(grads, jnp.float32), expected, plain
-        )
-        plain = optax.apply_updates(plain, moves)
+        params: Any = optax.apply_updates(params, updates)
+        moves, expected = adam.update(cast(grads, jnp.float32), expected, plain)
+        plain: Any = optax.apply_updates(plain, moves)
     assert equal(state.masters["half"], plain["half"])
     assert equal(params["half"], plain["half"].astype(jnp.bfloat16))
 
@@ -296,7 +297,7 @@ def test_everything_else_takes_it(dtype, tmp_path):
     model = cast(model, dtype)
     inner = hpo.mixed_precision(optax.adam(0.01))
     algorithm = hpo.T1T2(PROBLEM, inner, optax.adam(0.1), inner_steps=2)
-    kwargs = dict(key=None, progress=False)
+    kwargs: Any = dict(key=None, progress=False)
     solution = hpo.tune(algorithm, model, h, train, val, steps=30, **kwargs)
     history = solution.history
     assert history.val_loss[-1] < 0.8 * history.val_loss[0]

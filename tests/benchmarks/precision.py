@@ -11,6 +11,7 @@ The truth is the exact rule in double precision, from the same rounded numbers.
 
 import sys
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import eqx_hpo as hpo
@@ -141,7 +142,7 @@ def print_rules():
     outer, sgd = optax.sgd(0.1), optax.sgd(0.1)
     make = lambda inner, rule, dtype: hpo.T1T2(_losses_in(dtype), inner, outer, rule)
     rules = ("ForwardOverReverse", "FiniteDifference")
-    cases = [(jnp.float32, jnp.float32, "all", sgd)]
+    cases: list[Any] = [(jnp.float32, jnp.float32, "all", sgd)]
     for dtype in HALF:
         cases.append((dtype, dtype, "none", sgd))
         cases.append((dtype, jnp.float32, "model", sgd))
@@ -242,7 +243,7 @@ def _tune(make, dtype, seed):
     parts = slice(first), slice(first, second), slice(second, None)
     train, val, untouched = [tuple(x[part] for x in data) for part in parts]
     model = _cast(model, dtype)
-    settings = dict(steps=40, key=None, progress=False)
+    settings: Any = dict(steps=40, key=None, progress=False)
     solution = hpo.tune(algorithm, model, h, train, val, **settings)
     return float(test(solution.model, None, untouched, None))
 
