@@ -95,7 +95,6 @@ def errors(name, rule, dtype, inner=MOMENTUM):
 def _cases():
     quick = {
         ("t1t2", "finite_difference", jnp.bfloat16),
-        ("drmad", "forward_over_reverse", jnp.float16),
         ("forward_mode", "reverse_over_reverse", jnp.float16),
     }
     for name in ALGORITHMS:
@@ -111,7 +110,9 @@ def test_hypergradients(name, rule, dtype):
     assert max(errors(name, RULES[rule], dtype)) < bound
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(jnp.bfloat16, marks=pytest.mark.slow), jnp.float16]
+)
 def test_hypergradient_of_training_by_central_differences(dtype):
     """Of the learning rate too, by which `inner` makes the optimiser."""
     model, h, train, val = make(dtype)
