@@ -63,6 +63,7 @@ from ._outer import (
     proximal as proximal,
     select_top_k as select_top_k,
 )
+from ._precision import mixed_precision as mixed_precision
 from ._problem import Problem as Problem
 from ._search import search as search
 from ._second_order import (

@@ -20,6 +20,7 @@ from ._levels import make_levels, repeat_step
 from ._misc import tree_dot, tree_norm, tree_scale
 from ._optimizer import AbstractAlgorithm
 from ._optimizer.tracing import default_unroll
+from ._precision import lift
 from ._second_order import ReverseOverReverse
 from ._state import BilevelState, inner_state
 
@@ -116,7 +117,7 @@ def _final_loss(raw, algorithm, state, train, val, keys, calls) -> Float[Array, 
         inner, _ = levels.update(inner, hyperparams, index)
         return eqx.filter(inner, eqx.is_array), step + 1
 
-    arrays, fixed = eqx.partition(inner_state(state), eqx.is_array)
+    arrays, fixed = eqx.partition(lift(inner_state(state)), eqx.is_array)
     first = jnp.zeros((), int)
     unroll = default_unroll(at(first)[0], steps)
     depth = 2 if steps > _LONG else 1

@@ -1,5 +1,6 @@
 """The inner optimiser: where it starts, and one update by it."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from ._explain import check_lookahead, explain_optax
 from ._flat import flat_at_zero
 from ._jaxpr import dependent_outputs, unchanged_outputs
 from ._misc import as_device_arrays, match_dtypes, usual_promotion
+from ._precision import check_outermost, in_half, lift
 from ._state import InnerState
 
 
@@ -26,6 +28,7 @@ def start_inner(
     with usual_promotion(), explain_optax():
         opt_state = transformation.init(params)
     check_lookahead(opt_state)
+    check_outermost(opt_state)
     return InnerState(params, as_device_arrays(opt_state), model_state)
 
 
@@ -103,7 +106,9 @@ def _follow_init(
 
     def init(arrays):
         made = inner_transformation(inner, eqx.combine(arrays, rest))
-        return made.init(state.params)
+        start = in_half(state) or state
+        opt_state = made.init(start.params)
+        return lift(dataclasses.replace(start, opt_state=opt_state)).opt_state
 
     depends = dependent_outputs(init, arrays)
     if not any(depends):

@@ -70,7 +70,7 @@ def _live_operands(eqn: JaxprEqn, outputs: list[bool]) -> list[bool]:
         return _live_through_scan(params, outputs)
     # A rule of its own may have any derivative, and of a loop any output may depend on
     # any input: these count as live.
-    if _is_call(eqn) and name != "custom_vjp_call":
+    if _is_call(eqn) and name not in ("custom_jvp_call", "custom_vjp_call"):
         return _live_inputs(_inner_jaxprs(eqn)[0], outputs)
     return [True] * count
 

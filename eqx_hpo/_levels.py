@@ -30,10 +30,20 @@ from ._custom_types import (
 from ._data import AbstractBatches
 from ._hyperparameter import at_inner_step
 from ._inner import apply_inner
-from ._misc import as_device_arrays, as_single, holds_half, match_dtypes, tree_zeros
+from ._misc import as_single, holds_half, match_dtypes, tree_zeros
+from ._precision import (
+    in_half,
+    is_mixed,
+    loss_scale_of,
+    scaled,
+    shrink,
+    unscaled,
+    with_derivative_of,
+)
 from ._problem import evaluate_train, evaluate_val, Problem
-from ._second_order import AbstractSecondOrder, FiniteDifference
+from ._second_order import AbstractSecondOrder, FiniteDifference, ReverseOverReverse
 from ._state import BilevelState, InnerState
+from ._traced_loss import trace, TracedLoss
 
 
 # What a key is folded with, for draws that are independent of each other.
@@ -42,35 +52,6 @@ _TRAIN, _VAL, _ALGORITHM = 0, 1, 2
 # The pull-back of an inner step: from a cotangent of its `(params, model_state)` to one
 # of the hyperparameters.
 Pullback = Callable[[tuple[PyTree, PyTree]], Hyperparams]
-
-
-class TracedLoss(eqx.Module):
-    """A loss as a function of arrays, traced in the precision of the model, and by
-    `in_single_precision` in single precision too."""
-
-    traced: Callable[..., Any]
-    single: Callable[..., Any] | None
-    original: Callable[..., Any]
-
-    def __call__(self, params: PyTree, *args: Any) -> Any:
-        is_traced = self.single is None or holds_half((params, args[1]))
-        traced = self.traced if is_traced else self.single
-        # A result that depends on nothing comes as an array of NumPy.
-        out = traced(params, *args)  # pyright: ignore[reportOptionalCall]
-        return as_device_arrays(out)
-
-    def in_single_precision(
-        self, params: PyTree, model_state: PyTree, hyperparams: Hyperparams, *rest: Any
-    ) -> "TracedLoss":
-        """Traces the loss for arguments whose parameters and hyperparameters are cast
-        to single precision; a loss that cannot be evaluated so stays as it is."""
-        params, hyperparams = jtu.tree_map(as_single, (params, hyperparams))
-        args = (params, model_state, hyperparams, *rest)
-        try:
-            single = eqx.filter_closure_convert(self.original, *args)
-        except Exception:
-            return self
-        return dataclasses.replace(self, single=single)
 
 
 class Levels(eqx.Module):
@@ -146,9 +127,36 @@ class Levels(eqx.Module):
         **Returns:** the gradient, the model's state after the step, and `(train_loss,
         aux)`, which is not differentiated.
         """
+        rule, half = self.second_order, in_half(state)
+        if half is None:
+            return self._differentiate(rule, state, hyperparams, index)
+        # The value in half precision, the derivative in single precision.
+        scale = loss_scale_of(state)
+        value, model_state, report = self._differentiate(
+            ReverseOverReverse(), half, hyperparams, index, scale
+        )
+        at = self._to_differentiate(self.train_loss, state, hyperparams)
+        state, hyperparams = shrink(at, scale)
+        like, like_state, _ = self._differentiate(
+            rule, state, hyperparams, index, scale
+        )
+        value = jtu.tree_map(lambda x: unscaled(as_single(x), scale), value)
+        like_state = jtu.tree_map(lambda x: scaled(x, scale), like_state)
+        followed = with_derivative_of((value, model_state), (like, like_state))
+        return *followed, report
+
+    def _differentiate(
+        self,
+        rule: AbstractSecondOrder,
+        state: InnerState,
+        hyperparams: Hyperparams,
+        index: IntScalar,
+        scale: FloatScalar | None = None,
+    ) -> tuple[PyTree, PyTree, tuple[FloatScalar, Any]]:
+        """Computes what `gradient` returns, but of `scale` times the train loss."""
         hyperparams = self._at(hyperparams, index)
         levels = self
-        if isinstance(self.second_order, FiniteDifference):
+        if isinstance(rule, FiniteDifference):
             levels = self.in_single_precision(state, hyperparams)
         # A rule sees three groups: what it differentiates in (`params` and `rest`), all
         # other arrays (`args`), which a custom VJP must get as arguments, and what is
@@ -156,10 +164,10 @@ class Levels(eqx.Module):
         rest, fixed = eqx.partition(
             (hyperparams, state.model_state), eqx.is_inexact_array
         )
-        args, static = eqx.partition((levels, fixed, index), eqx.is_array)
+        args, static = eqx.partition((levels, fixed, index, scale), eqx.is_array)
 
         def loss(params, rest, args):
-            levels, fixed, index = eqx.combine(args, static)
+            levels, fixed, index, scale = eqx.combine(args, static)
             hyperparams, model_state = eqx.combine(rest, fixed)
             # Drawn in here, a batch is drawn again on the way back and never stored.
             batch, key = levels._draw(levels.train, index, _TRAIN)
@@ -167,10 +175,11 @@ class Levels(eqx.Module):
                 params, model_state, hyperparams, batch, key
             )
             carried, fixed = eqx.partition(model_state, eqx.is_inexact_array)
-            return loss, (carried, (fixed, aux))
+            return scaled(loss, scale), (carried, (fixed, loss, aux))
 
-        differentiated = self.second_order.differentiate(loss)
-        grad, carried, (value, (fixed, aux)) = differentiated(state.params, rest, args)
+        differentiated = rule.differentiate(loss)
+        grad, carried, (_, report) = differentiated(state.params, rest, args)
+        fixed, value, aux = report
         return grad, eqx.combine(carried, fixed), (value, aux)
 
     def apply(
@@ -243,6 +252,7 @@ class Levels(eqx.Module):
         """
         batch, key = self._draw(self.train, index, _TRAIN)
         hyperparams = self._at(hyperparams, index)
+        state = in_half(state) or state
         loss, _, aux = self.train_loss(
             state.params, state.model_state, hyperparams, batch, key
         )
@@ -258,6 +268,7 @@ class Levels(eqx.Module):
         """
         batch, key = self._draw(self.val, index, _VAL)
         hyperparams = self._at(hyperparams, index)
+        state, hyperparams = self._to_differentiate(self.val_loss, state, hyperparams)
         return self.val_loss(state.params, state.model_state, hyperparams, batch, key)
 
     def validation_gradient(
@@ -272,14 +283,27 @@ class Levels(eqx.Module):
         $\theta_t$.
         """
 
+        scale = loss_scale_of(state)
+
         def loss(x):
             (params, model_state), hyperparams = x
             inner = InnerState(params, state.opt_state, model_state)
-            return self.validate(inner, hyperparams, index)
+            report = self.validate(inner, hyperparams, index)
+            return scaled(report[0], scale), report
 
         x = ((state.params, state.model_state), hyperparams)
-        value, (alpha, direct) = eqx.filter_value_and_grad(loss, has_aux=True)(x)
-        return value, alpha, direct
+        gradients, report = eqx.filter_grad(loss, has_aux=True)(x)
+        alpha, direct = jtu.tree_map(lambda x: unscaled(x, scale), gradients)
+        return report, alpha, direct
+
+    def _to_differentiate(
+        self, loss: TracedLoss, state: InnerState, hyperparams: Hyperparams
+    ) -> tuple[InnerState, Hyperparams]:
+        """Finds what a loss is differentiated at: the masters of a model in half
+        precision, or the model where it cannot be evaluated at these."""
+        if loss.single is not None:
+            return state, jtu.tree_map(as_single, hyperparams)
+        return in_half(state) or state, hyperparams
 
     def in_single_precision(
         self, state: InnerState, hyperparams: Hyperparams
@@ -289,7 +313,7 @@ class Levels(eqx.Module):
 
         **Arguments:** those of `evaluate`.
         """
-        if not holds_half((state.params, hyperparams)):
+        if not holds_half((state.params, hyperparams)) or is_mixed(state.opt_state):
             return self
         index = jnp.array(0)
         hyperparams = self._at(hyperparams, index)
@@ -357,7 +381,7 @@ def make_levels(
         fn = lambda params, *args: evaluate(problem, eqx.combine(params, static), *args)
         batch, loss_key = eqx.filter_eval_shape(levels._draw, batches, index, level)
         args = (params, state.model_state, hyperparams, batch, loss_key)
-        return TracedLoss(eqx.filter_closure_convert(fn, *args), None, fn)
+        return trace(fn, args, is_mixed(state.inner_opt_state))
 
     return dataclasses.replace(
         levels,

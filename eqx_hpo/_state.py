@@ -119,7 +119,8 @@ class InnerState(eqx.Module):
 
     **Attributes:**
 
-    - `params`: the inexact arrays of the model, `None` elsewhere.
+    - `params`: the inexact arrays of the model, `None` elsewhere. Within a step those
+        of [`eqx_hpo.mixed_precision`][] are the masters.
     - `opt_state`: the state of the inner optimiser.
     - `model_state`: an `eqx.nn.State`, or `None`.
     """

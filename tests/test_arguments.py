@@ -117,7 +117,7 @@ LEGAL = {
     "select_top_k.rotate": {"0", "int64"},
     "project.projection": FUNCTIONS,
     # The settings of algorithms.
-    "[!I]*.inner": {"function", "class"},
+    "[!Im]*.inner": {"function", "class"},
     "*.unroll": {"None"},
     "*.discount": {"0", "int64"},
     "*.momentum": {"None", "0", "int64"},
@@ -241,6 +241,7 @@ def _calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "discretise": {"hyperparams": ones},
         "project": {"projection": optax.projections.projection_simplex},
         "anchor": {"strength": 0.1},
+        "mixed_precision": {"inner": sgd},
         "gate": {"threshold": 0.1},
         "mirror": {},
         "proximal": {"penalty": hpo.L1(0.1), "learning_rate": 0.1},
@@ -422,6 +423,13 @@ TEXTS = {
     "`l2` must be finite; got inf.": lambda: untyped.ElasticNet(0.1, np.inf),
     "`strength` must be a number of at least zero; got [ 1. -1.].": (
         lambda: untyped.GroupLasso(np.array([1.0, -1.0]))
+    ),
+    "`loss_scale` must be a power of two from 2 to 2**24; got 'a'.": (
+        lambda: untyped.mixed_precision(optax.sgd(0.1), loss_scale="a")
+    ),
+    "`inner` must be an `optax.GradientTransformation`, made inside `lambda h: "
+    "mixed_precision(...)` if it depends on hyperparameters; got a function.": (
+        lambda: untyped.mixed_precision(_function)
     ),
     "`axis` must be an integer; got 'a'.": lambda: untyped.GroupLasso(0.1, axis="a"),
     "`lower` must be a number; got nan.": lambda: untyped.Box(np.nan, 1.0),

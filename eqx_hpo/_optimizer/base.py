@@ -31,6 +31,7 @@ from .._inner import start_inner
 from .._jit import jit_method
 from .._levels import Levels, make_levels
 from .._misc import as_device_arrays
+from .._precision import lift, settle
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder
 from .._state import (
@@ -258,7 +259,8 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
         model, model_state = as_device_arrays((model, model_state))
         plain = unwrap_values(hyperparams)
         first = at_inner_step(plain, jnp.zeros((), int))
-        inner = start_inner(self.inner, first, model, model_state)
+        start = start_inner(self.inner, first, model, model_state)
+        inner = lift(start)
         batches = as_batches(train, "train", self.inner_steps)
         raw, _ = partition_raw(hyperparams)
         # No two of these share memory, which a caller may donate.
@@ -267,7 +269,7 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
         state = BilevelState(
             model=model,
             hyperparams=hyperparams,
-            inner_opt_state=inner.opt_state,
+            inner_opt_state=start.opt_state,
             outer_opt_state=as_device_arrays(self.outer.init(raw)),
             memory=as_device_arrays(
                 self.init_memory(inner, plain, _batch_shapes(batches, key))
@@ -345,7 +347,7 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
         model_state = state.model_state if model_state is None else given
         plain, zero = unwrap_values(state.hyperparams), jnp.zeros((), int)
         inner = start_inner(self.inner, at_inner_step(plain, zero), model, model_state)
-        fresh = as_device_arrays(self.init_memory(inner, plain, None).episode)
+        fresh = as_device_arrays(self.init_memory(lift(inner), plain, None).episode)
         # What cannot be made without a batch stays as it was.
         episode = jtu.tree_map(
             lambda new, old: old if new is None else new,
@@ -392,10 +394,12 @@ def raw_estimate(
     levels = levels_of_step(algorithm, state, plain, train, val, key, mean)
     if unroll is not None:
         levels = dataclasses.replace(levels, unroll=unroll)
-    inner, memory = inner_state(state), state.memory
-    estimate = algorithm.estimate(levels, inner, plain, memory)
+    inner = lift(inner_state(state))
+    estimate = algorithm.estimate(levels, inner, plain, state.memory)
     (gradient,) = pullback(estimate.hypergradient)
-    return dataclasses.replace(estimate, hypergradient=gradient)
+    return dataclasses.replace(
+        estimate, inner=settle(estimate.inner), hypergradient=gradient
+    )
 
 
 def levels_of_step(

@@ -27,6 +27,7 @@ from .._hyperparameter import partition_raw
 from .._jaxpr import holds_primitive
 from .._misc import match_dtypes, tree_norm, tree_where
 from .._outer import outer_update
+from .._precision import back_off
 from .._state import BilevelState, Estimate, float_scalar, inner_state, Metrics
 
 
@@ -50,8 +51,8 @@ def next_state(
     has_aux: bool,
 ) -> BilevelState:
     """Updates the hyperparameters and makes the state after a step. If something is not
-    finite it is the old state, with `step`, the counts of skipped steps and `metrics`
-    anew.
+    finite it is the old state, with `step`, the counts of skipped steps, `metrics` and
+    the loss scale anew.
 
     **Arguments:**
 
@@ -80,7 +81,7 @@ def next_state(
     return BilevelState(
         model=eqx.combine(inner.params, untrained),
         hyperparams=eqx.combine(raw, noise, fixed),
-        inner_opt_state=inner.opt_state,
+        inner_opt_state=back_off(inner.opt_state, is_good),
         outer_opt_state=outer_opt_state,
         memory=memory,
         model_state=inner.model_state,

@@ -28,6 +28,7 @@ from .._discrete import refresh
 from .._hyperparameter import unwrap_values
 from .._levels import Levels
 from .._misc import any_mapped, match_dtypes, tree_where, tree_zeros
+from .._precision import lift, settle
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder, ReverseOverReverse
 from .._state import (
@@ -116,7 +117,7 @@ class PlainTraining(AbstractAlgorithm):
             return match_dtypes(move(number, inner)[0], inner)
 
         # The report of the last step alone is of use: the others are not computed.
-        old = inner_state(state)
+        old = lift(inner_state(state))
         inner, report = move(count - 1, lax.fori_loop(0, count - 1, body, old))
         inner = match_dtypes(inner, old)
         hyperparams, levels = at(count - 1)
@@ -124,6 +125,7 @@ class PlainTraining(AbstractAlgorithm):
         val_report, memory = self._validate(levels, inner, plain, state.memory)
         estimate = Estimate(inner, memory, None, report, val_report)
         is_good = all_finite(inner, old, losses_of(estimate))
+        inner = settle(inner)
         untrained = eqx.filter(state.model, eqx.is_inexact_array, inverse=True)
         new = dataclasses.replace(
             state,

@@ -1,0 +1,62 @@
+"""A loss as a function of arrays, traced once for each precision it is evaluated in."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+from ._custom_types import Hyperparams
+from ._misc import as_device_arrays, as_single, holds_half
+
+
+class TracedLoss(eqx.Module):
+    """A loss as a function of arrays, traced in the precision of the model, and by
+    `in_single_precision` in single precision too."""
+
+    traced: Callable[..., Any]
+    single: Callable[..., Any] | None
+    original: Callable[..., Any]
+
+    def __call__(self, params: PyTree, *args: Any) -> Any:
+        is_traced = self.single is None or holds_half((params, args[1]))
+        traced = self.traced if is_traced else self.single
+        # A result that depends on nothing comes as an array of NumPy.
+        out = traced(params, *args)  # pyright: ignore[reportOptionalCall]
+        return as_device_arrays(out)
+
+    def in_single_precision(
+        self, params: PyTree, model_state: PyTree, hyperparams: Hyperparams, *rest: Any
+    ) -> "TracedLoss":
+        """Traces the loss for arguments whose parameters and hyperparameters are cast
+        to single precision, and casts the others; a loss that cannot be evaluated so
+        stays as it is."""
+        params, hyperparams = jtu.tree_map(as_single, (params, hyperparams))
+        args = (params, model_state, hyperparams, *rest)
+        cast = lambda *args: self.original(*jtu.tree_map(as_single, args))
+        try:
+            single = eqx.filter_closure_convert(cast, *args)
+        except Exception:
+            return self
+        return dataclasses.replace(self, single=single)
+
+
+def trace(
+    loss: Callable[..., Any], args: tuple[Any, ...], is_mixed: bool
+) -> TracedLoss:
+    """Traces a loss for `args`; with `is_mixed` in single precision too, or warns."""
+    traced = TracedLoss(eqx.filter_closure_convert(loss, *args), None, loss)
+    if not is_mixed:
+        return traced
+    traced = traced.in_single_precision(*args)
+    if traced.single is None:
+        warnings.warn(
+            "A loss cannot be evaluated in float32, as where it casts to a fixed "
+            "dtype, so its derivatives stay in half precision. Cast to the dtype of "
+            "the weights in place of that: `x.astype(weight.dtype)`.",
+            stacklevel=2,
+        )
+    return traced
