@@ -30,7 +30,7 @@ from ._custom_types import (
 from ._data import AbstractBatches
 from ._hyperparameter import at_inner_step
 from ._inner import apply_inner
-from ._misc import as_device_arrays, as_single, holds_half, match_dtypes, tree_zeros
+from ._misc import as_device_arrays, as_single, holds_half, match_types, tree_zeros
 from ._problem import evaluate_train, evaluate_val, Problem
 from ._second_order import AbstractSecondOrder, FiniteDifference
 from ._state import BilevelState, InnerState
@@ -194,7 +194,7 @@ class Levels(eqx.Module):
         params, opt_state = apply_inner(
             self.inner, gradient, state, hyperparams, is_first
         )
-        return match_dtypes(InnerState(params, opt_state, model_state), state)
+        return match_types(InnerState(params, opt_state, model_state), state)
 
     def run(
         self,

@@ -24,7 +24,7 @@ from ._discrete import refresh
 from ._exact import exact_hypergradient, Keys
 from ._hyperparameter import partition_raw
 from ._jit import jit_method
-from ._misc import as_device_arrays, match_dtypes
+from ._misc import as_device_arrays, match_types
 from ._optimizer import (
     AbstractAlgorithm,
     AbstractBilevelOptimizer,
@@ -33,6 +33,7 @@ from ._optimizer import (
     warn_if_same,
 )
 from ._problem import Problem
+from ._sharding import put_like
 from ._solution import compare_discretised, Discretised
 from ._state import BilevelState, Estimate, inner_state, Memory, TaskReport
 from ._tasks import (
@@ -41,6 +42,7 @@ from ._tasks import (
     first_row,
     mean_and_error,
     rows_of,
+    split_rows,
     Start,
     task_axis,
     with_rows,
@@ -195,6 +197,8 @@ class MetaLearner(AbstractBilevelOptimizer):
         rows = jtu.tree_map(
             lambda x: copy(x) if eqx.is_array(x) else x, rows_of(single)
         )
+        if train is not None:
+            rows = split_rows(rows, as_batches(train, "train", None))
         error = None
         if self.tasks > 1:
             raw, _ = partition_raw(single.hyperparams)
@@ -247,7 +251,7 @@ class MetaLearner(AbstractBilevelOptimizer):
         if start is not None:
             start = jtu.tree_map(jnp.zeros_like, start)
         rows = self._restart_rows(rows, model, model_state)
-        return with_shared(rows, (start, error))
+        return put_like(with_shared(rows, (start, error)), state)
 
     def _first_task(self, name: str, data: Batch | AbstractBatches):
         """Takes the first task's share of `train` or `val`."""
@@ -300,7 +304,7 @@ class MetaLearner(AbstractBilevelOptimizer):
             untrained = eqx.filter(state.model, eqx.is_inexact_array, inverse=True)
             model = eqx.combine(start.inner.params, first_row(untrained))
             fresh = self._restart_rows(rows, model, start.inner.model_state)
-            return match_dtypes(eqx.filter(fresh, eqx.is_array), arrays)
+            return match_types(eqx.filter(fresh, eqx.is_array), arrays)
 
         arrays = lax.cond(restarts, restart, lambda: arrays)
         return with_shared(eqx.combine(arrays, static), (start, error))

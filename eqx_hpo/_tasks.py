@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
@@ -14,6 +15,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from ._custom_types import Hyperparams
 from ._data import AbstractBatches, Stacked
 from ._misc import as_single
+from ._sharding import mesh_of
 from ._state import BilevelState, check_state, InnerState, TaskReport
 
 
@@ -62,6 +64,24 @@ def with_rows(state: BilevelState, rows: tuple[PyTree, ...]) -> BilevelState:
         model_state=model_state,
         metrics=metrics,
     )
+
+
+def split_rows(rows: T, batches: AbstractBatches) -> T:
+    """Puts the rows of each task on the devices that its data are on."""
+    axis = task_axis(batches)
+    arrays = [x for x in jtu.tree_leaves(batches) if mesh_of([x]) is not None]
+    specs = [x.sharding.spec for x in arrays]
+    names = specs[0][axis] if specs and len(specs[0]) > axis else None
+    if names is None:
+        return rows
+
+    def split(x):
+        if not eqx.is_array(x) or mesh_of([x]) is None:
+            return x
+        spec = jax.P(names, *x.sharding.spec[1:])
+        return jax.device_put(x, jax.NamedSharding(x.sharding.mesh, spec))
+
+    return jtu.tree_map(split, rows)
 
 
 def with_shared(

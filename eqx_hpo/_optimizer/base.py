@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import optax
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from .._checks import check_key, check_same_structure
@@ -33,6 +34,7 @@ from .._levels import Levels, make_levels
 from .._misc import as_device_arrays
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder
+from .._sharding import mesh_of_tree, on_mesh, put_like
 from .._state import (
     BilevelState,
     check_state,
@@ -256,6 +258,9 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
         hyperparams = canonical(hyperparams)
         check_model(model, model_state)
         model, model_state = as_device_arrays((model, model_state))
+        given = (model, hyperparams, model_state)
+        mesh = mesh_of_tree((given, train, val))
+        model, hyperparams, model_state = on_mesh(given, mesh)
         plain = unwrap_values(hyperparams)
         first = at_inner_step(plain, jnp.zeros((), int))
         inner = start_inner(self.inner, first, model, model_state)
@@ -270,7 +275,7 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
             inner_opt_state=inner.opt_state,
             outer_opt_state=as_device_arrays(self.outer.init(raw)),
             memory=as_device_arrays(
-                self.init_memory(inner, plain, _batch_shapes(batches, key))
+                self.init_memory(inner, plain, _batch_shapes(batches, key, mesh))
             ),
             model_state=model_state,
             step=jnp.zeros((), int),
@@ -280,6 +285,7 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
             first_skipped=jnp.zeros((), int),
             metrics=Metrics(nans[0], nans[1], nans[2], None, diagnostics),
         )
+        state = on_mesh(state, mesh)
         forget_compilations(self, state)
         if train is None or val is None:
             return state
@@ -353,7 +359,7 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
             state.memory.episode,
             is_leaf=lambda x: x is None,
         )
-        return dataclasses.replace(
+        fresh = dataclasses.replace(
             state,
             model=model,
             inner_opt_state=inner.opt_state,
@@ -361,6 +367,7 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
             model_state=model_state,
             episode_step=zero,
         )
+        return put_like(fresh, state)
 
 
 def raw_estimate(
@@ -434,9 +441,12 @@ def _itself(tree: PyTree) -> PyTree:
     return tree
 
 
-def _batch_shapes(train: AbstractBatches, key: Key) -> Batch:
+def _batch_shapes(train: AbstractBatches, key: Key, mesh: Mesh | None) -> Batch:
     if isinstance(train, SameBatch):
         return None
     first = jnp.array(0)
     key = jr.key(0) if key is None else key
-    return eqx.filter_eval_shape(train.draw, first, first, key)
+    if mesh is None:
+        return eqx.filter_eval_shape(train.draw, first, first, key)
+    # Only a batch that is drawn tells how batches lie on the mesh.
+    return train.draw(first, first, key)

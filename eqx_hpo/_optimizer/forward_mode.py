@@ -59,7 +59,7 @@ class ForwardMode(AbstractAlgorithm):
     ) -> Memory:
         del batch
         size = sum(x.size for x in _numbers(hyperparams))
-        zeros = lambda x: jnp.zeros((size, *x.shape), x.dtype)
+        zeros = lambda x: jnp.broadcast_to(jnp.zeros_like(x), (size, *x.shape))
         tangents = jtu.tree_map(zeros, eqx.filter(inner, eqx.is_inexact_array))
         return Memory(episode=tangents)
 

@@ -27,7 +27,7 @@ from .._custom_types import (
 from .._discrete import refresh
 from .._hyperparameter import unwrap_values
 from .._levels import Levels
-from .._misc import any_mapped, match_dtypes, tree_where, tree_zeros
+from .._misc import any_mapped, match_types, tree_where, tree_zeros
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder, ReverseOverReverse
 from .._state import (
@@ -113,12 +113,12 @@ class PlainTraining(AbstractAlgorithm):
             return levels.run(inner, unwrap_values(hyperparams), 0, self.inner_steps)
 
         def body(number, inner):
-            return match_dtypes(move(number, inner)[0], inner)
+            return match_types(move(number, inner)[0], inner)
 
         # The report of the last step alone is of use: the others are not computed.
         old = inner_state(state)
         inner, report = move(count - 1, lax.fori_loop(0, count - 1, body, old))
-        inner = match_dtypes(inner, old)
+        inner = match_types(inner, old)
         hyperparams, levels = at(count - 1)
         plain = unwrap_values(hyperparams)
         val_report, memory = self._validate(levels, inner, plain, state.memory)

@@ -1,0 +1,89 @@
+"""Arrays over many devices: a state comes out of a step as it went in.
+
+Left alone, XLA places the results of a call as it finds best, and the next call, which
+gets them, compiles anew. So the arrays of a state that lie on a mesh are pinned to
+where they are, and the others are copied to all of its devices first. Along explicit
+axes the sharding is part of a type, and `match_types` keeps that.
+"""
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import PyTree
+
+
+T = TypeVar("T")
+
+
+def mesh_of(leaves: Iterable[Any]) -> Any:
+    """Finds the mesh of the first array that lies on several devices, or `None`. Traced
+    arrays do not tell."""
+    for x in leaves:
+        sharding = getattr(x, "sharding", None)
+        if type(sharding) is NamedSharding and _is_spread(sharding):
+            return sharding.mesh
+    return None
+
+
+def mesh_of_tree(tree: PyTree) -> Mesh | None:
+    return mesh_of(jtu.tree_leaves(tree))
+
+
+def on_mesh(tree: T, mesh: Mesh | None) -> T:
+    """Copies the arrays of `tree` that lie on one device to all devices of `mesh`."""
+    if mesh is None:
+        return tree
+    whole = NamedSharding(mesh, jax.P())
+
+    def put(x):
+        if not eqx.is_array(x) or isinstance(x, jax.core.Tracer):
+            return x
+        return x if len(x.sharding.device_set) > 1 else jax.device_put(x, whole)
+
+    return jtu.tree_map(put, tree)
+
+
+def put_like(tree: T, like: T) -> T:
+    """Puts the arrays of `tree` where those of `like` are, if these lie on a mesh."""
+
+    def put(x, y):
+        is_there = mesh_of([y]) is None or isinstance(x, jax.core.Tracer)
+        return x if is_there else jax.device_put(x, y.sharding)
+
+    return jtu.tree_map(put, tree, like)
+
+
+def shardings_of(tree: PyTree) -> PyTree:
+    """Takes the sharding of each array that lies on a mesh; `None` for other leaves."""
+    return jtu.tree_map(lambda x: x.sharding if mesh_of([x]) else None, tree)
+
+
+def pin(tree: T, shardings: PyTree) -> T:
+    """Asks the compiler to put the arrays of `tree` where `shardings` says, whose
+    structure is that of `tree` or of a part."""
+
+    def put(sharding, part):
+        # What lies along explicit axes is there already.
+        if sharding is None or sharding.mesh.explicit_axes:
+            return part
+        return lax.with_sharding_constraint(part, sharding)
+
+    return jtu.tree_map(put, shardings, tree, is_leaf=lambda x: x is None)
+
+
+def reshard_like(x: Any, like: Any) -> Any:
+    """Gives a traced array the sharding of another, where that is part of its type."""
+    sharding = jax.typeof(like).sharding
+    is_typed = not sharding.mesh.empty and len(sharding.mesh.explicit_axes) > 0
+    if not is_typed or jax.typeof(x).sharding == sharding:
+        return x
+    return jax.sharding.reshard(x, sharding)
+
+
+def _is_spread(sharding: NamedSharding) -> bool:
+    return isinstance(sharding.mesh, Mesh) and sharding.mesh.size > 1
