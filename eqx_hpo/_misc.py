@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ._sharding import reshard_like
+from ._sharding import reshard_like, whole_like
 
 
 _FEW = 2**16  # numbers up to which a second pass costs less than a branch
@@ -49,10 +49,7 @@ def tree_dot(left: PyTree, right: PyTree) -> Float[Array, ""]:
 
 
 def _dot(x: Array, y: Array) -> Array:
-    # Along explicit axes a contraction must be told where its result is to lie.
-    mesh = jax.typeof(x).sharding.mesh
-    whole = None if mesh.empty or not mesh.explicit_axes else jax.P()
-    return jnp.tensordot(jnp.conj(x), y, axes=x.ndim, out_sharding=whole)
+    return jnp.tensordot(jnp.conj(x), y, axes=x.ndim, out_sharding=whole_like(x))
 
 
 def tree_mix(left: PyTree, right: PyTree, weight: Float[Array, ""]) -> PyTree:

@@ -59,28 +59,40 @@ def put_like(tree: T, like: T) -> T:
 
 
 def shardings_of(tree: PyTree) -> PyTree:
-    """Takes the sharding of each array that lies on a mesh; `None` for other leaves."""
-    return jtu.tree_map(lambda x: x.sharding if mesh_of([x]) else None, tree)
+    """Takes the sharding of each array that lies on a mesh and whose type does not tell
+    it; `None` for other leaves."""
+
+    def of(x):
+        mesh = mesh_of([x])
+        return None if mesh is None or mesh.explicit_axes else x.sharding
+
+    return jtu.tree_map(of, tree)
 
 
 def pin(tree: T, shardings: PyTree) -> T:
-    """Asks the compiler to put the arrays of `tree` where `shardings` says, whose
-    structure is that of `tree` or of a part."""
+    """Asks the compiler to put the arrays of `tree` where `shardings` says; where it
+    says `None`, there may be anything."""
 
     def put(sharding, part):
-        # What lies along explicit axes is there already.
-        if sharding is None or sharding.mesh.explicit_axes:
+        if sharding is None:
             return part
         return lax.with_sharding_constraint(part, sharding)
 
     return jtu.tree_map(put, shardings, tree, is_leaf=lambda x: x is None)
 
 
+def whole_like(x: Any) -> NamedSharding | None:
+    """Makes the sharding of a result that is whole on each device of the mesh of `x`,
+    for operations that need to be told so along explicit axes."""
+    mesh = jax.typeof(x).sharding.mesh
+    is_typed = not mesh.empty and len(mesh.explicit_axes) > 0
+    return NamedSharding(mesh, jax.P()) if is_typed else None
+
+
 def reshard_like(x: Any, like: Any) -> Any:
     """Gives a traced array the sharding of another, where that is part of its type."""
     sharding = jax.typeof(like).sharding
-    is_typed = not sharding.mesh.empty and len(sharding.mesh.explicit_axes) > 0
-    if not is_typed or jax.typeof(x).sharding == sharding:
+    if whole_like(like) is None or jax.typeof(x).sharding == sharding:
         return x
     return jax.sharding.reshard(x, sharding)
 
