@@ -284,7 +284,7 @@ class MetaLearner(AbstractBilevelOptimizer):
         def move(old, new):
             # In the first episode of all, the start is the model given to `init`, whose
             # rows are still equal then.
-            first = new[0]
+            first = first_row(new)
             if not eqx.is_inexact_array(new):
                 return jnp.where(start.known, old, first)
             moved = old - self.reptile.astype(old.dtype) * (old - jnp.mean(new, axis=0))

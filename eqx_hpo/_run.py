@@ -36,6 +36,7 @@ from ._meta import discretised_over_tasks, MetaLearner
 from ._misc import is_array_or_numpy
 from ._monitor import Watcher
 from ._optimizer import AbstractBilevelOptimizer, failed_solve, PlainTraining
+from ._sharding import mesh_of_tree, on_mesh
 from ._solution import (
     as_history,
     compare_discretised,
@@ -244,12 +245,18 @@ class _Recorder:
     """
 
     def __init__(self, state: BilevelState, interval: int):
-        row = eqx.filter_eval_shape(record, eqx.filter(state, eqx.is_array))
+        arrays = eqx.filter(state, eqx.is_array)
+        if mesh_of_tree(arrays) is None:
+            row = eqx.filter_eval_shape(record, arrays)
+        else:
+            # Only a row that is made tells how rows lie on a mesh.
+            row = eqx.filter_jit(record)(arrays)
         numbers = sum(x.size for x in jtu.tree_leaves(row))
         self.interval = interval
         self.drained = int(state.step) // interval
         self._capacity = max(1, min(_HISTORY_ROWS, _HISTORY_NUMBERS // numbers))
-        empty = lambda x: jnp.zeros((self._capacity, *x.shape), x.dtype)
+        block = lambda x: (self._capacity, *x.shape)
+        empty = lambda x: jnp.broadcast_to(jnp.zeros_like(x), block(x))
         self.rows = jtu.tree_map(empty, row)
         self._blocks: list[Record] = []
 
@@ -301,7 +308,7 @@ def start(
     args = (model, hyperparams, model_state, train.peek(), val.peek())
     if state is None:
         return own_copy(init(*args), args)
-    given = state
+    given = on_mesh(state, mesh_of_tree(args))
     # Only its structure is asked for: nothing is held beside the state given.
     fresh = eqx.filter_eval_shape(init, *args)
     if given.metrics.aux is None and fresh.metrics.aux is not None:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from ._custom_types import Hyperparams
 from ._data import AbstractBatches, Stacked
 from ._misc import as_single
-from ._sharding import mesh_of
+from ._sharding import mesh_of, whole_like
 from ._state import BilevelState, check_state, InnerState, TaskReport
 
 
@@ -117,7 +117,7 @@ def mean_and_error(tree: PyTree, tasks: int) -> tuple[PyTree, PyTree]:
 
 def _mean_and_error(x: Float[Array, "tasks ..."]) -> tuple[Array, Array]:
     # From the first task on: differences of nearly equal values are exact.
-    count, first = len(x), as_single(x[0])
+    count, first = len(x), as_single(first_row(x))
     mean = _add_up(lambda row: as_single(row) - first, x) / count
     squares = _add_up(lambda row: (as_single(row) - first - mean) ** 2, x)
     error = jnp.sqrt(squares / (count * (count - 1)))
@@ -126,7 +126,8 @@ def _mean_and_error(x: Float[Array, "tasks ..."]) -> tuple[Array, Array]:
 
 def _add_up(fn: Callable[[Array], Array], x: Float[Array, "tasks ..."]) -> Array:
     """Adds up `fn` of each task, which acts on entries. On CPUs XLA takes tens of times
-    as long to reduce along the leading axis as to add its rows."""
+    as long to reduce along the leading axis as to add its rows. On a mesh these may be
+    on different devices."""
 
     def by_rows(x):
         add = lambda i, total: total + fn(x[i])
@@ -134,13 +135,23 @@ def _add_up(fn: Callable[[Array], Array], x: Float[Array, "tasks ..."]) -> Array
         return lax.fori_loop(0, len(x), add, start, unroll=min(len(x), 8))
 
     at_once = lambda x: jnp.sum(fn(x), axis=0)
-    if x[0].size < _FEW:
+    if x.size < _FEW * len(x) or not jax.typeof(x).sharding.mesh.empty:
         return at_once(x)
     return lax.platform_dependent(x, cpu=by_rows, default=at_once)
 
 
 def first_row(tree: T, axis: int = 0) -> T:
-    take = lambda x: x[(slice(None),) * axis + (0,)]
+    def take(x):
+        before, whole = (slice(None),) * axis, whole_like(x)
+        if whole is None:
+            return x[*before, 0]
+        spec = list(jax.typeof(x).sharding.spec)
+        spec[axis] = None
+        sharding = jax.NamedSharding(whole.mesh, jax.P(*spec))
+        # JAX takes no slice of a split axis, but it gathers from one.
+        firsts = x.at[*before, jnp.zeros(1, int)].get(out_sharding=sharding)
+        return jnp.squeeze(firsts, axis)
+
     return jtu.tree_map(lambda x: take(x) if eqx.is_array(x) else x, tree)
 
 

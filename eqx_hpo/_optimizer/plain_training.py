@@ -96,11 +96,12 @@ class PlainTraining(AbstractAlgorithm):
         """
         step, hyperparams = state.step, state.hyperparams
         plain = unwrap_values(hyperparams)
-        levels = levels_of_step(self, state, plain, train, val, key)
+        key_of = lambda here: None if key is None else jr.fold_in(key, here)
+        levels = levels_of_step(self, state, plain, train, val, key_of(step))
 
         def at(number):
             here = step + number
-            step_key = None if key is None else jr.fold_in(key, here)
+            step_key = key_of(here)
             return refresh(hyperparams, step_key, here), dataclasses.replace(
                 levels,
                 position=here * self.inner_steps,
