@@ -55,6 +55,16 @@ class _JitMethod:
         ft.update_wrapper(self, fn)
 
     def __call__(self, instance: Any, *args: Any, **kwargs: Any) -> Any:
+        compiled, args, kwargs = self._prepare(instance, *args, **kwargs)
+        return compiled(*args, **kwargs)
+
+    def lower(self, instance: Any, *args: Any, **kwargs: Any) -> Any:
+        """Lowers a call, as `eqx.filter_jit` does."""
+        compiled, args, kwargs = self._prepare(instance, *args, **kwargs)
+        return compiled.lower(*args, **kwargs)
+
+    def _prepare(self, instance: Any, *args: Any, **kwargs: Any) -> Any:
+        """Chooses a compiled function, and makes its arguments."""
         # A Python number in the data is no reason to compile anew. The state is left
         # alone: a number in the model is a setting.
         state, *rest = args if args else (kwargs.get("state"),)
@@ -65,9 +75,10 @@ class _JitMethod:
         # A state that lies on a mesh has its counters there.
         mesh = mesh_of((getattr(state, "step", None), *leaves))
         if mesh is None:
-            return self._compiled(instance, state, *rest, **named)
+            return self._compiled, (instance, state, *rest), named
         state = on_mesh(state, mesh)
-        return self._pinned(shardings_of(state), instance, state, *rest, **named)
+        shardings = shardings_of(state)
+        return self._pinned, (shardings, instance, state, *rest), named
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
         # A bound method of an `eqx.Module` cannot be hashed, so `jax.jit` would refuse
@@ -80,7 +91,8 @@ def _pinned(fn: Callable[..., Any]) -> Callable[..., Any]:
         out = fn(instance, state, *args, **kwargs)
         return pin(out, shardings) if isinstance(out, BilevelState) else out
 
-    traced.__name__ = fn.__name__  # for profiles and compilation logs
+    # For profiles and compilation logs. `ft.wraps` would hand on the signature too.
+    traced.__name__, traced.__qualname__ = fn.__name__, fn.__qualname__
     return traced
 
 

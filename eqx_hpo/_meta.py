@@ -41,7 +41,9 @@ from ._tasks import (
     check_own_state,
     first_row,
     mean_and_error,
+    mean_over_tasks,
     rows_of,
+    split_like,
     split_rows,
     Start,
     task_axis,
@@ -49,9 +51,6 @@ from ._tasks import (
     with_shared,
     without_shared,
 )
-
-
-_AXIS = "tasks"
 
 
 class MetaLearner(AbstractBilevelOptimizer):
@@ -336,10 +335,11 @@ class MetaLearner(AbstractBilevelOptimizer):
         for name, x in zip(("train", "val"), batches):
             self._check_task_axis(name, x)
         (start, _), state = without_shared(state)
+        keys = split_like(self._task_keys(key), batches[0])
 
         def estimate(row, train, val, key):
             single = with_rows(state, row)
-            shared = lambda tree: lax.pmean(tree, _AXIS) if self.tasks > 1 else tree
+            shared = lambda tree: jtu.tree_map(mean_over_tasks, tree)
             x = raw_estimate(
                 self.algorithm, single, hyperparams, train, val, key, shared
             )
@@ -348,9 +348,7 @@ class MetaLearner(AbstractBilevelOptimizer):
 
         data_axes = [task_axis(x) for x in batches]
         mapped = self._over_tasks(estimate, (0, *data_axes, 0))
-        (of_tasks, hypergradients), lasting = mapped(
-            rows_of(state), *batches, self._task_keys(key)
-        )
+        (of_tasks, hypergradients), lasting = mapped(rows_of(state), *batches, keys)
         inner, episode, train_report, val_report, diagnostics = of_tasks
         mean = lambda tree: jtu.tree_map(lambda x: jnp.mean(x, axis=0), tree)
         hypergradient, error = mean_and_error(hypergradients, self.tasks)
@@ -370,9 +368,7 @@ class MetaLearner(AbstractBilevelOptimizer):
         if self.tasks > 1:
             in_axes = tuple(eqx.if_array(axis) for axis in axes)
             out_axes = (eqx.if_array(0), None)
-            return eqx.filter_vmap(
-                fn, in_axes=in_axes, out_axes=out_axes, axis_name=_AXIS
-            )
+            return eqx.filter_vmap(fn, in_axes=in_axes, out_axes=out_axes)
 
         def single(*args):
             # Not mapped, which would round products otherwise.

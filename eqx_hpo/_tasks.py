@@ -84,6 +84,17 @@ def split_rows(rows: T, batches: AbstractBatches) -> T:
     return jtu.tree_map(split, rows)
 
 
+def split_like(keys: T, batches: AbstractBatches) -> T:
+    """Gives the keys of the tasks, traced, the sharding that the axis of the tasks has
+    in the data, where that is part of a type."""
+    x = jtu.tree_leaves(batches)[0]
+    whole = whole_like(x)
+    if keys is None or whole is None:
+        return keys
+    spec = jax.P(jax.typeof(x).sharding.spec[task_axis(batches)])
+    return jax.sharding.reshard(keys, jax.NamedSharding(whole.mesh, spec))
+
+
 def with_shared(
     rows: BilevelState, shared: tuple[Start | None, Hyperparams]
 ) -> BilevelState:
@@ -113,6 +124,19 @@ def mean_and_error(tree: PyTree, tasks: int) -> tuple[PyTree, PyTree]:
     pairs = [_mean_and_error(x) for x in leaves]
     mean, error = ([pair[i] for pair in pairs] for i in (0, 1))
     return treedef.unflatten(mean), treedef.unflatten(error)
+
+
+@jax.custom_batching.custom_vmap
+def mean_over_tasks(x: Array) -> Array:
+    """Under `vmap`, takes the mean over the mapped axis. (`lax.pmean` fails along
+    explicit axes.)"""
+    return x
+
+
+@mean_over_tasks.def_vmap
+def _(axis_size, in_batched, x):
+    del axis_size
+    return jnp.mean(x, axis=0) if in_batched[0] else x, False
 
 
 def _mean_and_error(x: Float[Array, "tasks ..."]) -> tuple[Array, Array]:
