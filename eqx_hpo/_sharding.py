@@ -43,9 +43,19 @@ def on_mesh(tree: T, mesh: Mesh | None) -> T:
     def put(x):
         if not eqx.is_array(x) or isinstance(x, jax.core.Tracer):
             return x
-        return x if len(x.sharding.device_set) > 1 else jax.device_put(x, whole)
+        is_spread = len(x.sharding.device_set) > 1
+        return x if is_spread and not _is_long(x) else jax.device_put(x, whole)
 
     return jtu.tree_map(put, tree)
+
+
+def _is_long(x: jax.Array) -> bool:
+    """Tells whether an array that is whole on each device has another sharding than
+    that with which it would come out of a compiled call, and would compile anew."""
+    sharding: Any = x.sharding
+    if type(sharding) is not NamedSharding or sharding.mesh.explicit_axes:
+        return False
+    return sharding.is_fully_replicated and len(sharding.spec) > 0
 
 
 def put_like(tree: T, like: T) -> T:
