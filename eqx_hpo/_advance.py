@@ -14,6 +14,7 @@ from ._custom_types import IntScalar
 from ._jit import jit_without_waiting
 from ._misc import match_types, tree_where
 from ._optimizer import AbstractBilevelOptimizer, PlainTraining
+from ._sharding import made_whole
 from ._solution import Course, follow, Record, record
 from ._state import BilevelState
 
@@ -100,7 +101,7 @@ def _write_if_due(
     number: IntScalar = state.step // inputs.interval - 1 - inputs.drained
 
     def write(rows):
-        put = lambda block, x: block.at[number].set(x)
+        put = lambda block, x: block.at[number].set(made_whole(x))
         return jtu.tree_map(put, rows, record(state))
 
     is_due = is_good & (state.step % inputs.interval == 0)

@@ -17,7 +17,7 @@ import jax.tree_util as jtu
 
 from ._data import holds_numbers, numbers_as_arrays
 from ._misc import is_array_or_numpy
-from ._sharding import mesh_of, on_mesh, pin, shardings_of
+from ._sharding import inputs_on_mesh, mesh_of, on_mesh, pin, shardings_of
 from ._state import BilevelState
 
 
@@ -77,6 +77,7 @@ class _JitMethod:
         if mesh is None:
             return self._compiled, (instance, state, *rest), named
         state = on_mesh(state, mesh)
+        instance, rest, named = inputs_on_mesh((instance, rest, named), mesh)
         shardings = shardings_of(state)
         return self._pinned, (shardings, instance, state, *rest), named
 
@@ -125,7 +126,7 @@ def jit_without_waiting(fn: Callable[..., Any], donate_first: bool) -> Callable:
         static, arrays = _split(args)
         mesh, shardings = mesh_of(first), ()
         if mesh is not None:
-            first = on_mesh(first, mesh)
+            first, arrays = on_mesh(first, mesh), inputs_on_mesh(arrays, mesh)
             shardings = tuple(shardings_of(first))
         return _merge(*compiled((static_first, static, shardings), first, arrays))
 

@@ -245,18 +245,12 @@ class _Recorder:
     """
 
     def __init__(self, state: BilevelState, interval: int):
-        arrays = eqx.filter(state, eqx.is_array)
-        if mesh_of_tree(arrays) is None:
-            row = eqx.filter_eval_shape(record, arrays)
-        else:
-            # Only a row that is made tells how rows lie on a mesh.
-            row = eqx.filter_jit(record)(arrays)
+        row = eqx.filter_eval_shape(record, eqx.filter(state, eqx.is_array))
         numbers = sum(x.size for x in jtu.tree_leaves(row))
         self.interval = interval
         self.drained = int(state.step) // interval
         self._capacity = max(1, min(_HISTORY_ROWS, _HISTORY_NUMBERS // numbers))
-        block = lambda x: (self._capacity, *x.shape)
-        empty = lambda x: jnp.broadcast_to(jnp.zeros_like(x), block(x))
+        empty = lambda x: jnp.zeros((self._capacity, *x.shape), x.dtype)
         self.rows = jtu.tree_map(empty, row)
         self._blocks: list[Record] = []
 

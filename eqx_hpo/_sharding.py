@@ -9,9 +9,11 @@ axes the sharding is part of a type, and `match_types` keeps that.
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-import equinox as eqx
 import jax
+import jax.numpy as jnp
+import jax.random as jr
 import jax.tree_util as jtu
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
@@ -41,12 +43,24 @@ def on_mesh(tree: T, mesh: Mesh | None) -> T:
     whole = NamedSharding(mesh, jax.P())
 
     def put(x):
-        if not eqx.is_array(x) or isinstance(x, jax.core.Tracer):
+        if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
             return x
         is_spread = len(x.sharding.device_set) > 1
-        return x if is_spread and not _is_long(x) else jax.device_put(x, whole)
+        return x if is_spread and not _is_long(x) else _copy(x, whole)
 
     return jtu.tree_map(put, tree)
+
+
+def _copy(x: jax.Array, sharding: Any) -> jax.Array:
+    if sharding.is_fully_addressable or not x.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    # Several processes, each of which has the same array. `device_put` would compare
+    # them, and refuses NaN.
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = _copy(jr.key_data(x), sharding)
+        return jr.wrap_key_data(data, impl=jr.key_impl(x))
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, sharding, lambda i: host[i])
 
 
 def _is_long(x: jax.Array) -> bool:
@@ -58,12 +72,18 @@ def _is_long(x: jax.Array) -> bool:
     return sharding.is_fully_replicated and len(sharding.spec) > 0
 
 
+def inputs_on_mesh(tree: T, mesh: Mesh) -> T:
+    """Makes arguments beside the state fit for a compiled call. In one process they
+    are; one of several takes arrays of its own for no part of the whole."""
+    return on_mesh(tree, mesh) if mesh.is_multi_process else tree
+
+
 def put_like(tree: T, like: T) -> T:
     """Puts the arrays of `tree` where those of `like` are, if these lie on a mesh."""
 
     def put(x, y):
         is_there = mesh_of([y]) is None or isinstance(x, jax.core.Tracer)
-        return x if is_there else jax.device_put(x, y.sharding)
+        return x if is_there else _copy(x, y.sharding)
 
     return jtu.tree_map(put, tree, like)
 
@@ -97,6 +117,12 @@ def whole_like(x: Any) -> NamedSharding | None:
     mesh = jax.typeof(x).sharding.mesh
     is_typed = not mesh.empty and len(mesh.explicit_axes) > 0
     return NamedSharding(mesh, jax.P()) if is_typed else None
+
+
+def made_whole(x: Any) -> Any:
+    """Copies a traced array that lies along explicit axes to each device."""
+    whole = whole_like(x)
+    return x if whole is None else jax.sharding.reshard(x, whole)
 
 
 def reshard_like(x: Any, like: Any) -> Any:
