@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool
 
 from ._custom_types import IntScalar
 from ._jit import jit_without_waiting
-from ._misc import tree_where
+from ._misc import match_types, tree_where
 from ._optimizer import AbstractBilevelOptimizer, PlainTraining
+from ._sharding import made_whole
 from ._solution import Course, follow, Record, record
 from ._state import BilevelState
 
@@ -42,13 +43,14 @@ def _advance(carry: Carry, inputs: Inputs):
     arrays, static = eqx.partition(state, eqx.is_array)
 
     def body(carry):
-        count, arrays, rows, course = carry
+        count, *old = carry
+        arrays, rows, course = old
         state = eqx.combine(arrays, static)
         key = None if inputs.key is None else jr.fold_in(inputs.key, state.step)
         state = inputs.algorithm.step(state, inputs.train, inputs.val, key=key)
         rows = _write_if_due(rows, state, inputs, jnp.array(True))
-        arrays = eqx.filter(state, eqx.is_array)
-        return count + 1, arrays, rows, follow(course, state)
+        new = [eqx.filter(state, eqx.is_array), rows, follow(course, state)]
+        return count + 1, *match_types(new, old)
 
     def proceed(carry):
         count, arrays, _, _ = carry
@@ -70,7 +72,8 @@ def _leap(carry: Carry, inputs: Inputs):
     assert isinstance(trainer, PlainTraining)
 
     def body(carry):
-        count, _, (arrays, rows, course) = carry
+        count, _, old = carry
+        arrays, rows, course = old
         state = eqx.combine(arrays, static)
         to_record = inputs.interval - state.step % inputs.interval
         number = jnp.minimum(inputs.limit - count, to_record)
@@ -79,7 +82,8 @@ def _leap(carry: Carry, inputs: Inputs):
         )
         rows = _write_if_due(rows, state, inputs, is_good)
         course = tree_where(is_good, follow(course, state), course)
-        return count + number, is_good, (eqx.filter(state, eqx.is_array), rows, course)
+        new = (eqx.filter(state, eqx.is_array), rows, course)
+        return count + number, is_good, match_types(new, old)
 
     def proceed(carry):
         count, is_good, _ = carry
@@ -97,7 +101,7 @@ def _write_if_due(
     number: IntScalar = state.step // inputs.interval - 1 - inputs.drained
 
     def write(rows):
-        put = lambda block, x: block.at[number].set(x)
+        put = lambda block, x: block.at[number].set(made_whole(x))
         return jtu.tree_map(put, rows, record(state))
 
     is_due = is_good & (state.step % inputs.interval == 0)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt32
 from ._checks import as_flag, as_int, check_leaves, shown
 from ._custom_types import Batch, IntScalar, Key
 from ._misc import as_device_arrays, is_array_or_numpy
+from ._sharding import reshard_like
 
 
 _NUMBERS = (int, float, complex)
@@ -213,7 +214,7 @@ def mix_batches(
 
     def mix(x, y):
         mask = kept.reshape(-1, *[1] * (x.ndim - 1)) if size > 1 else kept[0]
-        return jnp.where(mask, x, y)
+        return jnp.where(reshard_like(jnp.broadcast_to(mask, x.shape), x), x, y)
 
     return jtu.tree_map(mix, old, new)
 

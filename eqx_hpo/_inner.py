@@ -14,7 +14,7 @@ from ._custom_types import Hyperparams, InnerOptimiser, Model
 from ._explain import check_lookahead, explain_optax
 from ._flat import flat_at_zero
 from ._jaxpr import dependent_outputs, unchanged_outputs
-from ._misc import as_device_arrays, match_dtypes, usual_promotion
+from ._misc import as_device_arrays, match_types, usual_promotion
 from ._precision import check_outermost, in_half, lift
 from ._state import InnerState
 
@@ -115,7 +115,7 @@ def _follow_init(
         return state.opt_state
     is_setting = unchanged_outputs(lambda x: update(x)[1], state.opt_state)
     leaves, treedef = jtu.tree_flatten(state.opt_state)
-    start = jtu.tree_leaves(match_dtypes(init(arrays), state.opt_state))
+    start = jtu.tree_leaves(match_types(init(arrays), state.opt_state))
     for i, x in enumerate(start):
         if depends[i]:
             leaves[i] = x if is_setting[i] else jnp.where(is_first, x, leaves[i])

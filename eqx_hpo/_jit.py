@@ -17,6 +17,8 @@ import jax.tree_util as jtu
 
 from ._data import holds_numbers, numbers_as_arrays
 from ._misc import is_array_or_numpy
+from ._sharding import inputs_on_mesh, mesh_of, on_mesh, pin, shardings_of
+from ._state import BilevelState
 
 
 P = ParamSpec("P")
@@ -49,21 +51,50 @@ class _Static:
 class _JitMethod:
     def __init__(self, fn: Callable[..., Any]):
         self._compiled = eqx.filter_jit(fn)
+        self._pinned = eqx.filter_jit(_pinned(fn))
         ft.update_wrapper(self, fn)
 
     def __call__(self, instance: Any, *args: Any, **kwargs: Any) -> Any:
+        compiled, args, kwargs = self._prepare(instance, *args, **kwargs)
+        return compiled(*args, **kwargs)
+
+    def lower(self, instance: Any, *args: Any, **kwargs: Any) -> Any:
+        """Lowers a call, as `eqx.filter_jit` does."""
+        compiled, args, kwargs = self._prepare(instance, *args, **kwargs)
+        return compiled.lower(*args, **kwargs)
+
+    def _prepare(self, instance: Any, *args: Any, **kwargs: Any) -> Any:
+        """Chooses a compiled function, and makes its arguments."""
         # A Python number in the data is no reason to compile anew. The state is left
         # alone: a number in the model is a setting.
-        data = args[1:], {k: x for k, x in kwargs.items() if k != "state"}
-        if holds_numbers(data):
-            rest, named = numbers_as_arrays(data)
-            args, kwargs = (*args[:1], *rest), {**kwargs, **named}
-        return self._compiled(instance, *args, **kwargs)
+        state, *rest = args if args else (kwargs.get("state"),)
+        named = {k: x for k, x in kwargs.items() if k != "state"}
+        leaves = jtu.tree_leaves((rest, named))
+        if holds_numbers(leaves):
+            rest, named = numbers_as_arrays((rest, named))
+        # A state that lies on a mesh has its counters there.
+        mesh = mesh_of((getattr(state, "step", None), *leaves))
+        if mesh is None:
+            return self._compiled, (instance, state, *rest), named
+        state = on_mesh(state, mesh)
+        instance, rest, named = inputs_on_mesh((instance, rest, named), mesh)
+        shardings = shardings_of(state)
+        return self._pinned, (shardings, instance, state, *rest), named
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
         # A bound method of an `eqx.Module` cannot be hashed, so `jax.jit` would refuse
         # it; this one is a pytree too.
         return self if instance is None else jtu.Partial(self, instance)
+
+
+def _pinned(fn: Callable[..., Any]) -> Callable[..., Any]:
+    def traced(shardings, instance, state, *args, **kwargs):
+        out = fn(instance, state, *args, **kwargs)
+        return pin(out, shardings) if isinstance(out, BilevelState) else out
+
+    # For profiles and compilation logs. `ft.wraps` would hand on the signature too.
+    traced.__name__, traced.__qualname__ = fn.__name__, fn.__qualname__
+    return traced
 
 
 def jit_method(fn: Callable[P, T]) -> Callable[P, T]:
@@ -74,20 +105,30 @@ def jit_method(fn: Callable[P, T]) -> Callable[P, T]:
 
 def jit_without_waiting(fn: Callable[..., Any], donate_first: bool) -> Callable:
     """Compiles a function of pytrees. With `donate_first` it may write its result over
-    its first argument."""
+    its first argument. On a mesh the first part of the result stays where the first
+    argument is."""
 
-    def traced(static_first, static, first, arrays):
-        return _split(fn(_merge(static_first, first), *_merge(static, arrays)))
+    def traced(fixed, first, arrays):
+        static_first, static, shardings = fixed
+        static_out, out = _split(
+            fn(_merge(static_first, first), *_merge(static, arrays))
+        )
+        count = len(shardings)
+        return static_out, [*pin(out[:count], list(shardings)), *out[count:]]
 
     traced.__name__ = fn.__name__  # for profiles and compilation logs
-    donated = 2 if donate_first else ()
-    compiled = jax.jit(traced, static_argnums=(0, 1), donate_argnums=donated)
+    donated = 1 if donate_first else ()
+    compiled = jax.jit(traced, static_argnums=0, donate_argnums=donated)
 
     @ft.wraps(fn)
     def call(first: Any, *args: Any) -> Any:
         static_first, first = _split(first)
         static, arrays = _split(args)
-        return _merge(*compiled(static_first, static, first, arrays))
+        mesh, shardings = mesh_of(first), ()
+        if mesh is not None:
+            first, arrays = on_mesh(first, mesh), inputs_on_mesh(arrays, mesh)
+            shardings = tuple(shardings_of(first))
+        return _merge(*compiled((static_first, static, shardings), first, arrays))
 
     return call
 

@@ -30,7 +30,7 @@ from ._custom_types import (
 from ._data import AbstractBatches
 from ._hyperparameter import at_inner_step
 from ._inner import apply_inner
-from ._misc import as_single, holds_half, match_dtypes, tree_zeros
+from ._misc import as_single, holds_half, match_types, tree_zeros
 from ._precision import (
     in_half,
     is_mixed,
@@ -203,7 +203,7 @@ class Levels(eqx.Module):
         params, opt_state = apply_inner(
             self.inner, gradient, state, hyperparams, is_first
         )
-        return match_dtypes(InnerState(params, opt_state, model_state), state)
+        return match_types(InnerState(params, opt_state, model_state), state)
 
     def run(
         self,

@@ -24,7 +24,7 @@ from ._discrete import refresh
 from ._exact import exact_hypergradient, Keys
 from ._hyperparameter import partition_raw
 from ._jit import jit_method
-from ._misc import as_device_arrays, match_dtypes
+from ._misc import as_device_arrays, match_types
 from ._optimizer import (
     AbstractAlgorithm,
     AbstractBilevelOptimizer,
@@ -33,6 +33,7 @@ from ._optimizer import (
     warn_if_same,
 )
 from ._problem import Problem
+from ._sharding import put_like
 from ._solution import compare_discretised, Discretised
 from ._state import BilevelState, Estimate, inner_state, Memory, TaskReport
 from ._tasks import (
@@ -40,16 +41,16 @@ from ._tasks import (
     check_own_state,
     first_row,
     mean_and_error,
+    mean_over_tasks,
     rows_of,
+    split_like,
+    split_rows,
     Start,
     task_axis,
     with_rows,
     with_shared,
     without_shared,
 )
-
-
-_AXIS = "tasks"
 
 
 class MetaLearner(AbstractBilevelOptimizer):
@@ -195,6 +196,8 @@ class MetaLearner(AbstractBilevelOptimizer):
         rows = jtu.tree_map(
             lambda x: copy(x) if eqx.is_array(x) else x, rows_of(single)
         )
+        if train is not None:
+            rows = split_rows(rows, as_batches(train, "train", None))
         error = None
         if self.tasks > 1:
             raw, _ = partition_raw(single.hyperparams)
@@ -247,7 +250,7 @@ class MetaLearner(AbstractBilevelOptimizer):
         if start is not None:
             start = jtu.tree_map(jnp.zeros_like, start)
         rows = self._restart_rows(rows, model, model_state)
-        return with_shared(rows, (start, error))
+        return put_like(with_shared(rows, (start, error)), state)
 
     def _first_task(self, name: str, data: Batch | AbstractBatches):
         """Takes the first task's share of `train` or `val`."""
@@ -280,7 +283,7 @@ class MetaLearner(AbstractBilevelOptimizer):
         def move(old, new):
             # In the first episode of all, the start is the model given to `init`, whose
             # rows are still equal then.
-            first = new[0]
+            first = first_row(new)
             if not eqx.is_inexact_array(new):
                 return jnp.where(start.known, old, first)
             moved = old - self.reptile.astype(old.dtype) * (old - jnp.mean(new, axis=0))
@@ -300,7 +303,7 @@ class MetaLearner(AbstractBilevelOptimizer):
             untrained = eqx.filter(state.model, eqx.is_inexact_array, inverse=True)
             model = eqx.combine(start.inner.params, first_row(untrained))
             fresh = self._restart_rows(rows, model, start.inner.model_state)
-            return match_dtypes(eqx.filter(fresh, eqx.is_array), arrays)
+            return match_types(eqx.filter(fresh, eqx.is_array), arrays)
 
         arrays = lax.cond(restarts, restart, lambda: arrays)
         return with_shared(eqx.combine(arrays, static), (start, error))
@@ -332,10 +335,11 @@ class MetaLearner(AbstractBilevelOptimizer):
         for name, x in zip(("train", "val"), batches):
             self._check_task_axis(name, x)
         (start, _), state = without_shared(state)
+        keys = split_like(self._task_keys(key), batches[0])
 
         def estimate(row, train, val, key):
             single = with_rows(state, row)
-            shared = lambda tree: lax.pmean(tree, _AXIS) if self.tasks > 1 else tree
+            shared = lambda tree: jtu.tree_map(mean_over_tasks, tree)
             x = raw_estimate(
                 self.algorithm, single, hyperparams, train, val, key, shared
             )
@@ -344,9 +348,7 @@ class MetaLearner(AbstractBilevelOptimizer):
 
         data_axes = [task_axis(x) for x in batches]
         mapped = self._over_tasks(estimate, (0, *data_axes, 0))
-        (of_tasks, hypergradients), lasting = mapped(
-            rows_of(state), *batches, self._task_keys(key)
-        )
+        (of_tasks, hypergradients), lasting = mapped(rows_of(state), *batches, keys)
         inner, episode, train_report, val_report, diagnostics = of_tasks
         mean = lambda tree: jtu.tree_map(lambda x: jnp.mean(x, axis=0), tree)
         hypergradient, error = mean_and_error(hypergradients, self.tasks)
@@ -366,9 +368,7 @@ class MetaLearner(AbstractBilevelOptimizer):
         if self.tasks > 1:
             in_axes = tuple(eqx.if_array(axis) for axis in axes)
             out_axes = (eqx.if_array(0), None)
-            return eqx.filter_vmap(
-                fn, in_axes=in_axes, out_axes=out_axes, axis_name=_AXIS
-            )
+            return eqx.filter_vmap(fn, in_axes=in_axes, out_axes=out_axes)
 
         def single(*args):
             # Not mapped, which would round products otherwise.

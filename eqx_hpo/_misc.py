@@ -12,6 +12,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
+from ._sharding import reshard_like, whole_like
+
 
 _FEW = 2**16  # numbers up to which a second pass costs less than a branch
 
@@ -39,11 +41,15 @@ def tree_scale(scale: Float[Array, ""], tree: PyTree) -> PyTree:
 def tree_dot(left: PyTree, right: PyTree) -> Float[Array, ""]:
     """Computes the inner product over all leaves."""
     products = [
-        jnp.vdot(x, y)
+        _dot(x, y)
         for x, y in zip(jtu.tree_leaves(left), jtu.tree_leaves(right), strict=True)
     ]
     dtype = _common_dtype(products)
     return sum((x.astype(dtype) for x in products), jnp.zeros((), dtype))
+
+
+def _dot(x: Array, y: Array) -> Array:
+    return jnp.tensordot(jnp.conj(x), y, axes=x.ndim, out_sharding=whole_like(x))
 
 
 def tree_mix(left: PyTree, right: PyTree, weight: Float[Array, ""]) -> PyTree:
@@ -58,7 +64,7 @@ def tree_where(pred: Bool[Array, ""], true: PyTree, false: PyTree) -> PyTree:
 def tree_zeros(tree: PyTree) -> PyTree:
     """Makes zeros of the shapes of `tree`, whose leaves may be
     `jax.ShapeDtypeStruct`s."""
-    return jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+    return jtu.tree_map(jnp.zeros_like, tree)
 
 
 def tree_norm(tree: PyTree) -> Float[Array, ""]:
@@ -142,12 +148,15 @@ def _is_half(x: Any) -> bool:
     return eqx.is_inexact_array(x) and jnp.finfo(x.dtype).bits < 32
 
 
-def match_dtypes(tree: PyTree, like: PyTree) -> PyTree:
-    """Casts the arrays of `tree` to the (strong) dtypes of `like`."""
+def match_types(tree: PyTree, like: PyTree) -> PyTree:
+    """Casts the arrays of `tree` to the (strong) dtypes of `like`, and along explicit
+    axes to its shardings."""
 
     def match(x, y):
-        same = not eqx.is_array(x) or is_typed_key(x)
-        return x if same else lax.convert_element_type(x, y.dtype)
+        if not eqx.is_array(x):
+            return x
+        cast = x if is_typed_key(x) else lax.convert_element_type(x, y.dtype)
+        return reshard_like(cast, y)
 
     return jtu.tree_map(match, tree, like)
 

@@ -38,6 +38,7 @@ from ._monitor import Watcher
 from ._optimizer import AbstractBilevelOptimizer, failed_solve, PlainTraining
 from ._processes import agree
 from ._rows import Rows
+from ._sharding import mesh_of_tree, on_mesh
 from ._solution import (
     as_history,
     compare_discretised,
@@ -340,7 +341,7 @@ def start(
     args = (model, hyperparams, model_state, train.peek(), val.peek())
     if state is None:
         return own_copy(init(*args), args)
-    given = state
+    given = on_mesh(state, mesh_of_tree(args))
     # Only its structure is asked for: nothing is held beside the state given.
     fresh = eqx.filter_eval_shape(init, *args)
     if given.metrics.aux is None and fresh.metrics.aux is not None:

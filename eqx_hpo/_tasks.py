@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
@@ -14,6 +15,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from ._custom_types import Hyperparams
 from ._data import AbstractBatches, Stacked
 from ._misc import as_single
+from ._sharding import mesh_of, whole_like
 from ._state import BilevelState, check_state, InnerState, TaskReport
 
 
@@ -64,6 +66,35 @@ def with_rows(state: BilevelState, rows: tuple[PyTree, ...]) -> BilevelState:
     )
 
 
+def split_rows(rows: T, batches: AbstractBatches) -> T:
+    """Puts the rows of each task on the devices that its data are on."""
+    axis = task_axis(batches)
+    arrays = [x for x in jtu.tree_leaves(batches) if mesh_of([x]) is not None]
+    specs = [x.sharding.spec for x in arrays]
+    names = specs[0][axis] if specs and len(specs[0]) > axis else None
+    if names is None:
+        return rows
+
+    def split(x):
+        if not eqx.is_array(x) or mesh_of([x]) is None:
+            return x
+        spec = jax.P(names, *x.sharding.spec[1:])
+        return jax.device_put(x, jax.NamedSharding(x.sharding.mesh, spec))
+
+    return jtu.tree_map(split, rows)
+
+
+def split_like(keys: T, batches: AbstractBatches) -> T:
+    """Gives the keys of the tasks, traced, the sharding that the axis of the tasks has
+    in the data, where that is part of a type."""
+    x = jtu.tree_leaves(batches)[0]
+    whole = whole_like(x)
+    if keys is None or whole is None:
+        return keys
+    spec = jax.P(jax.typeof(x).sharding.spec[task_axis(batches)])
+    return jax.sharding.reshard(keys, jax.NamedSharding(whole.mesh, spec))
+
+
 def with_shared(
     rows: BilevelState, shared: tuple[Start | None, Hyperparams]
 ) -> BilevelState:
@@ -95,9 +126,22 @@ def mean_and_error(tree: PyTree, tasks: int) -> tuple[PyTree, PyTree]:
     return treedef.unflatten(mean), treedef.unflatten(error)
 
 
+@jax.custom_batching.custom_vmap
+def mean_over_tasks(x: Array) -> Array:
+    """Under `vmap`, takes the mean over the mapped axis. (`lax.pmean` fails along
+    explicit axes.)"""
+    return x
+
+
+@mean_over_tasks.def_vmap
+def _(axis_size, in_batched, x):
+    del axis_size
+    return jnp.mean(x, axis=0) if in_batched[0] else x, False
+
+
 def _mean_and_error(x: Float[Array, "tasks ..."]) -> tuple[Array, Array]:
     # From the first task on: differences of nearly equal values are exact.
-    count, first = len(x), as_single(x[0])
+    count, first = len(x), as_single(first_row(x))
     mean = _add_up(lambda row: as_single(row) - first, x) / count
     squares = _add_up(lambda row: (as_single(row) - first - mean) ** 2, x)
     error = jnp.sqrt(squares / (count * (count - 1)))
@@ -106,7 +150,8 @@ def _mean_and_error(x: Float[Array, "tasks ..."]) -> tuple[Array, Array]:
 
 def _add_up(fn: Callable[[Array], Array], x: Float[Array, "tasks ..."]) -> Array:
     """Adds up `fn` of each task, which acts on entries. On CPUs XLA takes tens of times
-    as long to reduce along the leading axis as to add its rows."""
+    as long to reduce along the leading axis as to add its rows. On a mesh these may be
+    on different devices."""
 
     def by_rows(x):
         add = lambda i, total: total + fn(x[i])
@@ -114,13 +159,23 @@ def _add_up(fn: Callable[[Array], Array], x: Float[Array, "tasks ..."]) -> Array
         return lax.fori_loop(0, len(x), add, start, unroll=min(len(x), 8))
 
     at_once = lambda x: jnp.sum(fn(x), axis=0)
-    if x[0].size < _FEW:
+    if x.size < _FEW * len(x) or not jax.typeof(x).sharding.mesh.empty:
         return at_once(x)
     return lax.platform_dependent(x, cpu=by_rows, default=at_once)
 
 
 def first_row(tree: T, axis: int = 0) -> T:
-    take = lambda x: x[(slice(None),) * axis + (0,)]
+    def take(x):
+        before, whole = (slice(None),) * axis, whole_like(x)
+        if whole is None:
+            return x[*before, 0]
+        spec = list(jax.typeof(x).sharding.spec)
+        spec[axis] = None
+        sharding = jax.NamedSharding(whole.mesh, jax.P(*spec))
+        # JAX takes no slice of a split axis, but it gathers from one.
+        firsts = x.at[*before, jnp.zeros(1, int)].get(out_sharding=sharding)
+        return jnp.squeeze(firsts, axis)
+
     return jtu.tree_map(lambda x: take(x) if eqx.is_array(x) else x, tree)
 
 

@@ -12,14 +12,13 @@ from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.random as jr
 import jax.tree_util as jtu
 import optax
 from jaxtyping import PyTree
 
 from .._checks import check_key, check_same_structure
 from .._custom_types import Batch, Hyperparams, InnerOptimiser, Key, Model, Through
-from .._data import AbstractBatches, as_batches, SameBatch
+from .._data import AbstractBatches, as_batches
 from .._discrete import refresh
 from .._hyperparameter import (
     at_inner_step,
@@ -34,6 +33,7 @@ from .._misc import as_device_arrays
 from .._precision import lift, settle
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder
+from .._sharding import mesh_of_tree, on_mesh, put_like
 from .._state import (
     BilevelState,
     check_state,
@@ -48,6 +48,7 @@ from .guard import next_state
 from .recompilation import forget_compilations, warn_of_recompilation
 from .settings import check_model, check_settings
 from .tracing import (
+    batch_shapes,
     check_optimiser_states,
     default_unroll,
     empty_aux,
@@ -257,6 +258,9 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
         hyperparams = canonical(hyperparams)
         check_model(model, model_state)
         model, model_state = as_device_arrays((model, model_state))
+        given = (model, hyperparams, model_state)
+        mesh = mesh_of_tree((given, train, val))
+        model, hyperparams, model_state = on_mesh(given, mesh)
         plain = unwrap_values(hyperparams)
         first = at_inner_step(plain, jnp.zeros((), int))
         start = start_inner(self.inner, first, model, model_state)
@@ -272,7 +276,7 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
             inner_opt_state=start.opt_state,
             outer_opt_state=as_device_arrays(self.outer.init(raw)),
             memory=as_device_arrays(
-                self.init_memory(inner, plain, _batch_shapes(batches, key))
+                self.init_memory(inner, plain, batch_shapes(batches, key, mesh))
             ),
             model_state=model_state,
             step=jnp.zeros((), int),
@@ -282,6 +286,7 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
             first_skipped=jnp.zeros((), int),
             metrics=Metrics(nans[0], nans[1], nans[2], None, diagnostics),
         )
+        state = on_mesh(state, mesh)
         forget_compilations(self, state)
         if train is None or val is None:
             return state
@@ -355,7 +360,7 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
             state.memory.episode,
             is_leaf=lambda x: x is None,
         )
-        return dataclasses.replace(
+        fresh = dataclasses.replace(
             state,
             model=model,
             inner_opt_state=inner.opt_state,
@@ -363,6 +368,7 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
             model_state=model_state,
             episode_step=zero,
         )
+        return put_like(fresh, state)
 
 
 def raw_estimate(
@@ -436,11 +442,3 @@ def levels_of_step(
 
 def _itself(tree: PyTree) -> PyTree:
     return tree
-
-
-def _batch_shapes(train: AbstractBatches, key: Key) -> Batch:
-    if isinstance(train, SameBatch):
-        return None
-    first = jnp.array(0)
-    key = jr.key(0) if key is None else key
-    return eqx.filter_eval_shape(train.draw, first, first, key)

@@ -15,6 +15,7 @@ from .._levels import Levels
 from .._misc import tree_add, tree_zeros
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder, ReverseOverReverse
+from .._sharding import whole_like
 from .._state import Estimate, InnerState, Memory
 from .base import AbstractAlgorithm
 
@@ -59,7 +60,7 @@ class ForwardMode(AbstractAlgorithm):
     ) -> Memory:
         del batch
         size = sum(x.size for x in _numbers(hyperparams))
-        zeros = lambda x: jnp.zeros((size, *x.shape), x.dtype)
+        zeros = lambda x: jnp.broadcast_to(jnp.zeros_like(x), (size, *x.shape))
         tangents = jtu.tree_map(zeros, eqx.filter(inner, eqx.is_inexact_array))
         return Memory(episode=tangents)
 
@@ -147,7 +148,7 @@ def _contract(alpha: PyTree, tangents: PyTree) -> Float[Array, " size"]:
     dtype = jnp.result_type(float)
 
     def dot(a, z):
-        products = z.reshape(len(z), a.size) @ a.reshape(a.size)
+        products = jnp.tensordot(z, a, axes=a.ndim, out_sharding=whole_like(a))
         return jnp.real(products).astype(dtype)
 
     pairs = zip(jtu.tree_leaves(alpha), jtu.tree_leaves(tangents), strict=True)

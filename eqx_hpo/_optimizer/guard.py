@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, PyTree
 from .._custom_types import FloatScalar, Hyperparams, IntScalar
 from .._hyperparameter import partition_raw
 from .._jaxpr import holds_primitive
-from .._misc import match_dtypes, tree_norm, tree_where
+from .._misc import match_types, tree_norm, tree_where
 from .._outer import outer_update
 from .._precision import back_off
 from .._state import BilevelState, Estimate, float_scalar, inner_state, Metrics
@@ -68,7 +68,7 @@ def next_state(
     noise, fixed = eqx.partition(constants, eqx.is_array)
     old_noise = eqx.filter(partition_raw(state.hyperparams)[1], eqx.is_array)
     old = (inner_state(state), state.memory)
-    new = match_dtypes((estimate.inner, estimate.memory), old)
+    new = match_types((estimate.inner, estimate.memory), old)
     is_good, raw, outer_opt_state = _update_outer(
         outer,
         (gradient, estimate.error),
@@ -127,7 +127,7 @@ def _update_outer(
     def update(given, old):
         (gradient, error), (raw, opt_state) = given, old
         new = outer_update(outer, gradient, opt_state, raw, error)
-        return match_dtypes(new, old)
+        return match_types(new, old)
 
     # Traced once, even where it is computed twice.
     closed = jax.make_jaxpr(update)(given, old)
@@ -187,10 +187,11 @@ def _is_small(arrays: list[Any]) -> bool:
 def _join(
     pairs: _Pairs, reduce: Callable[[_Pairs], Bool[Array, ""]]
 ) -> Bool[Array, ""]:
-    groups: dict[tuple[int, ...], _Pairs] = {}
+    groups: dict[Any, _Pairs] = {}
     for x, old in pairs:
         if eqx.is_inexact_array(x) and x.size > 0:
-            groups.setdefault(x.shape, []).append((x, old))
+            key = x.shape, jax.typeof(x).sharding
+            groups.setdefault(key, []).append((x, old))
     flags = [
         reduce(group[i : i + _GROUP])
         for group in groups.values()

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import Hyperparams, IntScalar
 from .._levels import Levels
-from .._misc import as_single, match_dtypes, tree_add, tree_scale
+from .._misc import as_single, match_types, tree_add, tree_scale
 from .._second_order import ReverseOverReverse
 from .._state import InnerState
 
@@ -59,7 +59,7 @@ class Point(eqx.Module):
         levels = levels.in_single_precision(self.inner, hyperparams)
         params = _from_vector(vector, self.inner.params)
         if levels.train_loss.single is None:
-            params = match_dtypes(params, self.inner.params)
+            params = match_types(params, self.inner.params)
         else:
             hyperparams = jtu.tree_map(as_single, hyperparams)
         inner = dataclasses.replace(self.inner, params=params)

@@ -27,7 +27,7 @@ from .._custom_types import (
 from .._discrete import refresh
 from .._hyperparameter import unwrap_values
 from .._levels import Levels
-from .._misc import any_mapped, match_dtypes, tree_where, tree_zeros
+from .._misc import any_mapped, match_types, tree_where, tree_zeros
 from .._precision import lift, settle
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder, ReverseOverReverse
@@ -97,11 +97,12 @@ class PlainTraining(AbstractAlgorithm):
         """
         step, hyperparams = state.step, state.hyperparams
         plain = unwrap_values(hyperparams)
-        levels = levels_of_step(self, state, plain, train, val, key)
+        key_of = lambda here: None if key is None else jr.fold_in(key, here)
+        levels = levels_of_step(self, state, plain, train, val, key_of(step))
 
         def at(number):
             here = step + number
-            step_key = None if key is None else jr.fold_in(key, here)
+            step_key = key_of(here)
             return refresh(hyperparams, step_key, here), dataclasses.replace(
                 levels,
                 position=here * self.inner_steps,
@@ -114,12 +115,12 @@ class PlainTraining(AbstractAlgorithm):
             return levels.run(inner, unwrap_values(hyperparams), 0, self.inner_steps)
 
         def body(number, inner):
-            return match_dtypes(move(number, inner)[0], inner)
+            return match_types(move(number, inner)[0], inner)
 
         # The report of the last step alone is of use: the others are not computed.
         old = lift(inner_state(state))
         inner, report = move(count - 1, lax.fori_loop(0, count - 1, body, old))
-        inner = match_dtypes(inner, old)
+        inner = match_types(inner, old)
         hyperparams, levels = at(count - 1)
         plain = unwrap_values(hyperparams)
         val_report, memory = self._validate(levels, inner, plain, state.memory)

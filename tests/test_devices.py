@@ -1,0 +1,334 @@
+"""One process on many devices: a run on a mesh equals that on one device, compiles once
+and leaves each array where it is."""
+
+import contextlib
+import logging
+import math
+import re
+
+import equinox as eqx
+import eqx_hpo as hpo
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from .helpers import ALGORITHMS, relative_error
+
+
+EXAMPLES, FEATURES, UNITS = 1024, 4, 8
+SGD = optax.sgd(0.1, momentum=0.9)
+kinds = pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+
+
+def _like(x):
+    """The sharding for a result along the rows of `x`, where one must be given."""
+    sharding = jax.typeof(x).sharding
+    explicit = not sharding.mesh.empty and sharding.mesh.explicit_axes
+    return sharding if explicit else None
+
+
+def _error(model, batch):
+    x, y, _ = batch
+    hidden = jnp.tanh(x @ model["w"])
+    out = jnp.einsum("nk,k->n", hidden, model["v"], out_sharding=_like(y))
+    return (out - y) ** 2
+
+
+def _train_loss(model, hyperparams, batch, key):
+    weights = hyperparams["weights"].raw
+    if len(batch[0]) < EXAMPLES:
+        weights = weights.at[batch[2]].get(out_sharding=_like(batch[1]))
+    weights = jax.nn.sigmoid(weights)
+    decay = jnp.exp(hyperparams["decay"])
+    penalty = jnp.sum(decay * model["w"] ** 2) + jnp.sum(model["v"] ** 2)
+    return jnp.mean(weights * _error(model, batch)) + 0.1 * penalty
+
+
+def _val_loss(model, hyperparams, batch, key):
+    return jnp.mean(_error(model, batch))
+
+
+class _Weights(eqx.Module):
+    raw: jax.Array
+
+
+PROBLEM = hpo.Problem(_train_loss, _val_loss)
+
+
+def _case():
+    keys = jr.split(jr.key(0), 7)
+    model = {"w": jr.normal(keys[0], (FEATURES, UNITS)), "v": jr.normal(keys[1], (8,))}
+    weights = _Weights(0.1 * jr.normal(keys[2], (EXAMPLES,)))
+    hyperparams = {"weights": weights, "decay": jnp.zeros((FEATURES, UNITS))}
+    data = [
+        (
+            jr.normal(keys[i], (EXAMPLES, FEATURES)),
+            jr.normal(keys[i + 1], (EXAMPLES,)),
+            jnp.arange(EXAMPLES),
+        )
+        for i in (3, 5)
+    ]
+    return model, hyperparams, *data
+
+
+def _mesh(kind, shape=(4, 2), names=("rows", "columns")):
+    return jax.make_mesh(shape, names, axis_types=(getattr(AxisType, kind),) * 2)
+
+
+def _spread(kind, case, split_model=True):
+    """Data and their weights split over the rows; the model split over the columns, or
+    whole."""
+    mesh = _mesh(kind)
+    columns = "columns" if split_model else None
+    rows = NamedSharding(mesh, P("rows"))
+    matrix = NamedSharding(mesh, P(None, columns))
+    model, hyperparams, train, val = case
+    model = jax.device_put(model, {"w": matrix, "v": NamedSharding(mesh, P(columns))})
+    hyperparams = jax.device_put(hyperparams, {"weights": rows, "decay": matrix})
+    return model, hyperparams, *jax.device_put((train, val), rows)
+
+
+def _difference(left, right):
+    """The relative error of what is on a mesh."""
+    fetch = lambda x: jnp.asarray(jax.device_get(x)) if eqx.is_array(x) else None
+    return relative_error(*[jtu.tree_map(fetch, tree) for tree in (left, right)])
+
+
+def _places(tree):
+    """Which indices of each array each device has."""
+    arrays = jtu.tree_leaves(eqx.filter(tree, eqx.is_array))
+    return [x.sharding.devices_indices_map(x.shape) for x in arrays if x.ndim > 0]
+
+
+@contextlib.contextmanager
+def _compilations(name):
+    found = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    logger = logging.getLogger("jax")
+    logger.addHandler(handler)
+    count = []
+    try:
+        with jax.log_compiles():
+            yield count
+    finally:
+        logger.removeHandler(handler)
+        # The type checker of the tests hides the name that a pinned step has.
+        done = rf"Finished XLA compilation of jit\(({name}|traced)\)"
+        count.append(sum(re.match(done, message) is not None for message in found))
+
+
+def _run(algorithm, case, wrap, calls=3):
+    model, hyperparams, train, val = case
+    train, val, key = wrap(train), wrap(val), jr.key(7)
+    start = state = algorithm.init(model, hyperparams, train=train, val=val, key=key)
+    with _compilations("step") as count:
+        for i in range(calls):
+            state = algorithm.step(state, train, val, key=jr.fold_in(key, i))
+    return start, state, count[0]
+
+
+DATA = {
+    "batch": lambda data: data,
+    "minibatch": lambda data: hpo.Minibatch(data, 64),
+    "epochs": lambda data: hpo.Minibatch(data, 64, replacement=False),
+}
+
+
+def _check_steps(name, kind, data, split_model):
+    algorithm = ALGORITHMS[name](PROBLEM, SGD, SGD)
+    case = _case()
+    _, expected, _ = _run(algorithm, case, DATA[data])
+    spread = _spread(kind, case, split_model)
+    start, got, count = _run(algorithm, spread, DATA[data])
+    assert count == 1
+    parts = lambda s: (s.model, s.hyperparams, s.inner_opt_state, s.memory, s.metrics)
+    # Conjugate gradients stop at a residual: one iteration more shows.
+    tolerance = 1e-2 if name == "implicit_3" else 1e-9
+    assert _difference(parts(got), parts(expected)) < tolerance
+    kept = lambda s: (s.model, s.hyperparams, s.inner_opt_state, s.outer_opt_state)
+    assert _places(kept(got)) == _places(kept(start))
+    assert _places(got.memory) == _places(start.memory)
+    assert _places((got.model, got.hyperparams)) == _places(spread[:2])
+
+
+@kinds
+def test_steps_on_a_mesh_equal_those_on_one_device(kind):
+    _check_steps("t1t2_3", kind, "minibatch", True)
+
+
+@pytest.mark.slow
+@kinds
+@pytest.mark.parametrize(
+    "data, split_model", [("batch", True), ("minibatch", False), ("epochs", True)]
+)
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+@pytest.mark.filterwarnings("ignore:These hyperparameters get")
+def test_every_algorithm_on_a_mesh_equals_itself_on_one_device(
+    name, kind, data, split_model
+):
+    _check_steps(name, kind, data, split_model)
+
+
+# What is sent from device to device
+
+
+def _gathered(algorithm, state, train, val):
+    """The sizes of the arrays that a step puts together from several devices."""
+    step = vars(hpo.AbstractAlgorithm)["step"]
+    lowered = step.lower(algorithm, state, train, val, key=jr.key(0))
+    text = lowered.compile().compiled.as_text()
+    assert "all-reduce" in text
+    shapes = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", text)
+    shapes += re.findall(r"= \w+\[([\d,]*)\]\S* all-to-all\(", text)
+    return [math.prod(int(x) for x in shape.split(",") if x) for shape in shapes]
+
+
+def _check_gathered(name, kind, data):
+    algorithm = ALGORITHMS[name](PROBLEM, SGD, SGD)
+    model, hyperparams, train, val = _spread(kind, _case(), False)
+    train, val = DATA[data](train), DATA[data](val)
+    state = algorithm.init(model, hyperparams, train=train, val=val, key=jr.key(0))
+    # Each device holds a quarter of the weights of the examples.
+    assert max(_gathered(algorithm, state, train, val), default=0) < EXAMPLES / 2
+
+
+@kinds
+def test_a_step_gathers_no_hyperparameters(kind):
+    _check_gathered("t1t2", kind, "batch")
+
+
+@pytest.mark.slow
+@kinds
+@pytest.mark.parametrize("data", ["batch", "minibatch"])
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+@pytest.mark.filterwarnings("ignore:These hyperparameters get")
+def test_no_algorithm_gathers_hyperparameters(name, kind, data):
+    _check_gathered(name, kind, data)
+
+
+# Drivers
+
+
+def _tune(case, wrap, name="t1t2_3", **settings):
+    algorithm = ALGORITHMS[name](PROBLEM, SGD, SGD)
+    model, hyperparams, train, val = case
+    args = (algorithm, model, hyperparams, wrap(train), wrap(val))
+    with _compilations("_advance") as count:
+        solution = hpo.tune(*args, steps=8, key=jr.key(1), progress=False, **settings)
+    return solution, count[0]
+
+
+def _check_tune(kind, wrap, **settings):
+    case = _case()
+    spread = _spread(kind, case)
+    expected, _ = _tune(case, wrap, **settings)
+    got, count = _tune(spread, wrap, **settings)
+    assert count == 1
+    parts = lambda x: (x.model, x.hyperparams)
+    assert _difference(parts(got), parts(expected)) < 1e-9
+    assert _places((got.model, got.hyperparams)) == _places(spread[:2])
+    again, count = _tune(spread, wrap, state=got.state, **settings)
+    assert _places((again.model, again.hyperparams)) == _places(spread[:2])
+
+
+@kinds
+def test_tune_leaves_arrays_where_they_are(kind):
+    _check_tune(kind, lambda data: data)
+
+
+@pytest.mark.slow
+@kinds
+@pytest.mark.parametrize("name", ["t1t2_3", "hyperdistill"])
+def test_tune_on_batches_of_a_loader(name, kind):
+    _check_tune(kind, lambda data: [data, data], name=name)
+
+
+def test_batches_of_a_loader_are_stacked_where_they_are():
+    _, _, train, _ = _spread("Auto", _case())
+    feed = hpo._feed.Feed(iter([train] * 3), "train", 3)
+    stacked = feed.next().batches
+    for x, one in zip(stacked, train):
+        assert x.shape == (3, *one.shape)
+        expected = NamedSharding(one.sharding.mesh, P(None, "rows"))
+        assert x.sharding.is_equivalent_to(expected, x.ndim)
+
+
+@pytest.mark.slow
+@kinds
+def test_fit_leaves_the_model_where_it_is(kind):
+    algorithm = hpo.T1T2(PROBLEM, SGD, SGD)
+    case = _case()
+    spread = _spread(kind, case)
+    args = dict(steps=20, key=jr.key(1), progress=False)
+    expected = hpo.fit(algorithm, *case[:3], val=case[3], **args)
+    with _compilations("_leap") as count:
+        got = hpo.fit(algorithm, *spread[:3], val=spread[3], **args)
+    assert count == [1]
+    assert _difference(got.model, expected.model) < 1e-9
+    assert _places(got.model) == _places(spread[0])
+
+
+@kinds
+def test_a_restart_leaves_the_state_where_it_is(kind):
+    algorithm = hpo.T1T2(PROBLEM, SGD, SGD)
+    case = _case()
+    model, hyperparams, train, _ = _spread(kind, case)
+    state = algorithm.init(model, hyperparams, train=train)
+    assert state.step.sharding == NamedSharding(train[0].sharding.mesh, P())
+    fresh = algorithm.restart(state, case[0])  # a model on one device
+    assert _places(fresh) == _places(state)
+
+
+@pytest.mark.parametrize("which", ["model", "state"])
+def test_what_is_on_one_device_joins_the_data(which):
+    algorithm = hpo.T1T2(PROBLEM, SGD, SGD)
+    model, hyperparams, *_ = case = _case()
+    train = _spread("Auto", case)[2]
+    data = {"train": train} if which == "model" else {}
+    state = algorithm.init(model, hyperparams, **data)
+    if which == "model":
+        assert state.model["w"].sharding.is_fully_replicated
+        assert len(state.model["w"].sharding.device_set) == 8
+    state = algorithm.step(state, train, train)
+    assert state.hyperparams["weights"].raw.sharding.is_fully_replicated
+    assert len(state.hyperparams["weights"].raw.sharding.device_set) == 8
+
+
+# Folds
+
+
+def _check_folds(name, kind, horizon):
+    plain = ALGORITHMS[name](PROBLEM, SGD, SGD)
+    algorithm = hpo.MetaLearner(plain, 4, horizon=horizon)
+    model, hyperparams, train, _ = _case()
+    train, val = hpo.folds(train, 4)
+    _, expected, _ = _run(algorithm, (model, hyperparams, train, val), DATA["batch"])
+    each = NamedSharding(_mesh(kind, (4, 2), ("folds", "columns")), P("folds"))
+    data = jax.device_put((train, val), each)
+    start, got, count = _run(algorithm, (model, hyperparams, *data), DATA["batch"])
+    assert count == 1
+    parts = lambda s: (s.model, s.hyperparams, s.inner_opt_state, s.memory.lasting)
+    assert _difference(parts(got), parts(expected)) < 1e-9
+    assert _places(got) == _places(start)
+    assert got.model["w"].sharding.spec[0] == "folds"
+    fresh = algorithm.restart(got, model)
+    assert _places(fresh) == _places(got)
+
+
+@kinds
+def test_folds_on_a_mesh_equal_those_on_one_device(kind):
+    _check_folds("t1t2", kind, None)
+
+
+@pytest.mark.slow
+@kinds
+@pytest.mark.parametrize("horizon", [None, 12])
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+@pytest.mark.filterwarnings("ignore:These hyperparameters get")
+def test_every_algorithm_on_folds_on_a_mesh(name, kind, horizon):
+    _check_folds(name, kind, horizon)
