@@ -33,7 +33,7 @@ def val_loss(model, decays, batch, key):
 
 
 def train_loss(model, decays, batch, key):
-    penalties = [jnp.sum(d * w**2) / 2 for d, w in zip(decays, model)]
+    penalties = [jnp.sum(d * w**2) for d, w in zip(decays, model)]
     return val_loss(model, decays, batch, key) + sum(penalties)
 
 
