@@ -203,6 +203,19 @@ def test_an_update_that_overflows_is_not_kept(name, size):
     assert _kept(state, after)
 
 
+def test_a_hypergradient_that_is_not_finite_is_not_kept(size):
+    """Even if the losses are finite, and what the outer optimiser makes of it."""
+    loss = lambda w, h, batch, key: jnp.sum((w - h) ** 2)
+    steep = lambda w, h, batch, key: jnp.sum(jnp.sqrt(h - 1))
+    signs = optax.stateless(lambda updates, _: jtu.tree_map(jnp.sign, updates))
+    outer = optax.chain(signs, optax.sgd(0.1))
+    algorithm = hpo.FirstOrder(hpo.Problem(loss, steep), optax.sgd(0.1), outer)
+    state = algorithm.init(jnp.zeros(4), jnp.ones(4))
+    after = algorithm.step(state, None, None)
+    assert jnp.isfinite(after.metrics.val_loss)
+    assert _kept(state, after)
+
+
 def test_noise_of_a_skipped_step_is_not_kept():
     loss = lambda w, h, batch, key: jnp.sum((w - h) ** 2) * batch
     algorithm = hpo.T1T2(hpo.Problem(loss, loss), optax.sgd(0.1), optax.sgd(0.1))
@@ -223,6 +236,34 @@ def test_the_norm_reported_is_finite_where_its_square_is_not(size):
     after = algorithm.step(algorithm.init(one, one), None, None)
     assert int(after.skipped) == 0
     assert jnp.allclose(after.metrics.hypergradient_norm, 2e25, rtol=1e-6)
+
+
+def test_large_states_take_the_steps_of_small_ones(monkeypatch):
+    loss = lambda w, h, batch, key: (
+        jnp.sum((w - batch) ** 2)
+        + jnp.sum(h["rate"] * h["bound"] * (h["choice"] @ jnp.arange(3.0)) * w**2)
+    )
+    goal = lambda w, h, batch, key: jnp.sum((w - 2 * batch) ** 2)
+    hyperparams = {
+        "rate": hpo.Positive(jnp.linspace(0.1, 0.2, 4)),
+        "bound": hpo.Interval(jnp.linspace(0.1, 0.2, 4), 0.0, 1.0),
+        "choice": hpo.Choice(3, sample=True),
+    }
+
+    def run():
+        problem = hpo.Problem(loss, goal)
+        algorithm = hpo.T1T2(problem, optax.sgd(0.01), optax.adam(0.1), inner_steps=3)
+        state = algorithm.init(jnp.ones(4), hyperparams)
+        for i in range(3):
+            state = algorithm.step(state, jnp.arange(4.0), jnp.ones(4), key=jr.key(i))
+        assert int(state.skipped) == 0
+        return arrays(state)
+
+    small = run()
+    monkeypatch.setattr(guard, "_LARGE", 0)
+    monkeypatch.setattr(_misc, "_FEW", 0)
+    for x, y in zip(small, run(), strict=True):
+        assert jnp.allclose(x, y, rtol=1e-12, atol=0, equal_nan=True)
 
 
 def test_large_states_without_overflow_go_on(size):

@@ -6,6 +6,7 @@ import jax.random as jr
 import optax
 import pytest
 
+from .benchmarks import scale
 from .helpers import arrays, relative_error
 from .problems import CASES, ridge
 
@@ -149,3 +150,18 @@ def test_memory_of_a_step():
     gradient = _gradient_temporaries(rows)
     assert _temporaries(hpo.FiniteDifference(), rows) < 1.3 * gradient
     assert _temporaries(hpo.ForwardOverReverse(), rows) < 2.8 * gradient
+
+
+@pytest.mark.parametrize(
+    "outer, inner_steps, copies",
+    [(optax.sgd(0.1), 1, 4), (optax.adam(0.1), 1, 6), (optax.sgd(0.1), 5, 5)],
+)
+def test_copies_of_the_weights_that_a_large_step_holds(outer, inner_steps, copies):
+    """The least there can be: weights and decays, a moment each of Adam, the new
+    weights and their gradient. With more than one inner step the old weights wait
+    beside those before the last step."""
+    problem = hpo.Problem(scale.train_loss, scale.val_loss)
+    algorithm = hpo.T1T2(problem, optax.sgd(0.1), outer, inner_steps=inner_steps)
+    width = 1100
+    step = scale.compile_step(algorithm, width, jnp.float32)
+    assert copies <= scale.planned(step) / (4 * width**2) < copies + 0.1

@@ -44,7 +44,7 @@ from .._state import (
     Memory,
     Metrics,
 )
-from .guard import next_state
+from .guard import is_small, next_state
 from .recompilation import forget_compilations, warn_of_recompilation
 from .settings import check_model, check_settings
 from .tracing import (
@@ -393,6 +393,9 @@ def raw_estimate(
     """
     raw, constants = partition_raw(hyperparams)
     to_plain = lambda raw: unwrap_values(eqx.combine(raw, constants))
+    if not is_small(jtu.tree_leaves(raw)):
+        # Values are computed again on the way back; kept, they would outlast the step.
+        to_plain = eqx.filter_checkpoint(to_plain)
     plain, pullback = eqx.filter_vjp(to_plain, raw)
     start = at_inner_step(plain, jnp.zeros((), int))
     warn_of_recompilation(algorithm, state, {"train": train, "val": val})

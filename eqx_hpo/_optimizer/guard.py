@@ -39,7 +39,7 @@ _DEAR = {"while", "scan", "dot_general", "sort", "top_k", "fft", "pure_callback"
 _DEAR |= {"eigh", "qr", "svd", "lu", "cholesky", "triangular_solve"}
 
 _GROUP = 8  # arrays whose checks are one reduction
-_LARGE = 2**20  # numbers from which on memory counts for more than branches do
+_LARGE = 2**20  # numbers from which on memory counts for more than time does
 
 
 def next_state(
@@ -73,7 +73,7 @@ def next_state(
         outer,
         (gradient, estimate.error),
         (raw, state.outer_opt_state),
-        [*_pairs(new, old), *_pairs((losses_of(estimate), gradient))],
+        [*_pairs(new, old), *_pairs(losses_of(estimate))],
     )
     (inner, memory), noise = tree_where(is_good, (new, noise), (old, old_noise))
     untrained = eqx.filter(state.model, eqx.is_inexact_array, inverse=True)
@@ -132,11 +132,17 @@ def _update_outer(
     # Traced once, even where it is computed twice.
     closed = jax.make_jaxpr(update)(given, old)
     move = lambda given, leaves: jaxpr_as_fun(closed)(*given, *leaves)
-    moved = move(given_leaves, leaves)
-    if _is_small(leaves) or holds_primitive(closed.jaxpr, _DEAR):
-        is_good = _all_finite(lambda pairs: pairs, [*pairs, *_pairs(moved, leaves)])
+    if is_small(leaves) or holds_primitive(closed.jaxpr, _DEAR):
+        moved = move(given_leaves, leaves)
+        pairs = [*pairs, *_pairs(given[0]), *_pairs(moved, leaves)]
+        is_good = _all_finite(lambda pairs: pairs, pairs)
+        leaves = tree_where(is_good, moved, leaves)
     else:
-        again = lambda given, leaves: _pairs(move(given, leaves), leaves)
+        count = len(jtu.tree_leaves(given[0]))
+        again = lambda given, leaves: [
+            *_pairs(given[:count]),
+            *_pairs(move(given, leaves), leaves),
+        ]
         is_good = lax.cond(
             _all_finite(lambda pairs: pairs, pairs),
             lambda *operands: _all_finite(again, *operands),
@@ -144,7 +150,9 @@ def _update_outer(
             given_leaves,
             leaves,
         )
-    leaves = tree_where(is_good, moved, leaves)
+        leaves = lax.cond(
+            is_good, move, lambda given, leaves: leaves, given_leaves, leaves
+        )
     return is_good, *jtu.tree_unflatten(treedef, leaves)
 
 
@@ -164,12 +172,12 @@ def _all_finite(
     question for infinities that stay is put only if there are any.
     """
     pairs = make_pairs(*operands)
-    if _is_small([x for x, _ in pairs]):
-        return _join(pairs, _reduce_with_old)
+    if is_small([x for x, _ in pairs]):
+        return _join(pairs, _reduce_small)
     return lax.cond(
-        _join(pairs, _reduce),
+        _join([(x, None) for x, _ in pairs], _reduce),
         lambda *operands: jnp.array(True),
-        lambda *operands: _join(make_pairs(*operands), _reduce_with_old),
+        lambda *operands: _join(make_pairs(*operands), _reduce),
         *operands,
     )
 
@@ -180,7 +188,9 @@ def all_finite(new: PyTree, old: PyTree, others: PyTree) -> Bool[Array, ""]:
     return _all_finite(lambda pairs: pairs, [*_pairs(new, old), *_pairs(others)])
 
 
-def _is_small(arrays: list[Any]) -> bool:
+def is_small(arrays: list[Any]) -> bool:
+    """Tells whether the arrays are so few numbers that time counts for more than
+    memory does."""
     return sum(jnp.size(x) for x in arrays) < _LARGE
 
 
@@ -204,18 +214,19 @@ def _join(
     return lax.optimization_barrier(jnp.all(stacked))
 
 
-def _reduce_with_old(group: _Pairs) -> Bool[Array, ""]:
-    finite = [
-        jnp.isfinite(x) if old is None else jnp.isfinite(x) | (x == old)
-        for x, old in group
-    ]
-    return jnp.all(ft.reduce(jnp.logical_and, finite))
+def _is_kept(x: Array, old: Array | None) -> Bool[Array, "..."]:
+    finite = jnp.isfinite(x)
+    return finite if old is None else finite | (x == old)
+
+
+def _reduce_small(group: _Pairs) -> Bool[Array, ""]:
+    return jnp.all(ft.reduce(jnp.logical_and, [_is_kept(*pair) for pair in group]))
 
 
 def _reduce(group: _Pairs) -> Bool[Array, ""]:
     """Reduces several operands in one loop. XLA would split the reduction of a single
     one in two, and store what it reads."""
-    flags = [jnp.isfinite(x) for x, _ in group]
+    flags = [_is_kept(*pair) for pair in group]
     if len(flags) == 1:
         flags.append(~jnp.isnan(group[0][0]))  # all that pass the first pass this
     both: Any = lambda xs, ys: tuple(x & y for x, y in zip(xs, ys))
