@@ -38,7 +38,7 @@ from ._monitor import Watcher
 from ._optimizer import AbstractBilevelOptimizer, failed_solve, PlainTraining
 from ._processes import agree
 from ._rows import Rows
-from ._sharding import mesh_of_tree, on_mesh
+from ._sharding import fetch, mesh_of_tree, on_mesh
 from ._solution import (
     as_history,
     compare_discretised,
@@ -306,7 +306,7 @@ class _Recorder:
         """Joins all rows, with that of the last step, and what a monitor read."""
         self.drain(step)
         rows = self.rows_so_far.load()
-        last = jtu.tree_map(lambda x: np.asarray(x)[None], record(state))
+        last = jtu.tree_map(lambda x: np.asarray(x)[None], fetch(record(state)))
         is_there = len(rows.step) > 0 and rows.step[-1] == last.step[0]
         readings = None if watcher is None else watcher.readings()
         return as_history([rows] if is_there else [rows, last], readings)
@@ -315,7 +315,7 @@ class _Recorder:
         """Takes the rows from the device."""
         count = step // self.interval - self.drained
         if count > 0:
-            rows = jax.device_get(self.rows)
+            rows = fetch(self.rows)
             self.rows_so_far.append(jtu.tree_map(lambda x: x[:count], rows))
             self.drained += count
 

@@ -79,6 +79,16 @@ def inputs_on_mesh(tree: T, mesh: Mesh) -> T:
     return on_mesh(tree, mesh) if mesh.is_multi_process else tree
 
 
+def fetch(tree: T) -> T:
+    """Copies arrays to the host, as a whole even where they are split over the devices
+    of several processes."""
+    mesh = mesh_of_tree(tree)
+    if mesh is not None and mesh.is_multi_process:
+        whole = NamedSharding(mesh, jax.P())
+        tree = jax.jit(lambda tree: tree, out_shardings=whole)(tree)
+    return jax.device_get(tree)
+
+
 def put_like(tree: T, like: T) -> T:
     """Puts the arrays of `tree` where those of `like` are, if these lie on a mesh."""
 
