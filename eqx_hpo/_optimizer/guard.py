@@ -1,12 +1,14 @@
 """The new state that a step makes of an estimate: the old one unless all is finite.
 
 The whole new state is checked: parameters, both optimiser states, memory, model state.
-Three things keep this cheap. The checks of arrays of one shape are a single reduction,
+Four things keep this cheap. The checks of arrays of one shape are a single reduction,
 which reads what it checks and stores nothing. Their outcomes are stacked before they
 are joined: XLA would copy a chain of `and`s into each selection, and compile in the
 square of the number of arrays. And a large outer update is computed twice: once inside
 a branch to be checked, when nothing is kept, and once to be written over the old
-values. Computed once, old and new values would wait for the outcome side by side.
+values. Computed once, old and new values would wait for the outcome side by side. A
+large hypergradient is read by branches alone, so that XLA writes it once, over what it
+is made of. Read elsewhere it would be computed anew there, from arrays kept till then.
 """
 
 import functools as ft
