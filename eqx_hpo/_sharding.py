@@ -15,6 +15,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
@@ -43,7 +44,7 @@ def on_mesh(tree: T, mesh: Mesh | None) -> T:
     whole = NamedSharding(mesh, jax.P())
 
     def put(x):
-        if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
+        if not isinstance(x, jax.Array) or isinstance(x, Tracer):
             return x
         is_spread = len(x.sharding.device_set) > 1
         return x if is_spread and not _is_long(x) else _copy(x, whole)
@@ -82,7 +83,7 @@ def put_like(tree: T, like: T) -> T:
     """Puts the arrays of `tree` where those of `like` are, if these lie on a mesh."""
 
     def put(x, y):
-        is_there = mesh_of([y]) is None or isinstance(x, jax.core.Tracer)
+        is_there = mesh_of([y]) is None or isinstance(x, Tracer)
         return x if is_there else _copy(x, y.sharding)
 
     return jtu.tree_map(put, tree, like)

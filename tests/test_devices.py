@@ -14,6 +14,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import optax
 import pytest
+from eqx_hpo._feed import Feed
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from .helpers import ALGORITHMS, relative_error
@@ -269,9 +270,10 @@ def test_tune_on_batches_of_a_loader(name, kind):
 
 def test_batches_of_a_loader_are_stacked_where_they_are():
     _, _, train, _ = _spread("Auto", _case())
-    feed = hpo._feed.Feed(iter([train] * 3), "train", 3)
-    stacked = feed.next().batches
-    for x, one in zip(stacked, train):
+    feed = Feed(iter([train] * 3), "train", 3)
+    stacked = feed.next()
+    assert isinstance(stacked, hpo.Stacked)
+    for x, one in zip(stacked.batches, train):
         assert x.shape == (3, *one.shape)
         expected = NamedSharding(one.sharding.mesh, P(None, "rows"))
         assert x.sharding.is_equivalent_to(expected, x.ndim)

@@ -12,15 +12,13 @@ from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.random as jr
 import jax.tree_util as jtu
 import optax
-from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from .._checks import check_key, check_same_structure
 from .._custom_types import Batch, Hyperparams, InnerOptimiser, Key, Model, Through
-from .._data import AbstractBatches, as_batches, SameBatch
+from .._data import AbstractBatches, as_batches, first_batch
 from .._discrete import refresh
 from .._hyperparameter import (
     at_inner_step,
@@ -233,8 +231,8 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
 
         - `inner`: the inner state at the start.
         - `hyperparams`: the unwrapped hyperparameters.
-        - `batch`: a train batch, with `jax.ShapeDtypeStruct`s in place of arrays.
-            `None` where the batch is always the same, and where `init` was given none.
+        - `batch`: a train batch, with `jax.ShapeDtypeStruct`s in place of arrays unless
+            they lie on a mesh. `None` where the batch is always the same, and where `init` was given none.
 
         **Returns:** a [`eqx_hpo.Memory`][].
         """
@@ -275,7 +273,7 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
             inner_opt_state=inner.opt_state,
             outer_opt_state=as_device_arrays(self.outer.init(raw)),
             memory=as_device_arrays(
-                self.init_memory(inner, plain, _batch_shapes(batches, key, mesh))
+                self.init_memory(inner, plain, first_batch(batches, key, mesh))
             ),
             model_state=model_state,
             step=jnp.zeros((), int),
@@ -439,14 +437,3 @@ def levels_of_step(
 
 def _itself(tree: PyTree) -> PyTree:
     return tree
-
-
-def _batch_shapes(train: AbstractBatches, key: Key, mesh: Mesh | None) -> Batch:
-    if isinstance(train, SameBatch):
-        return None
-    first = jnp.array(0)
-    key = jr.key(0) if key is None else key
-    if mesh is None:
-        return eqx.filter_eval_shape(train.draw, first, first, key)
-    # Only a batch that is drawn tells how batches lie on the mesh.
-    return train.draw(first, first, key)
