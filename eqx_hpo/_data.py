@@ -12,6 +12,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt32
 
 from ._checks import as_flag, as_int, check_leaves, shown
@@ -148,6 +149,19 @@ def as_batches(data: Any, name: str, inner_steps: int | None) -> AbstractBatches
                 f"`{name}` is empty: it holds an array of shape {x.shape}."
             )
     return batches
+
+
+def first_batch(data: AbstractBatches, key: Key, mesh: Mesh | None) -> Batch:
+    """Makes the first batch, where a state has to hold one: its shapes, as
+    `jax.ShapeDtypeStruct`s, or on a mesh the batch, which alone tells how batches lie
+    there. `None` where the batch is always the same."""
+    if isinstance(data, SameBatch):
+        return None
+    first = jnp.array(0)
+    key = jr.key(0) if key is None else key
+    if mesh is not None:
+        return data.draw(first, first, key)
+    return eqx.filter_eval_shape(data.draw, first, first, key)
 
 
 def leading_axis(name: str, data: PyTree[Any]) -> int:

@@ -127,6 +127,7 @@ def test_what_is_kept(tmp_path):
     checkpoint = hpo.Checkpoints(tmp_path / "run", every=10, keep_last=3, keep_best=2)
     solution = run("minibatch", checkpoint, seconds=0.03, steps=60)
     steps = [f"step-{step:010d}.ckpt" for step in (40, 50, 60)]
+    assert solution.best is not None
     names = _names(tmp_path / "run")
     assert [x for x in names if x.startswith("step")] == steps
     bests = [x for x in names if x.startswith("best")]

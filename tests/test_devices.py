@@ -14,6 +14,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import optax
 import pytest
+from eqx_hpo._feed import Feed
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from .helpers import ALGORITHMS, relative_error
@@ -139,6 +140,16 @@ DATA = {
 }
 
 
+def _tolerance(name):
+    # Conjugate gradients stop at a residual: one iteration more shows.
+    return 1e-3 if name == "implicit_3" else 1e-9
+
+
+def _skip_if_refused(name, kind):
+    if (name, kind) == ("implicit_3", "Explicit"):
+        pytest.skip("it raises, see below")
+
+
 def _check_steps(name, kind, data, split_model):
     algorithm = ALGORITHMS[name](PROBLEM, SGD, SGD)
     case = _case()
@@ -146,19 +157,18 @@ def _check_steps(name, kind, data, split_model):
     spread = _spread(kind, case, split_model)
     start, got, count = _run(algorithm, spread, DATA[data])
     assert count == 1
-    parts = lambda s: (s.model, s.hyperparams, s.inner_opt_state, s.memory, s.metrics)
-    # Conjugate gradients stop at a residual: one iteration more shows.
-    tolerance = 1e-2 if name == "implicit_3" else 1e-9
-    assert _difference(parts(got), parts(expected)) < tolerance
+    parts = lambda s: (
+        s.model, s.hyperparams, s.inner_opt_state, s.memory, s.metrics.val_loss
+    )  # fmt: skip
+    assert _difference(parts(got), parts(expected)) < _tolerance(name)
     kept = lambda s: (s.model, s.hyperparams, s.inner_opt_state, s.outer_opt_state)
     assert _places(kept(got)) == _places(kept(start))
     assert _places(got.memory) == _places(start.memory)
     assert _places((got.model, got.hyperparams)) == _places(spread[:2])
 
 
-@kinds
-def test_steps_on_a_mesh_equal_those_on_one_device(kind):
-    _check_steps("t1t2_3", kind, "minibatch", True)
+def test_steps_on_a_mesh_equal_those_on_one_device():
+    _check_steps("t1t2", "Explicit", "minibatch", True)
 
 
 @pytest.mark.slow
@@ -171,7 +181,16 @@ def test_steps_on_a_mesh_equal_those_on_one_device(kind):
 def test_every_algorithm_on_a_mesh_equals_itself_on_one_device(
     name, kind, data, split_model
 ):
+    _skip_if_refused(name, kind)
     _check_steps(name, kind, data, split_model)
+
+
+def test_implicit_refuses_explicit_axes():
+    algorithm = ALGORITHMS["implicit_3"](PROBLEM, SGD, SGD)
+    model, hyperparams, train, val = _spread("Explicit", _case())
+    state = algorithm.init(model, hyperparams)
+    with pytest.raises(ValueError, match="`state.model` lies along Explicit axes"):
+        algorithm.step(state, train, val)
 
 
 # What is sent from device to device
@@ -197,24 +216,25 @@ def _check_gathered(name, kind, data):
     assert max(_gathered(algorithm, state, train, val), default=0) < EXAMPLES / 2
 
 
-@kinds
-def test_a_step_gathers_no_hyperparameters(kind):
-    _check_gathered("t1t2", kind, "batch")
+def test_a_step_gathers_no_hyperparameters():
+    _check_gathered("t1t2", "Auto", "batch")
 
 
 @pytest.mark.slow
 @kinds
 @pytest.mark.parametrize("data", ["batch", "minibatch"])
-@pytest.mark.parametrize("name", list(ALGORITHMS))
+@pytest.mark.parametrize("name", [x for x in ALGORITHMS if "forward" not in x])
 @pytest.mark.filterwarnings("ignore:These hyperparameters get")
 def test_no_algorithm_gathers_hyperparameters(name, kind, data):
+    # Forward mode holds a model for each hyperparameter: it is for few.
+    _skip_if_refused(name, kind)
     _check_gathered(name, kind, data)
 
 
 # Drivers
 
 
-def _tune(case, wrap, name="t1t2_3", **settings):
+def _tune(case, wrap, name="t1t2", **settings):
     algorithm = ALGORITHMS[name](PROBLEM, SGD, SGD)
     model, hyperparams, train, val = case
     args = (algorithm, model, hyperparams, wrap(train), wrap(val))
@@ -233,26 +253,27 @@ def _check_tune(kind, wrap, **settings):
     assert _difference(parts(got), parts(expected)) < 1e-9
     assert _places((got.model, got.hyperparams)) == _places(spread[:2])
     again, count = _tune(spread, wrap, state=got.state, **settings)
+    assert count == 0
     assert _places((again.model, again.hyperparams)) == _places(spread[:2])
 
 
-@kinds
-def test_tune_leaves_arrays_where_they_are(kind):
-    _check_tune(kind, lambda data: data)
+def test_tune_leaves_arrays_where_they_are():
+    _check_tune("Auto", lambda data: data)
 
 
 @pytest.mark.slow
 @kinds
 @pytest.mark.parametrize("name", ["t1t2_3", "hyperdistill"])
 def test_tune_on_batches_of_a_loader(name, kind):
-    _check_tune(kind, lambda data: [data, data], name=name)
+    _check_tune(kind, lambda data: iter([data] * 100), name=name)
 
 
 def test_batches_of_a_loader_are_stacked_where_they_are():
     _, _, train, _ = _spread("Auto", _case())
-    feed = hpo._feed.Feed(iter([train] * 3), "train", 3)
-    stacked = feed.next().batches
-    for x, one in zip(stacked, train):
+    feed = Feed(iter([train] * 3), "train", 3)
+    stacked = feed.next()
+    assert isinstance(stacked, hpo.Stacked)
+    for x, one in zip(stacked.batches, train):
         assert x.shape == (3, *one.shape)
         expected = NamedSharding(one.sharding.mesh, P(None, "rows"))
         assert x.sharding.is_equivalent_to(expected, x.ndim)
@@ -313,16 +334,15 @@ def _check_folds(name, kind, horizon):
     start, got, count = _run(algorithm, (model, hyperparams, *data), DATA["batch"])
     assert count == 1
     parts = lambda s: (s.model, s.hyperparams, s.inner_opt_state, s.memory.lasting)
-    assert _difference(parts(got), parts(expected)) < 1e-9
+    assert _difference(parts(got), parts(expected)) < _tolerance(name)
     assert _places(got) == _places(start)
     assert got.model["w"].sharding.spec[0] == "folds"
     fresh = algorithm.restart(got, model)
     assert _places(fresh) == _places(got)
 
 
-@kinds
-def test_folds_on_a_mesh_equal_those_on_one_device(kind):
-    _check_folds("t1t2", kind, None)
+def test_folds_on_a_mesh_equal_those_on_one_device():
+    _check_folds("t1t2", "Explicit", None)
 
 
 @pytest.mark.slow
@@ -331,4 +351,5 @@ def test_folds_on_a_mesh_equal_those_on_one_device(kind):
 @pytest.mark.parametrize("name", list(ALGORITHMS))
 @pytest.mark.filterwarnings("ignore:These hyperparameters get")
 def test_every_algorithm_on_folds_on_a_mesh(name, kind, horizon):
+    _skip_if_refused(name, kind)
     _check_folds(name, kind, horizon)

@@ -18,7 +18,7 @@ from jaxtyping import PyTree
 
 from .._checks import check_key, check_same_structure
 from .._custom_types import Batch, Hyperparams, InnerOptimiser, Key, Model, Through
-from .._data import AbstractBatches, as_batches
+from .._data import AbstractBatches, as_batches, first_batch
 from .._discrete import refresh
 from .._hyperparameter import (
     at_inner_step,
@@ -48,7 +48,6 @@ from .guard import is_small, next_state
 from .recompilation import forget_compilations, warn_of_recompilation
 from .settings import check_model, check_settings
 from .tracing import (
-    batch_shapes,
     check_optimiser_states,
     default_unroll,
     empty_aux,
@@ -233,8 +232,9 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
 
         - `inner`: the inner state at the start.
         - `hyperparams`: the unwrapped hyperparameters.
-        - `batch`: a train batch, with `jax.ShapeDtypeStruct`s in place of arrays.
-            `None` where the batch is always the same, and where `init` was given none.
+        - `batch`: a train batch, with `jax.ShapeDtypeStruct`s in place of arrays unless
+            they lie on a mesh. `None` where the batch is always the same, and where
+            `init` was given none.
 
         **Returns:** a [`eqx_hpo.Memory`][].
         """
@@ -276,7 +276,7 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
             inner_opt_state=start.opt_state,
             outer_opt_state=as_device_arrays(self.outer.init(raw)),
             memory=as_device_arrays(
-                self.init_memory(inner, plain, batch_shapes(batches, key, mesh))
+                self.init_memory(inner, plain, first_batch(batches, key, mesh))
             ),
             model_state=model_state,
             step=jnp.zeros((), int),

@@ -18,6 +18,7 @@ from .._levels import Levels
 from .._misc import tree_add, tree_dot, tree_norm, tree_scale
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder, ForwardOverReverse
+from .._sharding import whole_like
 from .._solution import RESULTS
 from .._state import Estimate, float_scalar, InnerState, Memory, TaskReport
 from .base import AbstractAlgorithm
@@ -144,6 +145,7 @@ class Implicit(AbstractAlgorithm):
         hyperparams: Hyperparams,
         memory: Memory,
     ) -> Estimate:
+        _check_axes(inner.params)
         inner, train = levels.run(inner, hyperparams, 0, self.inner_steps)
         last = jnp.asarray(self.inner_steps - 1)
         val, (alpha, _), direct = levels.validation_gradient(inner, hyperparams, last)
@@ -215,6 +217,15 @@ hyperparameters,
     along $x$. With 0 it is that one alone; with `None` none at all, and the report
     holds what costs nothing.
 """
+
+
+def _check_axes(params: PyTree) -> None:
+    if any(whole_like(x) is not None for x in jtu.tree_leaves(params)):
+        raise ValueError(
+            "`state.model` lies along Explicit axes of a mesh, which linear solves by "
+            "Lineax do not take. Make the mesh with "
+            "`axis_types=(jax.sharding.AxisType.Auto,)`."
+        )
 
 
 def _has_absolute_test(solver: lx.AbstractLinearSolver) -> bool:

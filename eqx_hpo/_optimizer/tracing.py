@@ -12,11 +12,9 @@ import jax.random as jr
 import jax.tree_util as jtu
 import optax
 from jax.extend.core import Jaxpr
-from jax.sharding import Mesh
 
 from .._checks import check_same_structure
-from .._custom_types import Batch, Hyperparams, InnerOptimiser, Key, Through
-from .._data import AbstractBatches, SameBatch
+from .._custom_types import Hyperparams, InnerOptimiser, Key, Through
 from .._inner import inner_transformation
 from .._jaxpr import holds_primitive, live_inputs
 from .._levels import Levels
@@ -152,18 +150,6 @@ def _with_plain_rule(levels: Levels) -> Levels:
     return eqx.tree_at(
         lambda x: x.second_order, levels, ReverseOverReverse(), is_leaf=is_rule
     )
-
-
-def batch_shapes(train: AbstractBatches, key: Key, mesh: Mesh | None) -> Batch:
-    """Finds the shapes of a train batch, `None` if all batches are the same one."""
-    if isinstance(train, SameBatch):
-        return None
-    first = jnp.array(0)
-    key = jr.key(0) if key is None else key
-    if mesh is None:
-        return eqx.filter_eval_shape(train.draw, first, first, key)
-    # Only a batch that is drawn tells how batches lie on the mesh.
-    return train.draw(first, first, key)
 
 
 @contextlib.contextmanager
