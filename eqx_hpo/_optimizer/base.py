@@ -232,7 +232,8 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
         - `inner`: the inner state at the start.
         - `hyperparams`: the unwrapped hyperparameters.
         - `batch`: a train batch, with `jax.ShapeDtypeStruct`s in place of arrays unless
-            they lie on a mesh. `None` where the batch is always the same, and where `init` was given none.
+            they lie on a mesh. `None` where the batch is always the same, and where
+            `init` was given none.
 
         **Returns:** a [`eqx_hpo.Memory`][].
         """
