@@ -21,7 +21,7 @@ from ._misc import as_device_arrays, is_array_or_numpy
 from ._sharding import reshard_like
 
 
-_NUMBERS = (int, float, complex)
+_NUMBERS = frozenset([int, float, complex])
 _ROUNDS = 24  # of the shuffle; each leaves half of the points where they are
 
 
@@ -185,7 +185,7 @@ def leading_axis(name: str, data: PyTree[Any]) -> int:
 
 def holds_numbers(data: PyTree) -> bool:
     """Tells whether a leaf of `data` is a Python number, and not a flag."""
-    return any(type(x) in _NUMBERS for x in jtu.tree_leaves(data))
+    return not _NUMBERS.isdisjoint(map(type, jtu.tree_leaves(data)))
 
 
 def numbers_as_arrays(data: PyTree) -> PyTree:

@@ -55,29 +55,33 @@ class _JitMethod:
         ft.update_wrapper(self, fn)
 
     def __call__(self, instance: Any, *args: Any, **kwargs: Any) -> Any:
-        compiled, args, kwargs = self._prepare(instance, *args, **kwargs)
+        compiled, args, kwargs = self._prepare(instance, args, kwargs)
         return compiled(*args, **kwargs)
 
     def lower(self, instance: Any, *args: Any, **kwargs: Any) -> Any:
         """Lowers a call, as `eqx.filter_jit` does."""
-        compiled, args, kwargs = self._prepare(instance, *args, **kwargs)
+        compiled, args, kwargs = self._prepare(instance, args, kwargs)
         return compiled.lower(*args, **kwargs)
 
-    def _prepare(self, instance: Any, *args: Any, **kwargs: Any) -> Any:
+    def _prepare(self, instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Chooses a compiled function, and makes its arguments."""
+        if not args:
+            kwargs = dict(kwargs)
+            args = (kwargs.pop("state", None),)
         # A Python number in the data is no reason to compile anew. The state is left
         # alone: a number in the model is a setting.
-        state, *rest = args if args else (kwargs.get("state"),)
-        named = {k: x for k, x in kwargs.items() if k != "state"}
-        leaves = jtu.tree_leaves((rest, named))
+        state, data = args[0], (args[1:], kwargs)
+        leaves = jtu.tree_leaves(data)
         if holds_numbers(leaves):
-            rest, named = numbers_as_arrays((rest, named))
+            data = numbers_as_arrays(data)
         # A state that lies on a mesh has its counters there.
-        mesh = mesh_of((getattr(state, "step", None), *leaves))
+        leaves.append(getattr(state, "step", None))
+        mesh = mesh_of(leaves)
         if mesh is None:
+            rest, named = data
             return self._compiled, (instance, state, *rest), named
         state = on_mesh(state, mesh)
-        instance, rest, named = inputs_on_mesh((instance, rest, named), mesh)
+        instance, (rest, named) = inputs_on_mesh((instance, data), mesh)
         shardings = shardings_of(state)
         return self._pinned, (shardings, instance, state, *rest), named
 
