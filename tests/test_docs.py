@@ -44,6 +44,8 @@ def _run_blocks(page, namespace, unless):
     """Runs the blocks of a page, but for those that import a package of `unless`."""
     with jax.enable_x64(False):  # as a reader has it
         for block in _blocks(page):
+            if block.startswith("# script.py"):
+                continue  # a process of its own
             if not re.search(rf"^(from|import) ({'|'.join(unless)})\b", block, re.M):
                 exec(compile(block, str(page), "exec"), namespace)
 
@@ -71,6 +73,25 @@ def test_blocks_of_loggers_run(package, tmp_path, monkeypatch):
     _run_blocks(ROOT / "docs" / "logging.md", {"__name__": "docs"}, others)
     (written,) = tmp_path.glob(LOGGERS[package])
     assert b"hyperparams" in written.read_bytes()
+
+
+@pytest.mark.slow
+def test_the_script_of_two_processes_runs(tmp_path):
+    """Twice: the second time it reads the solution."""
+    pytest.importorskip("orbax.checkpoint", reason="needs the extra `orbax`")
+    page = ROOT / "docs" / "devices.md"
+    (script,) = [x for x in _blocks(page) if x.startswith("# script.py")]
+    (tmp_path / "script.py").write_text(script)
+    commands = _blocks(page, "bash")[0].replace("python", sys.executable)
+    for _ in range(2):
+        out = subprocess.run(
+            ["bash", "-c", commands + "wait"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        ).stdout
+        assert "Finished after step 200." in out
 
 
 def test_the_example_of_the_readme_has_15_lines():
