@@ -14,7 +14,7 @@ from ._checks import as_count, as_flag, as_int, check_key, check_type
 from ._jit import own_error_text
 from ._monitor import Monitor, Watcher
 from ._optimizer import AbstractBilevelOptimizer
-from ._processes import agree
+from ._processes import agree, is_alone
 from ._progress import ProgressBar
 from ._run import Run
 from ._signals import catch_signals
@@ -153,7 +153,9 @@ def conduct(
                 raise
             result = RESULTS.interrupted
         except Exception as e:
-            if run.has_begun() and run.is_alive():
+            # The others would not take part in what follows.
+            keeper = keeper if is_alone() else None
+            if run.has_begun() and run.is_alive() and is_alone():
                 attach_solution(e, lambda: run.finish(RESULTS.failed, watcher))
             raise
         finally:

@@ -16,9 +16,14 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def is_alone() -> bool:
+    """Tells whether there are no other processes, which may wait for this one."""
+    return jax.process_count() == 1
+
+
 def agree(value: int) -> int:
     """Returns the largest of the values that the processes have."""
-    if jax.process_count() == 1:
+    if is_alone():
         return int(value)
     # Here, as it would be a good part of the time of `import eqx_hpo`.
     from jax.experimental import multihost_utils
