@@ -216,13 +216,12 @@ def test_an_exception_keeps_the_best():
         if count == 3:
             raise RuntimeError("from the callback")
 
-    with pytest.raises(RuntimeError, match="from the callback") as info:
-        _search(callback=callback)
-    error: Any = info.value
-    assert error.solution.result == hpo.RESULTS.failed
-    assert "Best of 3 trials" in error.solution.message
-    best = np.nanmin(error.solution.history.val_loss)
-    assert error.solution.state.metrics.val_loss == best
+    with pytest.warns(UserWarning, match="RuntimeError: from the callback"):
+        solution = _search(callback=callback)
+    assert solution.result == hpo.RESULTS.callback_failed
+    assert isinstance(solution.exception, RuntimeError)
+    assert "Best of 3 trials" in solution.message
+    assert solution.state.metrics.val_loss == np.nanmin(solution.history.val_loss)
 
 
 def test_ctrl_c_keeps_the_best():
