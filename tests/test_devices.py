@@ -17,7 +17,7 @@ import pytest
 from eqx_hpo._feed import Feed
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from .helpers import ALGORITHMS, relative_error
+from .helpers import ALGORITHMS, equal, relative_error
 
 
 EXAMPLES, FEATURES, UNITS = 1024, 4, 8
@@ -354,3 +354,33 @@ def test_folds_on_a_mesh_equal_those_on_one_device():
 def test_every_algorithm_on_folds_on_a_mesh(name, kind, horizon):
     _skip_if_refused(name, kind)
     _check_folds(name, kind, horizon)
+
+
+@pytest.mark.parametrize(
+    "kind", ["Auto", pytest.param("Explicit", marks=pytest.mark.slow)]
+)
+def test_a_run_that_goes_on_leaves_arrays_where_they_are(kind, tmp_path):
+    """Through a file, and without a further compilation."""
+    model, hyperparams, train, val = _spread(kind, _case())
+    algorithm = hpo.T1T2(PROBLEM, SGD, SGD)
+
+    def tune(steps, folder=None):
+        checkpoint = None if folder is None else hpo.Checkpoints(folder)
+        with _compilations("_advance") as count:
+            solution = hpo.tune(
+                algorithm, model, hyperparams, train, val, steps=steps,
+                record_every=5, key=None, progress=False, checkpoint=checkpoint,
+            )  # fmt: skip
+        return solution, count[0]
+
+    whole, _ = tune(20)
+    half, _ = tune(10, tmp_path / "run")
+    rest, count = tune(20, tmp_path / "run")
+    assert count == 0
+    parts = lambda solution: (solution.state, solution.history)
+    assert equal(jax.device_get(parts(rest)), jax.device_get(parts(whole)))
+    assert _places(rest.state) == _places(half.state) == _places(whole.state)
+    hpo.save(tmp_path / "state", whole.state)
+    loaded = hpo.load(tmp_path / "state", like=half.state)
+    assert _places(loaded) == _places(whole.state)
+    assert equal(jax.device_get(loaded), jax.device_get(whole.state))
