@@ -89,29 +89,27 @@ def test_a_disk_that_takes_nothing(name, number, mended, tmp_path, whole, monkey
     assert _without_message(_run(tmp_path / "run")) == _without_message(solution)
 
 
-def test_a_limit_of_the_size_of_files(tmp_path, whole):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    limit = lambda x: resource.setrlimit(resource.RLIMIT_FSIZE, (x, before[1]))
-    callbacks = [_at(20, lambda: limit(700)), _at(40, lambda: limit(before[0]))]
+@pytest.mark.parametrize(
+    "kind, limit, words",
+    [
+        (resource.RLIMIT_FSIZE, 700, "File too large"),
+        pytest.param(
+            *(resource.RLIMIT_NOFILE, 3, "Too many open files"), marks=pytest.mark.slow
+        ),
+    ],
+    ids=["size", "number"],
+)
+def test_a_limit_of_files(kind, limit, words, tmp_path, whole):
+    before = resource.getrlimit(kind)
+    set_limit = lambda x: resource.setrlimit(kind, (x, before[1]))
+    callbacks = [_at(20, lambda: set_limit(limit))]
+    callbacks.append(_at(40, lambda: set_limit(before[0])))
     try:
-        with pytest.warns(UserWarning, match="File too large"):
+        with pytest.warns(UserWarning, match=words):
             solution = _run(tmp_path / "run", callbacks)
     finally:
-        limit(before[0])
-    _check_goes_on(solution, whole, "File too large")
-
-
-@pytest.mark.slow
-def test_a_limit_of_open_files(tmp_path, whole):
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = lambda x: resource.setrlimit(resource.RLIMIT_NOFILE, (x, before[1]))
-    callbacks = [_at(20, lambda: limit(3)), _at(40, lambda: limit(before[0]))]
-    try:
-        with pytest.warns(UserWarning, match="Too many open files"):
-            solution = _run(tmp_path / "run", callbacks)
-    finally:
-        limit(before[0])
-    _check_goes_on(solution, whole, "Too many open files")
+        set_limit(before[0])
+    _check_goes_on(solution, whole, words)
 
 
 def _remove(folder):
