@@ -119,14 +119,15 @@ def arrays_of(tree: PyTree, root: str = "state") -> dict[str, Any]:
 
 
 def facts_of(state: BilevelState) -> dict[str, Any]:
-    """Makes what the header of a file says of a state: the classes in it, and the
-    Python numbers among its leaves."""
+    """Makes what the header of a file says of a state: its step, the classes in it, and
+    the Python numbers among its leaves."""
     numbers = {
         _name(path): [x.real, x.imag] if isinstance(x, complex) else x
         for path, x in jtu.tree_leaves_with_path(state)
         if isinstance(x, _NUMBERS)
     }
-    return {"classes": _classes_of(state), "numbers": numbers}
+    step = int(state.step)
+    return {"step": step, "classes": _classes_of(state), "numbers": numbers}
 
 
 def _classes_of(state: BilevelState) -> dict[str, str]:

@@ -21,7 +21,7 @@ from ._container import DamagedFile
 from ._misc import is_typed_key
 from ._monitor import Best, Readings, Watcher
 from ._orbax_store import OrbaxStore
-from ._processes import agree, is_first
+from ._processes import agree, at_first
 from ._run import Run
 from ._signals import as_signals
 from ._solution import Course
@@ -115,11 +115,10 @@ class Checkpoints(eqx.Module):
 class Keeper:
     """Saves a run, and restores it."""
 
-    def __init__(self, checkpoints: Checkpoints, store: AbstractStore, folder: bool):
+    def __init__(self, checkpoints: Checkpoints, store: AbstractStore):
         self.settings = checkpoints
         self._store = store
         self._place = pathlib.Path(checkpoints.folder)
-        self._has_folder = folder
         self._needs: dict[int, int | None] = {}  # by checkpoint, the best state's step
         # The step of the snapshot under way, the best state it needs, and its end.
         self._writing: tuple[int, int | None, concurrent.futures.Future] | None = None
@@ -144,16 +143,15 @@ class Keeper:
         run.check_positions()
         try:
             self._store.prepare(run.state, clear=not self.settings.resume)
+            snapshot = self._newest(run) if self.settings.resume else None
+            kept = 0 if snapshot is None else self._restore(run, watcher, snapshot)
+            history = self._store.history
+            if history is not None:
+                at_first(lambda: run.rows.write_to(history, kept))
         except OSError as e:
             raise ValueError(
                 f"`checkpoint` cannot be written to `{self._place}`: {e}"
             ) from e
-        snapshot = self._newest(run) if self.settings.resume else None
-        if snapshot is not None:
-            self._restore(run, watcher, snapshot)
-        if self._has_folder and is_first():
-            kept = 0 if snapshot is None else snapshot.header["rows"]
-            run.rows.write_to(self._place / "history", kept)
         self._is_ready = True
         return snapshot is not None and snapshot.header["stopped"]
 
@@ -216,17 +214,18 @@ class Keeper:
     def _is_ours(self, header: dict[str, Any], began: int) -> bool:
         """Tells whether a checkpoint is of this very run, and not of the one before,
         whose last state was given to go on from."""
-        if header.get("began") != began and header.get("step", -1) == began:
+        if header.get("began") != began and header["step"] == began:
             return False
         for name, what in (
             ("began", "the step at which the run began"),
             ("algorithm", "the algorithm"),
             ("key", "`key`"),
         ):
-            if header.get(name, "nothing") != self._facts[name]:
+            there = header.get(name, "unknown")  # as where `save` wrote the file
+            if there != self._facts[name]:
                 raise ValueError(
                     f"`checkpoint`: `{self._place}` is of another run: {what} is "
-                    f"{header.get(name)} there and {self._facts[name]} here. Give "
+                    f"{there} there and {self._facts[name]} here. Give "
                     "another place, or `Checkpoints(..., resume=False)` to begin anew."
                 )
         return True
@@ -236,18 +235,18 @@ class Keeper:
             with contextlib.suppress(DamagedFile, OSError):
                 self._needs[step] = self._store.header(step).get("best")
 
-    def _restore(self, run: Run, watcher: Watcher | None, snapshot: Snapshot) -> None:
+    def _restore(self, run: Run, watcher: Watcher | None, snapshot: Snapshot) -> int:
+        """Goes over to a snapshot; returns how many rows the history has."""
         extra, header = snapshot.extra, snapshot.header
-        if self._has_folder:
-            count = run.rows.restore_file(self._place / "history", snapshot.step)
-        else:
+        if self._store.history is None:
             count = run.rows.restore(extra["history"], snapshot.step)
+        else:
+            count = run.rows.restore_file(self._store.history, snapshot.step)
         if count != header["rows"]:
             warnings.warn(
                 f"The history at `{self._place}` is damaged: {count} of "
                 f"{header['rows']} rows are left."
             )
-            header["rows"] = count
         course = Course(*(jnp.asarray(extra[f"course.{x}"]) for x in _COURSE))
         run.go_on(snapshot.state, course, header["data"])
         if watcher is not None and "monitor.step" in extra:
@@ -257,6 +256,7 @@ class Keeper:
             readings = Readings(extra["monitor.step"], extra["monitor.value"])
             watcher.go_on(readings, best)
         self._saved = snapshot.step, header["stopped"]
+        return count
 
     def _try(self, run: Run, watcher: Watcher | None, stopped: bool) -> None:
         if self._saved == (run.step, stopped):
@@ -287,7 +287,7 @@ class Keeper:
             "stopped": stopped,
         }
         best = None
-        if not self._has_folder:
+        if self._store.history is None:
             extra["history"] = run.rows.content().reshape(-1)
         if watcher is not None:
             readings = watcher.readings()
@@ -342,9 +342,9 @@ def make_keeper(checkpoint: Any, every: int) -> Keeper | None:
         checkpoint = Checkpoints(checkpoint, every=every)
         path = pathlib.Path(checkpoint.folder)
         if not path.is_dir():
-            return Keeper(checkpoint, FileStore(path), folder=False)
+            return Keeper(checkpoint, FileStore(path))
     make = OrbaxStore if checkpoint.backend == "orbax" else FolderStore
-    return Keeper(checkpoint, make(pathlib.Path(checkpoint.folder)), folder=True)
+    return Keeper(checkpoint, make(pathlib.Path(checkpoint.folder)))
 
 
 def _name(algorithm: Any) -> str:

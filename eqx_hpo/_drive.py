@@ -22,9 +22,8 @@ from ._solution import describe_skipped, RESULTS, Solution
 from ._state import check_state
 
 
-# What may end a run between two calls.
+# What may end a run between two calls; of several, the last one here.
 _REASONS = [
-    None,
     RESULTS.interrupted,
     RESULTS.preempted,
     RESULTS.patience,
@@ -155,7 +154,7 @@ def conduct(
         except Exception as e:
             # The others would not take part in what follows.
             keeper = keeper if is_alone() else None
-            if run.has_begun() and run.is_alive() and is_alone():
+            if is_alone() and run.has_begun() and run.is_alive():
                 attach_solution(e, lambda: run.finish(RESULTS.failed, watcher))
             raise
         finally:
@@ -213,15 +212,12 @@ def drive(
 
 def _agreed(reasons: list[Any]) -> Any:
     """Finds the reason to stop, if any process has one."""
-    codes = [i for i, x in enumerate(_REASONS) for y in reasons if _is(x, y)]
-    code = agree(max(codes, default=0))
-    return _REASONS[code]
+    code = agree(max([0, *[_code(x) for x in reasons if x is not None]]))
+    return _REASONS[code - 1] if code > 0 else None
 
 
-def _is(left: Any, right: Any) -> bool:
-    if left is None or right is None:
-        return left is right
-    return bool(left == right)
+def _code(reason: Any) -> int:
+    return 1 + next(i for i, x in enumerate(_REASONS) if x == reason)
 
 
 def _due(events: list[Event], step: int) -> list[Callable[[], Any]]:

@@ -47,6 +47,7 @@ class OrbaxStore(AbstractStore):
 
     def __init__(self, folder: pathlib.Path):
         self._folder = folder.absolute()
+        self.history = self._folder / "history"
         self._orbax = import_orbax()
         # Two, so that a checkpoint does not wait for the best state that it needs.
         self._savers = {kind: self._make_saver(kind) for kind in _KINDS}
@@ -89,7 +90,7 @@ class OrbaxStore(AbstractStore):
             with contextlib.suppress(Exception):  # of a save that failed
                 saver.wait_until_finished()
         at_first(self._tidy)
-        header = {**snapshot.header, "step": snapshot.step, "best": None}
+        header = {**snapshot.header, "best": None}
         writes = []
         if snapshot.best is not None:
             header["best"], best = snapshot.best

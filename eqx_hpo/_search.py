@@ -119,7 +119,7 @@ def search(
     - `study_name`: the name of the study in `storage`.
     - `progress`: whether to show the progress, as in `tune`.
     - `callback`: called as `callback(state)` after each trial; the search stops at the
-        end of the round if it returns something true.
+        end of the round if it returns something true, or raises. A list calls several.
     - `model_state`: an `eqx.nn.State`, for losses that take and return one.
 
     **Returns:** a [`eqx_hpo.Solution`][] with the model, the hyperparameters and the
@@ -130,8 +130,9 @@ def search(
     validation loss. That of a pruned trial is the last one that was taken; it is never
     the best. `message` counts both kinds, and the steps. `RESULTS.nonfinite` says that
     no trial was completed: then the solution is `model` and `low`. The validation loss
-    of the best trial is `state.metrics.val_loss`. Ctrl-C ends the search with the best
-    so far.
+    of the best trial is `state.metrics.val_loss`. Ctrl-C and SIGTERM end the search
+    with the best so far, and so does an exception of the callback: a warning, with
+    `RESULTS.callback_failed` and the exception in the solution.
 
     **Raises:** an `ImportError` without Optuna, or what `sampler` needs; a `ValueError`
     if the ranges do not match, are empty, not finite or upside down, if the study in

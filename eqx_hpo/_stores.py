@@ -43,7 +43,10 @@ class Keep(NamedTuple):
 
 
 class AbstractStore(abc.ABC):
-    """The checkpoints of a run, by the number of their step."""
+    """The checkpoints of a run, by the number of their step. `history` is the file that
+    the rows of the history go to, `None` if they are a part of each checkpoint."""
+
+    history: pathlib.Path | None
 
     @abc.abstractmethod
     def prepare(self, state: BilevelState, clear: bool) -> None:
@@ -90,6 +93,7 @@ class FileStore(AbstractStore):
 
     def __init__(self, path: pathlib.Path):
         self._path = path
+        self.history = None
 
     def prepare(self, state: BilevelState, clear: bool) -> None:
         del clear  # the first snapshot replaces it
@@ -133,6 +137,7 @@ class FolderStore(AbstractStore):
 
     def __init__(self, folder: pathlib.Path):
         self._folder = folder
+        self.history = folder / "history"
         self._whole: set[int] = set()  # best states that are there, and not damaged
 
     def prepare(self, state: BilevelState, clear: bool) -> None:
@@ -222,7 +227,7 @@ def host_copies(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def _taken(snapshot: Snapshot) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Copies a snapshot but for the best state."""
-    header = {**facts_of(snapshot.state), **snapshot.header, "step": snapshot.step}
+    header = facts_of(snapshot.state) | snapshot.header
     header["best"] = None if snapshot.best is None else snapshot.best[0]
     return header, host_copies(arrays_of(snapshot.state) | snapshot.extra)
 

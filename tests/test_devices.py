@@ -22,6 +22,13 @@ from .helpers import ALGORITHMS, equal, relative_error
 
 EXAMPLES, FEATURES, UNITS = 1024, 4, 8
 SGD = optax.sgd(0.1, momentum=0.9)
+
+
+def _fresh(name):
+    """An algorithm that no other test has compiled."""
+    return ALGORITHMS[name](PROBLEM, optax.sgd(0.1, momentum=0.9), SGD)
+
+
 kinds = pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 
 
@@ -151,8 +158,7 @@ def _skip_if_refused(name, kind):
 
 
 def _check_steps(name, kind, data, split_model):
-    algorithm = ALGORITHMS[name](PROBLEM, SGD, SGD)
-    case = _case()
+    algorithm, case = _fresh(name), _case()
     _, expected, _ = _run(algorithm, case, DATA[data])
     spread = _spread(kind, case, split_model)
     start, got, count = _run(algorithm, spread, DATA[data])
@@ -234,8 +240,7 @@ def test_no_algorithm_gathers_hyperparameters(name, kind, data):
 # Drivers
 
 
-def _tune(case, wrap, name="t1t2", **settings):
-    algorithm = ALGORITHMS[name](PROBLEM, SGD, SGD)
+def _tune(algorithm, case, wrap, **settings):
     model, hyperparams, train, val = case
     args = (algorithm, model, hyperparams, wrap(train), wrap(val))
     with _compilations("_advance") as count:
@@ -243,20 +248,21 @@ def _tune(case, wrap, name="t1t2", **settings):
     return solution, count[0]
 
 
-def _check_tune(kind, wrap, **settings):
-    case = _case()
+def _check_tune(kind, wrap, name="t1t2"):
+    algorithm, case = _fresh(name), _case()
     spread = _spread(kind, case)
-    expected, _ = _tune(case, wrap, **settings)
-    got, count = _tune(spread, wrap, **settings)
+    expected, _ = _tune(algorithm, case, wrap)
+    got, count = _tune(algorithm, spread, wrap)
     assert count == 1
     parts = lambda x: (x.model, x.hyperparams)
     assert _difference(parts(got), parts(expected)) < 1e-9
     assert _places((got.model, got.hyperparams)) == _places(spread[:2])
-    again, count = _tune(spread, wrap, state=got.state, **settings)
+    again, count = _tune(algorithm, spread, wrap, state=got.state)
     assert count == 0
     assert _places((again.model, again.hyperparams)) == _places(spread[:2])
 
 
+@pytest.mark.slow
 def test_tune_leaves_arrays_where_they_are():
     _check_tune("Auto", lambda data: data)
 
@@ -282,8 +288,7 @@ def test_batches_of_a_loader_are_stacked_where_they_are():
 @pytest.mark.slow
 @kinds
 def test_fit_leaves_the_model_where_it_is(kind):
-    algorithm = hpo.T1T2(PROBLEM, SGD, SGD)
-    case = _case()
+    algorithm, case = _fresh("t1t2"), _case()
     spread = _spread(kind, case)
     args = dict(steps=20, key=jr.key(1), progress=False)
     expected = hpo.fit(algorithm, *case[:3], val=case[3], **args)
@@ -324,8 +329,7 @@ def test_what_is_on_one_device_joins_the_data(which):
 
 
 def _check_folds(name, kind, horizon):
-    plain = ALGORITHMS[name](PROBLEM, SGD, SGD)
-    algorithm = hpo.MetaLearner(plain, 4, horizon=horizon)
+    algorithm = hpo.MetaLearner(_fresh(name), 4, horizon=horizon)
     model, hyperparams, train, _ = _case()
     train, val = hpo.folds(train, 4)
     _, expected, _ = _run(algorithm, (model, hyperparams, train, val), DATA["batch"])
@@ -341,6 +345,7 @@ def _check_folds(name, kind, horizon):
     assert _places(fresh) == _places(got)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:These hyperparameters get")
 def test_folds_on_a_mesh_equal_those_on_one_device():
     _check_folds("first_order", "Explicit", None)

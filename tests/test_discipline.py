@@ -14,6 +14,8 @@ import equinox as eqx
 import eqx_hpo as hpo
 import pytest
 
+from .conftest import LONG_VARIANTS
+
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "eqx_hpo"
@@ -213,3 +215,11 @@ def test_the_command_of_the_tests_is_one_everywhere():
     assert f'"{command}"' in (ROOT / ".ci" / "run").read_text()
     workflow = ROOT / ".github" / "workflows" / "tests.yml"
     assert f"- run: {command}\n" in workflow.read_text()
+
+
+def test_long_variants_are_of_tests_that_exist():
+    for entry in LONG_VARIANTS:
+        file, _, rest = entry.partition("::")
+        name, bracket, _ = rest.partition("[")
+        assert bracket
+        assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(), entry

@@ -22,7 +22,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LONG = [
     "docs/examples/learning-rates.md",
     "docs/examples/model-parts.md",
+    "docs/generalisation.md",
     "docs/getting-started.md",
+    "docs/how-to-choose.md",
+    "docs/precision.md",
 ]
 # Packages of the extra `logging`, which a block of docs/logging.md may import.
 # By the pattern one finds what each has written.

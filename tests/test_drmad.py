@@ -204,6 +204,7 @@ def _every_third(wraps):
     return optax.GradientTransformation(lambda params: jnp.zeros((), int), update)
 
 
+@pytest.mark.slow
 def test_the_fit_of_hyperdistill_keeps_counters_too():
     problem = hpo.Problem(
         lambda w, h, batch, key: jnp.sum(batch * (w - h) ** 2),

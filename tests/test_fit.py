@@ -153,6 +153,7 @@ def test_no_finite_step_ends_the_run_with_the_model_as_it_was():
     assert equal(solution.model, CASE.model)
 
 
+@pytest.mark.slow
 def test_model_state_and_aux():
     def train_loss(models, decay, batch, key):
         (linear, norm), state = models

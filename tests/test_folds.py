@@ -194,6 +194,7 @@ def test_folds_equal_runs_of_their_own(name, batch_size):
     )
 
 
+@pytest.mark.slow
 def test_weights_of_held_out_examples_get_nothing_from_their_fold():
     """So the hypergradient of a weight is that of the other folds, over all of them."""
     x, y = _data(jr.key(0))

@@ -63,6 +63,7 @@ def _run(outer, threshold):
     return state, jnp.stack(shut)
 
 
+@pytest.mark.slow
 def test_behind_adam_a_coordinate_stands_still():
     """The moments of Adam would move it: the first steps are the same for all."""
     state, shut = _run(optax.adam(0.1), 2.0)

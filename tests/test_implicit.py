@@ -124,6 +124,7 @@ def _trees():
     return hpo.Problem(train_loss, val_loss), model, {"a": 0.3, "b": -1.0}, *data
 
 
+@pytest.mark.slow
 def test_trees_of_every_shape_equal_the_long_unroll():
     problem, model, hyperparams, train, val = _trees()
     inner = optax.sgd(0.2)
@@ -392,6 +393,7 @@ def test_complex_weights():
     assert int(after.skipped) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)]
 )

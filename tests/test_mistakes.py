@@ -79,6 +79,7 @@ def test_shapes_that_change_are_a_warning_at_the_third_compilation(by):
     assert expected in str(record[0].message)
 
 
+@pytest.mark.slow
 def test_strings_that_change_are_a_warning_and_none_that_stay():
     x = jnp.ones((4, 2))
     with warnings.catch_warnings():
@@ -118,6 +119,7 @@ def test_the_same_data_for_both_levels():
         _tune(loader, loader)
 
 
+@pytest.mark.slow
 def test_the_same_data_where_nothing_is_tuned():
     """`fit` may validate on what it trains on; `search` chooses by it."""
     algorithm, _ = _start()

@@ -161,6 +161,7 @@ def test_pmap_over_seeds_equals_vmap(getkey):
     assert relative_error(parallel, jax.vmap(run)(keys, rates)) < 1e-12
 
 
+@pytest.mark.slow
 def test_batch_sharded_over_devices(getkey):
     """Data parallel: the batch is split over devices, the state is on all of them."""
     case, algorithm = _ridge_algorithm()
@@ -609,6 +610,7 @@ def test_aux_of_both_losses_is_reported():
     assert equal(algorithm.step(without, *data).metrics.aux, after.metrics.aux)
 
 
+@pytest.mark.slow
 def test_hyperparameters_improve_the_validation_loss():
     case = logistic()
     run = lambda outer: hpo.tune(

@@ -259,6 +259,7 @@ def test_a_folder_of_the_other_backend(tmp_path):
         _tune(3, checkpoint=_checkpoints(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_dtype_of_each_kind(tmp_path):
     model = {dtype: VALUES.astype(dtype) for dtype in DTYPES}
     model |= {"a/b": jnp.ones(2), "": jnp.zeros(3), "empty": jnp.ones((0, 2))}

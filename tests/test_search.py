@@ -460,6 +460,7 @@ def _with_discrete():
     return algorithm, (end(1, 1e-3), end(5, 0.1))
 
 
+@pytest.mark.slow
 def test_discrete_hyperparameters_are_searched_as_what_they_are():
     algorithm, ends = _with_discrete()
     solution = _search(algorithm, *ends, trials=60, parallel=10)

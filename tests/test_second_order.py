@@ -325,6 +325,7 @@ def _weighted(dtype, strict):
     return hpo.Problem(train, val), w, h, (x[:20], y[:20]), (x[20:], y[20:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, bound", [(jnp.bfloat16, 2e-2), (jnp.float16, 3e-3)])
 def test_finite_differences_in_half_precision(dtype, bound):
     problem, w, h, train, val = _weighted(dtype, strict=False)

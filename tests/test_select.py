@@ -129,6 +129,7 @@ def test_a_choice_is_one_coordinate(by):
     assert _flat(got).tolist() == [3.0, 4.0, 0, 0, 4.7, 0]
 
 
+@pytest.mark.slow
 def test_rotation_reaches_everything_and_keeps_k():
     select = hpo.select_top_k(3, rotate=0.34)  # two in turn, one by rank
     updates = {"a": jnp.array([9.0, 1.0, 1.0]), "b": jnp.ones(4)}

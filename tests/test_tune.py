@@ -467,6 +467,7 @@ def test_aux_is_kept_in_one_structure():
     assert equal(run(algorithm.init(jnp.zeros(2), jnp.array(0.5))).state, started.state)
 
 
+@pytest.mark.slow
 def test_convolutions_run_a_step_a_call(getkey):
     conv = eqx.nn.Conv2d(1, 2, 3, key=getkey())
     images = jr.normal(getkey(), (4, 1, 8, 8))

@@ -207,6 +207,7 @@ def _nested():
     }
 
 
+@pytest.mark.slow
 def test_nested_hyperparameters_of_every_shape():
     def train_loss(model, h, batch, key):
         scale = h["deep"][0]["matrix"] @ h["vector"]
