@@ -9,9 +9,11 @@ import eqx_hpo as hpo
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 import numpy as np
 import optax
 import pytest
+from jax import lax
 
 from .benchmarks import flops, overhead
 from .benchmarks.generalisation import (
@@ -20,6 +22,12 @@ from .benchmarks.generalisation import (
     recipe,
     rivals,
     task as tasks,
+)
+from .benchmarks.solvers import (
+    by_hand,
+    figure,
+    problems as bilevel,
+    runs,
 )
 
 
@@ -139,3 +147,99 @@ def test_course_of_overfitting_begins_at_the_default(monkeypatch):
             moved = np.abs(path["log decay"][0] - task.default["log decay"])
             assert losses.shape == (1,) and 0 < losses[0] < 10
             assert np.max(moved) < 0.1001 and np.median(moved) > 0.09
+
+
+@pytest.fixture
+def whole(monkeypatch):
+    """A problem and its draw, in double precision, with all data in each batch."""
+    problem = bilevel.quadratics(n=32, size=4)
+    monkeypatch.setattr(by_hand, "take", lambda data, key: data)
+    monkeypatch.setattr(hpo, "Minibatch", lambda data, size: data)
+    with jax.enable_x64(True):
+        draw = problem.make(3, False)
+        to_double = lambda x: jnp.asarray(x, jnp.float64)
+        yield problem, jtu.tree_map(to_double, draw)
+
+
+def _run(make, problem, draw, rates, updates):
+    carry, step, read = make(problem, draw, by_hand.Rates(*rates))
+    update = lambda carry, t: (step(carry, t, jr.key(0)), None)
+    end = jax.jit(lambda carry: lax.scan(update, carry, jnp.arange(updates))[0])
+    return read(end(carry))
+
+
+def test_gradient_of_the_value_of_quadratics(whole):
+    problem, draw = whole
+
+    def value(lam):
+        gradient = jax.grad(problem.train_loss)
+        hessian = jax.jacobian(gradient)(draw.theta, lam, draw.train)
+        at_zero = gradient(jnp.zeros(4), lam, draw.train)
+        return problem.val_loss(-jnp.linalg.solve(hessian, at_zero), lam, draw.val)
+
+    got = bilevel.value_gradient(draw, draw.lam[None])[0]
+    for i, step in enumerate(1e-4 * jnp.eye(4)):
+        difference = (value(draw.lam + step) - value(draw.lam - step)) / 2e-4
+        np.testing.assert_allclose(got[i], difference, rtol=1e-6)
+
+
+# Besides the rates, the distance that the bias of each leaves: that of the penalty
+# falls with the strength, that of few terms of a series with their number.
+SOLVED = {
+    "SOBA": ((0.5, 0.3, 0.0, 0.0), 1e-9),
+    "MA-SOBA": ((0.5, 0.3, 0.0, 0.1), 1e-9),
+    "AmIGO": ((0.5, 0.3, 0.0, 0.0), 1e-9),
+    "StocBiO": ((0.5, 0.3, 0.0, 0.0), 1e-9),
+    "F2SA": ((0.5, 0.3, 0.0, 1e4), 1e-2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOLVED)
+def test_solvers_by_hand_reach_the_optimum(whole, monkeypatch, name):
+    problem, draw = whole
+    monkeypatch.setattr(by_hand, "STEPS", 500)
+    rates, close = SOLVED[name]
+    _, lam = _run(runs.RIVALS[name].make, problem, draw, rates, 2000)
+    start, end = bilevel.value_gradient(draw, jnp.stack([draw.lam, lam]))
+    assert np.linalg.norm(end) < close * np.linalg.norm(start)
+
+
+@pytest.mark.parametrize("name", runs.PAIRS)
+def test_ours_is_the_mathematics_of_its_rival(whole, name):
+    problem, draw = whole
+    rates = (0.3, 0.2, 0.5, 0.4)
+    solvers = runs.OURS[name], runs.RIVALS[runs.PAIRS[name]]
+    got, expected = (_run(x.make, problem, draw, rates, 5) for x in solvers)
+    for left, right in zip(got, expected):
+        np.testing.assert_allclose(left, right, rtol=1e-9)
+
+
+def test_reading_of_curves():
+    falls = [[16.0, 8.0, 4.0, 2.0, *[1.0] * 21]] * 2
+    late = [[16.0, 16.0, 8.0, 4.0, 2.0, *[1.0] * 20]] * 2
+    curves = {name: np.array(x)[..., None] for name, x in zip("ab", (falls, late))}
+    calls = {name: list(range(25)) for name in "ab"}
+    row = {"curves": curves, "calls": calls, "log": True}
+    assert figure.end(row, "a", 0) == (1.0, 0.0)
+    np.testing.assert_allclose(figure.mean_curve(row, "a", 0)[3], 2**2.5)
+    assert [figure.reached(row, name, 1.0, 0) for name in "ab"] == [7, 8]
+    assert figure.reached(row, "a", 0.5, 0) == np.inf
+    assert figure.best(row, ["b", "c"], 0) == "b"
+
+
+def test_without_mnist_the_data_are_named(tmp_path):
+    with pytest.raises(SystemExit, match=r"mnist\.npz is missing: data cleaning needs"):
+        bilevel.cleaning(tmp_path, 0.5).make(0, False)
+
+
+@pytest.mark.slow
+def test_the_whole_benchmark_on_a_small_problem(tmp_path):
+    problem = bilevel.quadratics(n=64, size=4, budget=200)
+    names = ["SOBA", "hpo.SOBA"]
+    with jax.enable_x64(False):
+        row = runs.run(problem, names, range(2), 2)
+    assert np.shape(row["curves"]["hpo.SOBA"]) == (2, runs.MARKS + runs.AFTER + 1, 1)
+    assert all(x > 0 for x in row["seconds"]["hpo.SOBA"])
+    figure.draw([row], str(tmp_path / "figure.png"))
+    assert (tmp_path / "figure.png").stat().st_size > 1000

@@ -1,11 +1,13 @@
 """The same mathematics by the library, as functions like those of `by_hand.py`."""
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import eqx_hpo as hpo
 import jax
+import jax.numpy as jnp
 import optax
 
 from .by_hand import Rates, STEPS, strength
@@ -19,7 +21,7 @@ def _solver(algorithm: Callable[..., Any], steps: int = STEPS):
     def make(problem: Problem, draw: Draw, rates: Rates):
         keyless = lambda loss: lambda theta, lam, batch, key: loss(theta, lam, batch)
         losses = hpo.Problem(keyless(problem.train_loss), keyless(problem.val_loss))
-        inner = optax.sgd(lambda count: rates.inner_at(count // steps))
+        inner = optax.sgd(lambda count: rates.inner_at(jnp.asarray(count) // steps))
         algo = algorithm(rates, losses, inner, optax.sgd(rates.outer_at))
         train, val = hpo.Minibatch(draw.train, BATCH), hpo.Minibatch(draw.val, BATCH)
         start, static = eqx.partition(algo.init(draw.theta, draw.lam), eqx.is_array)
@@ -34,33 +36,46 @@ def _solver(algorithm: Callable[..., Any], steps: int = STEPS):
     return make
 
 
-def _neumann(terms: int, rates: Rates):
-    return {"inner_steps": STEPS, "linear_solver": hpo.Neumann(terms, rates.inner)}
+_REVERSE = hpo.ReverseOverReverse()  # as by hand
 
 
-def _soba(rates: Rates, *levels):
+def _soba(rule: hpo.AbstractSecondOrder, rates: Rates, *levels: Any):
     # Made while tracing, `averaging=0.0` would be a tracer, and no longer none at all.
     with jax.ensure_compile_time_eval():
-        return hpo.SOBA(*levels, linear_rate=rates.inner_at)
+        return hpo.SOBA(*levels, second_order=rule, linear_rate=rates.inner_at)
 
 
-def _averaged(rates: Rates, *levels):
-    return hpo.SOBA(*levels, linear_rate=rates.inner_at, averaging=rates.extra)
+def _averaged(rates: Rates, *levels: Any):
+    settings = {"linear_rate": rates.inner_at, "averaging": rates.extra}
+    return hpo.SOBA(*levels, second_order=_REVERSE, **settings)
 
 
-def _penalty(rates: Rates, *levels):
+def _penalty(rates: Rates, *levels: Any):
     grows = lambda t: strength(rates, t)
     return hpo.Penalty(*levels, strength=grows, inner_steps=STEPS)
 
 
-soba = _solver(_soba, 1)
+def _implicit(warm_start: bool, rates: Rates, *levels: Any):
+    # From zero on, the first term needs no product with the Hessian.
+    terms = STEPS if warm_start else STEPS + 1
+    return hpo.Implicit(
+        *levels,
+        second_order=_REVERSE,
+        inner_steps=STEPS,
+        linear_solver=hpo.Neumann(terms, rates.inner),
+        warm_start=warm_start,
+    )
+
+
+def _t1t2(rates: Rates, *levels: Any):
+    del rates
+    return hpo.T1T2(*levels, second_order=_REVERSE, inner_steps=STEPS)
+
+
+soba = _solver(ft.partial(_soba, _REVERSE), 1)
+mixed = _solver(ft.partial(_soba, hpo.ForwardOverReverse()), 1)
 averaged = _solver(_averaged, 1)
 penalty = _solver(_penalty)
-# Warm, all terms but none need a product with the Hessian; cold, the first needs none.
-warm = _solver(lambda rates, *levels: hpo.Implicit(*levels, **_neumann(STEPS, rates)))
-cold = _solver(
-    lambda rates, *levels: hpo.Implicit(
-        *levels, **_neumann(STEPS + 1, rates), warm_start=False
-    )
-)
-t1t2 = _solver(lambda rates, *levels: hpo.T1T2(*levels, inner_steps=STEPS))
+warm = _solver(ft.partial(_implicit, True))
+cold = _solver(ft.partial(_implicit, False))
+t1t2 = _solver(_t1t2)

@@ -48,6 +48,7 @@ class Problem(NamedTuple):
     figures: tuple[str, ...]
     rates: tuple[float, ...]
     outer: tuple[float, ...]
+    exponents: tuple[float, ...]  # by which both fall with the updates
     budget: int  # calls
     is_log: bool  # means over seeds are geometric
 
@@ -82,9 +83,7 @@ def _terms(rng: np.random.Generator, n: int, size: int):
 def _quadratic(theta, lam, terms):
     square = (terms["x"] @ theta) ** 2 + (terms["u"] @ lam) ** 2
     product = (terms["a"] @ lam) * (terms["b"] @ theta)
-    return jnp.mean(
-        square / 2 + product + terms["c"] @ theta + terms["e"] @ lam
-    )
+    return jnp.mean(square / 2 + product + terms["c"] @ theta + terms["e"] @ lam)
 
 
 class Mean(NamedTuple):
@@ -149,6 +148,7 @@ def quadratics(n: int = 1024, size: int = 100, budget: int = 40_000) -> Problem:
         figures=("squared norm of the gradient of the value",),
         rates=(0.03, 0.1, 0.3, 1.0),
         outer=(0.03, 0.1, 0.3, 1.0),
+        exponents=(0.0, 0.5),
         budget=budget,
         is_log=True,
     )
@@ -220,7 +220,7 @@ def _error_and_loss(draw: Draw, thetas):
     return jax.lax.map(each, thetas)
 
 
-def cleaning(folder: pathlib.Path, share: float, budget: int = 40_000) -> Problem:
+def cleaning(folder: pathlib.Path, share: float, budget: int = 12_000) -> Problem:
     return Problem(
         name=f"cleaning {share:g}",
         train_loss=_weighted,
@@ -228,8 +228,9 @@ def cleaning(folder: pathlib.Path, share: float, budget: int = 40_000) -> Proble
         make=ft.partial(_make_cleaning, folder, share),
         report=lambda draw, thetas, lams: np.asarray(_error_and_loss(draw, thetas)),
         figures=("test error, %", "validation loss"),
-        rates=(0.01, 0.03, 0.1, 0.3),
-        outer=(10.0, 100.0, 1000.0, 10_000.0),
+        rates=(0.003, 0.01, 0.03, 0.1),
+        outer=(300.0, 1000.0, 3000.0, 10_000.0),
+        exponents=(0.0,),
         budget=budget,
         is_log=False,
     )
