@@ -4,7 +4,7 @@ import statistics
 
 import numpy as np
 
-from .runs import MARKS, OURS, RIVALS, smooth
+from .runs import MARKS, OURS, PAIRS, RIVALS, smooth
 
 
 def each_curve(row, name: str, figure: int) -> np.ndarray:
@@ -42,20 +42,40 @@ def best(row, names, figure: int) -> str:
     return min(found, key=lambda name: end(row, name, figure)[0])
 
 
+def against(row, name: str, other: str, figure: int) -> tuple[float, float]:
+    """Calls and seconds to where another ends, in those that the other takes."""
+    value = end(row, other, figure)[0]
+    calls = reached(row, name, value, figure) / reached(row, other, value, figure)
+    return calls, calls * ratio_of_seconds(row, name, other)
+
+
+def paired(row, name: str, other: str, figure: int) -> tuple[float, float]:
+    """The difference at the budget over the seeds, and its standard error; in percent
+    where means are geometric."""
+    at = lambda name: each_curve(row, name, figure)[MARKS]
+    difference = (100 if row["log"] else 1) * (at(name) - at(other))
+    error = difference.std(ddof=1) / len(difference) ** 0.5
+    return float(difference.mean()), float(error)
+
+
 def show(row) -> None:
-    """For each solver: the end, and calls and seconds to where the best rival ends, in
-    those of the rival; microseconds a call; megabytes of temporaries and in all."""
+    """For each solver: where it ends, and the difference to the best rival; calls and
+    seconds to where the best rival ends, and to where its own rival ends, in those of
+    that rival. Then microseconds a call, and megabytes of temporaries and of what is
+    carried."""
     for figure, title in enumerate(row["figures"]):
         champion = best(row, RIVALS, figure)
-        value = end(row, champion, figure)[0]
-        calls = reached(row, champion, value, figure)
-        print(f"{row['problem']}: {title}. The best rival is {champion}, {value:.4g}")
+        print(f"{row['problem']}: {title}. The best rival is {champion}.")
         for name in row["curves"]:
             mean, error = end(row, name, figure)
-            late = reached(row, name, value, figure) / calls
-            seconds = late * ratio_of_seconds(row, name, champion)
-            print(f"  {name:20}{mean:10.4g} ± {error:<8.2g}{late:6.2f}{seconds:6.2f}")
-    print("  microseconds a call, megabytes of temporaries and of what is carried")
+            text = f"  {name:20}{mean:10.4g} ± {error:<8.2g}"
+            text += "{:+8.2f} ± {:<6.2f}".format(*paired(row, name, champion, figure))
+            text += "{:7.2f}{:7.2f}".format(*against(row, name, champion, figure))
+            if PAIRS.get(name) in row["curves"]:
+                text += "{:9.2f}{:7.2f}".format(
+                    *against(row, name, PAIRS[name], figure)
+                )
+            print(text, flush=True)
     for name, seconds in row["seconds"].items():
         memory = [x / 1e6 for x in row["memory"][name].values()]
         middle = 1e6 * statistics.median(seconds)

@@ -50,6 +50,7 @@ class Problem(NamedTuple):
     outer: tuple[float, ...]
     exponents: tuple[float, ...]  # by which both fall with the updates
     budget: int  # calls
+    seeds: int
     is_log: bool  # means over seeds are geometric
 
 
@@ -150,6 +151,7 @@ def quadratics(n: int = 1024, size: int = 100, budget: int = 40_000) -> Problem:
         outer=(0.03, 0.1, 0.3, 1.0),
         exponents=(0.0, 0.5),
         budget=budget,
+        seeds=40,
         is_log=True,
     )
 
@@ -232,5 +234,6 @@ def cleaning(folder: pathlib.Path, share: float, budget: int = 12_000) -> Proble
         outer=(300.0, 1000.0, 3000.0, 10_000.0),
         exponents=(0.0,),
         budget=budget,
+        seeds=5,
         is_log=False,
     )
