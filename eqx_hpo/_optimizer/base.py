@@ -1,7 +1,6 @@
-"""The interface of every algorithm: `init`, `step`, `compute_hypergradient`, `restart`.
+"""What all algorithms for one model share: the four methods of the interface.
 
-`AbstractBilevelOptimizer` declares it. `AbstractAlgorithm` implements it for one model,
-and asks for three slots: `estimate` (move the inner level and estimate the
+A concrete one fills three slots: `estimate` (move the inner level and estimate the
 hypergradient), `init_memory` (the memory carried from step to step) and
 `init_diagnostics` (the report on the estimate).
 """
@@ -9,15 +8,15 @@ hypergradient), `init_memory` (the memory carried from step to step) and
 import abc
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import optax
 from jaxtyping import PyTree
 
 from .._checks import check_key, check_same_structure
-from .._custom_types import Batch, Hyperparams, InnerOptimiser, Key, Model, Through
+from .._custom_types import Batch, Hyperparams, Key, Model, Through
 from .._data import AbstractBatches, as_batches, first_batch
 from .._discrete import refresh
 from .._hyperparameter import (
@@ -31,7 +30,6 @@ from .._jit import jit_method
 from .._levels import Levels, make_levels
 from .._misc import as_device_arrays
 from .._precision import lift, settle
-from .._problem import Problem
 from .._second_order import AbstractSecondOrder
 from .._sharding import mesh_of_tree, on_mesh, put_like
 from .._state import (
@@ -45,6 +43,7 @@ from .._state import (
     Metrics,
 )
 from .guard import is_small, next_state
+from .interface import AbstractBilevelOptimizer
 from .recompilation import forget_compilations, warn_of_recompilation
 from .settings import check_model, check_settings
 from .tracing import (
@@ -57,129 +56,6 @@ from .tracing import (
 )
 
 
-class AbstractBilevelOptimizer(eqx.Module):
-    """An algorithm that trains a model and tunes its hyperparameters by gradient: an
-    immutable collection of settings. Everything that changes is in
-    [`eqx_hpo.BilevelState`][].
-
-    **Attributes:**
-
-    - `problem`: the two losses.
-    - `inner`: an `optax.GradientTransformation` that trains the model, or a function
-        from the unwrapped hyperparameters to one, for learning rates and the like:
-        `inner=lambda h: optax.sgd(h.learning_rate)`.
-    - `outer`: an `optax.GradientTransformation` on the `raw` arrays of the
-        hyperparameters.
-    - `inner_steps`: the number of inner steps in a call of `step`.
-    - `val_at_each_step`: whether the validation loss is taken after each inner step, or
-        only after the last one of a call.
-    """
-
-    problem: eqx.AbstractVar[Problem]
-    inner: eqx.AbstractVar[InnerOptimiser]
-    outer: eqx.AbstractVar[optax.GradientTransformation]
-    inner_steps: eqx.AbstractVar[int]
-    val_at_each_step: eqx.AbstractVar[bool]
-
-    @abc.abstractmethod
-    def init(
-        self,
-        model: Model,
-        hyperparams: Hyperparams,
-        *,
-        train: Batch | AbstractBatches = None,
-        val: Batch | AbstractBatches = None,
-        model_state: PyTree = None,
-        key: Key = None,
-    ) -> BilevelState:
-        """Makes the state before the first step.
-
-        **Arguments:**
-
-        - `model`: any pytree. Its inexact arrays are trained, all other leaves pass
-            through.
-        - `hyperparams`: any pytree of placeholders and floating-point arrays. Python
-            floats become arrays. May be empty.
-        - `train`, `val`: the data, as for `step`, to find their structure. With both,
-            `init` warns of hyperparameters that get no hypergradient.
-            [`eqx_hpo.HyperDistill`][] needs `train`. Losses with `has_aux=True` need
-            both; without them `state.metrics.aux` is `None` until the first step, and
-            `step` compiles twice.
-        - `model_state`: an `eqx.nn.State`, for losses that take and return one.
-        - `key`: a PRNG key, where the losses need one.
-
-        **Returns:** a [`eqx_hpo.BilevelState`][].
-
-        **Raises:** a `ValueError` if `model` has nothing to train or still holds
-        placeholders, or if a hyperparameter is not floating point.
-        """
-
-    @abc.abstractmethod
-    def step(
-        self,
-        state: BilevelState,
-        train: Batch | AbstractBatches,
-        val: Batch | AbstractBatches,
-        *,
-        key: Key = None,
-    ) -> BilevelState:
-        """Trains the model for `inner_steps`, then updates the hyperparameters once.
-        Compiled once for a run of any length. A step whose losses, hypergradient or new
-        state are not all finite changes only `step`, the counts of skipped steps and
-        `metrics`.
-
-        **Arguments:**
-
-        - `state`: from `init` or an earlier `step`.
-        - `train`: the train data: a pytree of arrays (one batch, used at every inner
-            step), [`eqx_hpo.Minibatch`][] or [`eqx_hpo.Stacked`][].
-        - `val`: the validation data, likewise. Used after the last inner step, or after
-            each one if `val_at_each_step`.
-        - `key`: a PRNG key, a new one for each call; needed only where a loss or a
-            sampler is random.
-
-        **Returns:** a new state; the old one stays valid.
-
-        **Raises:** an `equinox.EquinoxRuntimeError` with its own text where an
-        `equinox.error_if` inside a loss or a layer fails.
-        """
-
-    @abc.abstractmethod
-    def compute_hypergradient(
-        self,
-        state: BilevelState,
-        train: Batch | AbstractBatches,
-        val: Batch | AbstractBatches,
-        *,
-        key: Key = None,
-    ) -> Hyperparams:
-        """Computes the hypergradient that `step` would use, without checking that it is
-        finite.
-
-        **Arguments:** those of `step`.
-
-        **Returns:** a pytree of the structure of `state.hyperparams`, with the gradient
-        in place of each `raw` and each plain array, and `None` elsewhere.
-        """
-
-    @abc.abstractmethod
-    def restart(
-        self, state: BilevelState, model: Model, *, model_state: PyTree = None
-    ) -> BilevelState:
-        """Starts the inner level afresh: the model, the inner optimiser's state, the
-        memory of the episode and `episode_step`. Everything else lives on.
-
-        **Arguments:**
-
-        - `state`: the state so far.
-        - `model`: the fresh model, of the structure given to `init`.
-        - `model_state`: the fresh `eqx.nn.State`; without it the present statistics
-            are kept.
-
-        **Returns:** a new state.
-        """
-
-
 class AbstractAlgorithm(AbstractBilevelOptimizer):
     """An algorithm for one model. A concrete one fills the three slots below.
 
@@ -190,12 +66,17 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
         or on CPUs all (of at most 64) if a loss holds a convolution: loops slow it.
     - `through`: which derivative of the inner level the estimate takes: `"update"`,
         that of the optimiser's update; `"gradient"`, that of the training gradient;
-        `None`, none. `init` warns of hyperparameters that it cannot reach.
+        `"differences"`, none, but it compares values; `None`, none. `init` warns of
+        hyperparameters that it cannot reach.
+    - `sees_raw`: whether `init_memory` and `estimate` get the `raw` arrays as
+        `hyperparams`, and the hypergradient is that of these. `levels.unwrap` makes
+        unwrapped hyperparameters of them.
     """
 
     second_order: eqx.AbstractVar[AbstractSecondOrder]
     unroll: eqx.AbstractVar[int | None]
     through: eqx.AbstractClassVar[Through]
+    sees_raw: ClassVar[bool] = False
 
     def __check_init__(self):
         check_settings(self)
@@ -276,7 +157,11 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
             inner_opt_state=start.opt_state,
             outer_opt_state=as_device_arrays(self.outer.init(raw)),
             memory=as_device_arrays(
-                self.init_memory(inner, plain, first_batch(batches, key, mesh))
+                self.init_memory(
+                    inner,
+                    raw if self.sees_raw else plain,
+                    first_batch(batches, key, mesh),
+                )
             ),
             model_state=model_state,
             step=jnp.zeros((), int),
@@ -352,7 +237,8 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
         model_state = state.model_state if model_state is None else given
         plain, zero = unwrap_values(state.hyperparams), jnp.zeros((), int)
         inner = start_inner(self.inner, at_inner_step(plain, zero), model, model_state)
-        fresh = as_device_arrays(self.init_memory(lift(inner), plain, None).episode)
+        seen = partition_raw(state.hyperparams)[0] if self.sees_raw else plain
+        fresh = as_device_arrays(self.init_memory(lift(inner), seen, None).episode)
         # What cannot be made without a batch stays as it was.
         episode = jtu.tree_map(
             lambda new, old: old if new is None else new,
@@ -404,6 +290,10 @@ def raw_estimate(
     if unroll is not None:
         levels = dataclasses.replace(levels, unroll=unroll)
     inner = lift(inner_state(state))
+    if algorithm.sees_raw:
+        levels = dataclasses.replace(levels, unwrap=to_plain)
+        estimate = algorithm.estimate(levels, inner, raw, state.memory)
+        return dataclasses.replace(estimate, inner=settle(estimate.inner))
     estimate = algorithm.estimate(levels, inner, plain, state.memory)
     (gradient,) = pullback(estimate.hypergradient)
     return dataclasses.replace(
