@@ -148,6 +148,8 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
         inner = lift(start)
         batches = as_batches(train, "train", self.inner_steps)
         raw, _ = partition_raw(hyperparams)
+        batch = first_batch(batches, key, mesh)
+        memory = self.init_memory(inner, raw if self.sees_raw else plain, batch)
         # No two of these share memory, which a caller may donate.
         nans = [float_scalar(jnp.nan) for _ in range(3)]
         diagnostics = as_device_arrays(self.init_diagnostics())
@@ -156,13 +158,7 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
             hyperparams=hyperparams,
             inner_opt_state=start.opt_state,
             outer_opt_state=as_device_arrays(self.outer.init(raw)),
-            memory=as_device_arrays(
-                self.init_memory(
-                    inner,
-                    raw if self.sees_raw else plain,
-                    first_batch(batches, key, mesh),
-                )
-            ),
+            memory=as_device_arrays(memory),
             model_state=model_state,
             step=jnp.zeros((), int),
             episode_step=jnp.zeros((), int),

@@ -1,4 +1,4 @@
-"""The interface of every algorithm: `init`, `step`, `compute_hypergradient`, `restart`."""
+"""The interface of every algorithm, and what its four methods promise."""
 
 import abc
 
