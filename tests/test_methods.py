@@ -2,6 +2,7 @@
 forms by hand."""
 
 import re
+from typing import Any
 
 import eqx_hpo as hpo
 import jax
@@ -42,7 +43,8 @@ def _run(section, *checks, change=lambda block: block):
 
     **Returns:** the names, and the errors of the checks.
     """
-    names, errors = {"__name__": "docs"}, []
+    names: dict[str, Any] = {"__name__": "docs"}
+    errors: list[float] = []
     definitions = [x for x in section if not _is_check(x)]
     for block in (START, *definitions, *checks):
         exec(compile(change(block), str(PAGE), "exec"), names)
