@@ -155,7 +155,7 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["errors", "cost"])
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--seeds", type=int, default=10, help="how many")
-    parser.add_argument("--pairs", type=int, default=1)
+    parser.add_argument("--pairs", type=int, default=6)
     parser.add_argument("--scale", type=float, default=0.5)
     parser.add_argument("--outer", type=float, default=0.3)
     args = parser.parse_args()
