@@ -35,7 +35,7 @@ CHECKS = {
     for block in section
     if _is_check(block)
 }
-FAST = "The_order_of_DARTS"
+FAST = "Hypergradient_descent"
 
 
 def _run(section, *checks, change=lambda block: block):
@@ -130,6 +130,7 @@ def test_sama_takes_the_product_of_t1t2_at_other_weights():
     assert relative_error(got, at(after)) > 1e-3
 
 
+@pytest.mark.slow
 def test_clarke():
     """The map is that of the weights and the velocity together."""
     names = _defined("fixed_point")
