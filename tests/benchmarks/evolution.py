@@ -17,6 +17,7 @@ import argparse
 import statistics
 import time
 import warnings
+from typing import Any
 
 import equinox as eqx
 import eqx_hpo as hpo
@@ -60,9 +61,9 @@ def data_of(seed: int):
     return cut(0, TRAIN), cut(TRAIN, TRAIN + VAL), cut(TRAIN + VAL, len(x))
 
 
-def make(pairs: int, scale: float, outer: float, window: int) -> hpo.Evolution:
+def make(pairs: int, scale: float, rate: Any, window: int) -> hpo.Evolution:
     return hpo.Evolution(
-        PROBLEM, INNER, optax.adam(outer), inner_steps=window, pairs=pairs, scale=scale
+        PROBLEM, INNER, optax.adam(rate), inner_steps=window, pairs=pairs, scale=scale
     )
 
 
@@ -70,10 +71,12 @@ def compare(seed: int, pairs: int, scale: float, outer: float) -> dict[str, floa
     """Test errors, in percent, and the numbers of trainings."""
     train, val, test = data_of(seed)
     model = eqx.nn.MLP(64, 10, 32, 1, key=jr.key(seed))
-    algorithm = make(pairs, scale, outer, WINDOW)
     key, windows = jr.key(seed), LENGTH // WINDOW
     # Two trainings for each pair, that of the model, and one at the end.
     episodes = (TRIALS // 4 - 1) // (2 * pairs + 1)
+    # The noise of the estimate stays, so the steps have to shrink.
+    rate = optax.cosine_decay_schedule(outer, episodes * windows)
+    algorithm = make(pairs, scale, rate, WINDOW)
     tuned = hpo.tune(
         algorithm,
         model,
