@@ -64,5 +64,6 @@ def trace(
 
 
 def _from_literal(x: Any) -> Any:
-    is_literal = isinstance(x, (int, float, complex)) and hasattr(x, "dtype")
-    return jnp.asarray(x, x.dtype) if is_literal else x
+    dtype = getattr(x, "dtype", None)
+    is_literal = isinstance(x, (int, float, complex)) and dtype is not None
+    return jnp.asarray(x, dtype) if is_literal else x

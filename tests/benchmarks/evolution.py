@@ -34,7 +34,7 @@ TRIALS, LENGTH, WINDOW, PAIRS = 256, 200, 20, 16
 TRAIN, VAL = 300, 500  # images; the others are for the test
 LOW = {"rate": hpo.Positive(1e-5), "decay": hpo.Positive(1e-6)}
 HIGH = {"rate": hpo.Positive(10.0), "decay": hpo.Positive(10.0)}
-START = {"rate": hpo.Positive(1e-3), "decay": hpo.Positive(0.03)}
+START = {"rate": hpo.Positive(3e-3), "decay": hpo.Positive(0.03)}
 
 
 def train_loss(model, h, batch, key):
@@ -156,10 +156,10 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["errors", "cost"])
-    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--first", type=int, default=10, help="the first seed")
     parser.add_argument("--seeds", type=int, default=10, help="how many")
     parser.add_argument("--pairs", type=int, default=6)
-    parser.add_argument("--scale", type=float, default=0.5)
+    parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--outer", type=float, default=0.3)
     args = parser.parse_args()
     if args.what == "cost":
