@@ -57,9 +57,8 @@ def main() -> None:
     for row in rows:
         figure.show(row)
     for problem in [] if args.read else problems:
-        seeds, rounds = (
-            (range(2), 2) if args.quick else (range(args.seeds), args.rounds)
-        )
+        seeds = range(2 if args.quick else args.seeds or problem.seeds)
+        rounds = 2 if args.quick else args.rounds
         rows.append(runs.run(problem, names, seeds, rounds))
         figure.show(rows[-1])
         if args.json:

@@ -57,7 +57,8 @@ def _repeat(body, carry, key):
 def soba(problem: Problem, draw: Draw, rates: Rates, averaged: bool = False):
     gradient = jax.grad(problem.train_loss)
     val_gradient = jax.grad(problem.val_loss, argnums=(0, 1))
-    zeros = jtu.tree_map(jnp.zeros_like, (draw.theta, draw.lam))
+    v = jtu.tree_map(jnp.zeros_like, draw.theta)
+    mean = jtu.tree_map(jnp.zeros_like, draw.lam) if averaged else None
 
     def step(carry, t, key):
         theta, lam, v, mean = carry
@@ -74,7 +75,7 @@ def soba(problem: Problem, draw: Draw, rates: Rates, averaged: bool = False):
         v = v - a * (product + val_by_theta)
         return theta - a * by_theta, lam - b * direction, v, mean
 
-    return (draw.theta, draw.lam, *zeros), step, _read
+    return (draw.theta, draw.lam, v, mean), step, _read
 
 
 def ma_soba(problem: Problem, draw: Draw, rates: Rates):

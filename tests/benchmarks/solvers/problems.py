@@ -151,7 +151,7 @@ def quadratics(n: int = 1024, size: int = 100, budget: int = 40_000) -> Problem:
         outer=(0.03, 0.1, 0.3, 1.0),
         exponents=(0.0, 0.5),
         budget=budget,
-        seeds=40,
+        seeds=30,
         is_log=True,
     )
 
