@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--problems", help="names, with commas between them")
     parser.add_argument("--solvers", help="names, with semicolons between them")
     parser.add_argument("--seeds", type=int, help="as many for each problem")
-    parser.add_argument("--rounds", type=int, default=15, help="of timing")
+    parser.add_argument("--rounds", type=int, default=25, help="of timing")
     parser.add_argument("--tune", action="store_true", help="choose the step sizes")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", help="a file for all figures")

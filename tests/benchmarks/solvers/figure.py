@@ -4,7 +4,7 @@ import statistics
 
 import numpy as np
 
-from .runs import MARKS, OURS, PAIRS, RIVALS, smooth
+from .runs import MARKS, OURS, PAIRS, RIVALS, SMOOTH, smooth
 
 
 def each_curve(row, name: str, figure: int) -> np.ndarray:
@@ -94,13 +94,15 @@ def draw(rows, path: str) -> None:
             ours = name in OURS
             number = list(OURS if ours else RIVALS).index(name)
             look = {"color": f"C{number}", "lw": 1.8 if ours else 1.2}
-            calls = np.array(row["calls"][name])[1 : MARKS + 1]
+            # Before these the running mean has the start in it.
+            shown = slice(SMOOTH, MARKS + 1)
+            calls = np.array(row["calls"][name])[shown]
             seconds = statistics.median(row["seconds"][name]) * calls
-            for axes, x in zip(column, (calls, seconds)):
-                y = mean_curve(row, name, 0)[1 : MARKS + 1]
+            for axes, x in zip(column, (calls / 1000, seconds)):
+                y = mean_curve(row, name, 0)[shown]
                 axes.plot(x, y, "-" if ours else "--", label=name, **look)
-        column[0].set(title=row["problem"], xlabel="calls")
-        column[1].set(xlabel="CPU seconds", xscale="log")
+        column[0].set(title=row["problem"], xlabel="calls, thousands")
+        column[1].set(xlabel="CPU seconds")
         for axes in column:
             axes.set_ylabel(row["figures"][0])
             axes.grid(alpha=0.3)

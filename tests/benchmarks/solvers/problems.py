@@ -146,7 +146,7 @@ def quadratics(n: int = 1024, size: int = 100, budget: int = 40_000) -> Problem:
         report=lambda draw, thetas, lams: np.sum(
             value_gradient(draw, lams) ** 2, axis=-1, keepdims=True
         ),
-        figures=("squared norm of the gradient of the value",),
+        figures=("squared gradient of the value",),
         rates=(0.03, 0.1, 0.3, 1.0),
         outer=(0.03, 0.1, 0.3, 1.0),
         exponents=(0.0, 0.5),
