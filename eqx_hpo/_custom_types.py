@@ -23,5 +23,6 @@ _Transformation: TypeAlias = optax.GradientTransformation | optax.MultiSteps
 InnerOptimiser: TypeAlias = _Transformation | Callable[[Hyperparams], _Transformation]
 
 # Which derivative of the inner level an algorithm takes: that of the whole update, that
-# of the training gradient, or none. "values" asks for no hypergradient at all.
-Through: TypeAlias = Literal["update", "gradient", "values"] | None
+# of the training gradient, or none. "differences" is none either: values are compared.
+# "values" asks for no hypergradient at all.
+Through: TypeAlias = Literal["update", "gradient", "differences", "values"] | None

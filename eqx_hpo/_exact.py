@@ -16,11 +16,12 @@ from ._custom_types import Batch, Hyperparams, Key
 from ._data import AbstractBatches, as_batches
 from ._discrete import refresh
 from ._hyperparameter import partition_raw, unwrap_values
-from ._levels import make_levels, repeat_step
+from ._levels import make_levels
 from ._misc import tree_dot, tree_norm, tree_scale
 from ._optimizer import AbstractAlgorithm
 from ._optimizer.tracing import default_unroll
 from ._precision import lift
+from ._repeat import repeat_step
 from ._second_order import ReverseOverReverse
 from ._state import BilevelState, inner_state
 

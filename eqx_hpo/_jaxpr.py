@@ -90,6 +90,22 @@ def _live_through_scan(params: dict[str, Any], outputs: list[bool]) -> list[bool
         carry = grown
 
 
+def read_inputs(
+    fn: Callable[[PyTree], tuple[PyTree, ...]], x: PyTree
+) -> list[list[bool]]:
+    """Tells, for each part of what `fn` returns and for each leaf of `x`, whether the
+    part depends on the leaf. Traces `fn` once; computes nothing."""
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(x)
+    count = len(closed.jaxpr.invars)
+    union = lambda eqn, inputs: frozenset().union(*(x for x in inputs if x))
+    labels = iter(
+        _propagate(closed.jaxpr, [frozenset([i]) for i in range(count)], union)
+    )
+    parts = [[next(labels) for _ in jtu.tree_leaves(part)] for part in shapes]
+    read = [frozenset().union(*(x for x in part if x)) for part in parts]
+    return [[i in part for i in range(count)] for part in read]
+
+
 def dependent_outputs(fn: Callable[[PyTree], PyTree], x: PyTree) -> list[bool]:
     """Tells, for each leaf of `fn(x)`, whether it depends on the arrays `x`. Traces
     `fn` once; computes nothing."""

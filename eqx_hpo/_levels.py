@@ -7,16 +7,13 @@ training gradient is differentiated by the second-order rule.
 """
 
 import dataclasses
-import functools as ft
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jax import lax
 from jaxtyping import PRNGKeyArray, PyTree
 
 from ._custom_types import (
@@ -41,6 +38,7 @@ from ._precision import (
     with_derivative_of,
 )
 from ._problem import evaluate_train, evaluate_val, Problem
+from ._repeat import repeat_step
 from ._second_order import AbstractSecondOrder, FiniteDifference, ReverseOverReverse
 from ._state import BilevelState, InnerState
 from ._traced_loss import trace, TracedLoss
@@ -70,6 +68,8 @@ class Levels(eqx.Module):
         the identity where there is one model. All that an algorithm puts in
         `Memory.lasting` must have passed through it.
     - `unroll`: how many updates a scan of `run` holds in its body.
+    - `unwrap`: makes unwrapped hyperparameters of `raw` arrays, for an algorithm with
+        `sees_raw`.
     """
 
     train_loss: TracedLoss
@@ -83,6 +83,7 @@ class Levels(eqx.Module):
     key: Key
     mean: Callable[[PyTree], PyTree] = eqx.field(static=True)
     unroll: int = eqx.field(static=True, default=1)
+    unwrap: Callable[[PyTree], Hyperparams] = eqx.field(static=True, default=None)
 
     def update(
         self, state: InnerState, hyperparams: Hyperparams, index: IntScalar
@@ -296,6 +297,37 @@ class Levels(eqx.Module):
         alpha, direct = jtu.tree_map(lambda x: unscaled(x, scale), gradients)
         return report, alpha, direct
 
+    def direct_gradient(
+        self, state: InnerState, hyperparams: Hyperparams, index: IntScalar
+    ) -> Hyperparams:
+        r"""Computes $\partial C_1 / \partial \lambda$ of the train loss of an inner
+        step at fixed $\theta_t$.
+
+        **Arguments:** those of `evaluate`.
+
+        **Returns:** the gradient, in single precision at least where the loss can be
+        evaluated so.
+        """
+        scale, levels = (
+            loss_scale_of(state),
+            self.in_single_precision(state, hyperparams),
+        )
+        state, hyperparams = levels._to_differentiate(
+            levels.train_loss, state, hyperparams
+        )
+        if levels.train_loss.single is not None:
+            params = jtu.tree_map(as_single, state.params)
+            state = dataclasses.replace(state, params=params)
+
+        def loss(hyperparams):
+            batch, key = levels._draw(levels.train, index, _TRAIN)
+            h = levels._at(hyperparams, index)
+            out = levels.train_loss(state.params, state.model_state, h, batch, key)
+            return scaled(out[0], scale)
+
+        gradient = eqx.filter_grad(loss)(hyperparams)
+        return jtu.tree_map(lambda x: unscaled(x, scale), gradient)
+
     def _to_differentiate(
         self, loss: TracedLoss, state: InnerState, hyperparams: Hyperparams
     ) -> tuple[InnerState, Hyperparams]:
@@ -407,40 +439,3 @@ def with_pullback(
     params, model_state = reached
     inner = InnerState(params, opt_state, model_state)
     return inner, lambda alpha: vjp(alpha)[0], report
-
-
-def repeat_step(
-    step: Callable[[Any], Any], carry: Any, count: int, depth: int, unroll: int
-) -> Any:
-    """Applies `step` `count` times, by `depth` nested scans over `jax.checkpoint`ed
-    bodies.
-
-    With `n` the smallest base in which `count` has `depth` digits, a body of level `i`
-    stands for `n**i` steps, and each digit of `count` is a scan of its level. Reverse
-    mode holds one level's carries at a time: about `depth * n` in all.
-    """
-    # A loop keeps XLA from merging the repeated computation with the first one.
-    in_loop = unroll < count
-    recompute = ft.partial(jax.checkpoint, prevent_cse=not in_loop)
-
-    def scan(body, carry, length):
-        unroll_ = min(unroll, length) if in_loop else length
-        out, _ = lax.scan(
-            lambda carry, _: (body(carry), None), carry, length=length, unroll=unroll_
-        )
-        return out
-
-    if depth == 0:
-        return scan(step, carry, count)
-    base = 1
-    while base**depth < count:
-        base += 1
-    bodies = [recompute(step)]
-    for _ in range(depth - 1):
-        below = bodies[-1]
-        bodies.append(recompute(lambda carry, body=below: scan(body, carry, base)))
-    for level in reversed(range(depth)):
-        times, count = divmod(count, base**level)
-        if times > 0:
-            carry = scan(bodies[level], carry, times)
-    return carry

@@ -9,6 +9,7 @@ hypergradient), `init_memory` (the memory carried from step to step) and
 import abc
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -190,12 +191,17 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
         or on CPUs all (of at most 64) if a loss holds a convolution: loops slow it.
     - `through`: which derivative of the inner level the estimate takes: `"update"`,
         that of the optimiser's update; `"gradient"`, that of the training gradient;
-        `None`, none. `init` warns of hyperparameters that it cannot reach.
+        `"differences"`, none, but it compares values; `None`, none. `init` warns of
+        hyperparameters that it cannot reach.
+    - `sees_raw`: whether `init_memory` and `estimate` get the `raw` arrays as
+        `hyperparams`, and the hypergradient is that of these. `levels.unwrap` makes
+        unwrapped hyperparameters of them.
     """
 
     second_order: eqx.AbstractVar[AbstractSecondOrder]
     unroll: eqx.AbstractVar[int | None]
     through: eqx.AbstractClassVar[Through]
+    sees_raw: ClassVar[bool] = False
 
     def __check_init__(self):
         check_settings(self)
@@ -276,7 +282,11 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
             inner_opt_state=start.opt_state,
             outer_opt_state=as_device_arrays(self.outer.init(raw)),
             memory=as_device_arrays(
-                self.init_memory(inner, plain, first_batch(batches, key, mesh))
+                self.init_memory(
+                    inner,
+                    raw if self.sees_raw else plain,
+                    first_batch(batches, key, mesh),
+                )
             ),
             model_state=model_state,
             step=jnp.zeros((), int),
@@ -352,7 +362,8 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
         model_state = state.model_state if model_state is None else given
         plain, zero = unwrap_values(state.hyperparams), jnp.zeros((), int)
         inner = start_inner(self.inner, at_inner_step(plain, zero), model, model_state)
-        fresh = as_device_arrays(self.init_memory(lift(inner), plain, None).episode)
+        seen = partition_raw(state.hyperparams)[0] if self.sees_raw else plain
+        fresh = as_device_arrays(self.init_memory(lift(inner), seen, None).episode)
         # What cannot be made without a batch stays as it was.
         episode = jtu.tree_map(
             lambda new, old: old if new is None else new,
@@ -404,6 +415,10 @@ def raw_estimate(
     if unroll is not None:
         levels = dataclasses.replace(levels, unroll=unroll)
     inner = lift(inner_state(state))
+    if algorithm.sees_raw:
+        levels = dataclasses.replace(levels, unwrap=to_plain)
+        estimate = algorithm.estimate(levels, inner, raw, state.memory)
+        return dataclasses.replace(estimate, inner=settle(estimate.inner))
     estimate = algorithm.estimate(levels, inner, plain, state.memory)
     (gradient,) = pullback(estimate.hypergradient)
     return dataclasses.replace(

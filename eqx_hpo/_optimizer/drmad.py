@@ -141,11 +141,30 @@ def pull_back(
 ) -> tuple[InnerState, Hyperparams]:
     """Computes the products $a A_t$ and $a B_t$ of a cotangent of the inner state after
     step `index` with the two derivatives of that step, at `inner`."""
+    _, pullback, _ = linearise_update(levels, inner, hyperparams, index)
+    return pullback(cotangent)
+
+
+def linearise_update(
+    levels: Levels, inner: InnerState, hyperparams: Hyperparams, index: IntScalar
+) -> tuple[
+    InnerState,
+    Callable[[InnerState], tuple[InnerState, Hyperparams]],
+    tuple[FloatScalar, Any],
+]:
+    """Takes inner step `index` from `inner`.
+
+    **Returns:** the new inner state; a function from a cotangent $a$ of it to $a A_t$
+    and $a B_t$; and the report of the step.
+    """
     arrays, rest = eqx.partition(inner, eqx.is_inexact_array)
 
     def update(arrays, hyperparams):
-        new, _ = levels.update(eqx.combine(arrays, rest), hyperparams, index)
-        return eqx.filter(new, eqx.is_inexact_array)
+        new, report = levels.update(eqx.combine(arrays, rest), hyperparams, index)
+        moved, fixed = eqx.partition(new, eqx.is_inexact_array)
+        return moved, (fixed, report)
 
-    _, pullback = eqx.filter_vjp(update, arrays, hyperparams)
-    return pullback(cotangent)
+    moved, pullback, (fixed, report) = eqx.filter_vjp(
+        update, arrays, hyperparams, has_aux=True
+    )
+    return eqx.combine(moved, fixed), pullback, report

@@ -5,6 +5,8 @@ them: a complex array is a pair of real ones, and half precision is cast.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -14,7 +16,7 @@ import lineax as lx
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from .._custom_types import Hyperparams, IntScalar
+from .._custom_types import FloatScalar, Hyperparams, IntScalar
 from .._levels import Levels
 from .._misc import as_single, match_types, tree_add, tree_scale
 from .._second_order import ReverseOverReverse
@@ -35,7 +37,7 @@ class Point(eqx.Module):
         exact = dataclasses.replace(self.levels, second_order=ReverseOverReverse())
         start = as_vector(self.inner.params)
         gradient, product = jax.linearize(
-            lambda vector: self._gradient(exact, vector, hyperparams), start
+            lambda vector: self._gradient(exact, vector, hyperparams)[0], start
         )
         operator = lx.FunctionLinearOperator(
             lambda v: tree_add(product(v), tree_scale(damping, v)),
@@ -48,14 +50,38 @@ class Point(eqx.Module):
         r"""Computes $x^\top \partial^2 C_1 / \partial \theta \partial \lambda$."""
         start = as_vector(self.inner.params)
         _, pullback = eqx.filter_vjp(
-            lambda hyperparams: self._gradient(self.levels, start, hyperparams),
+            lambda hyperparams: self._gradient(self.levels, start, hyperparams)[0],
             hyperparams,
         )
         return pullback(x)[0]
 
+    def gradient(
+        self, hyperparams: Hyperparams
+    ) -> tuple[
+        Callable[[PyTree], tuple[PyTree, Hyperparams]],
+        tuple[PyTree, PyTree, tuple[FloatScalar, Any]],
+    ]:
+        r"""Computes the training gradient, for both products of a vector at once.
+
+        **Returns:** a function from $v$ to $(Hv, v^\top \partial^2 C_1 / \partial
+        \theta \partial \lambda)$ by the second-order rule; and what `Levels.gradient`
+        returns.
+        """
+        start = as_vector(self.inner.params)
+        _, pullback, found = eqx.filter_vjp(
+            lambda vector, h: self._gradient(self.levels, vector, h),
+            start,
+            hyperparams,
+            has_aux=True,
+        )
+        gradient, model_state, report = found
+        gradient = match_types(gradient, self.inner.params)
+        return pullback, (gradient, model_state, report)
+
     def _gradient(
         self, levels: Levels, vector: PyTree, hyperparams: Hyperparams
-    ) -> PyTree:
+    ) -> tuple[PyTree, tuple[PyTree, PyTree, tuple[FloatScalar, Any]]]:
+        """Computes the gradient as a covector, and what `Levels.gradient` returns."""
         levels = levels.in_single_precision(self.inner, hyperparams)
         params = _from_vector(vector, self.inner.params)
         if levels.train_loss.single is None:
@@ -63,8 +89,8 @@ class Point(eqx.Module):
         else:
             hyperparams = jtu.tree_map(as_single, hyperparams)
         inner = dataclasses.replace(self.inner, params=params)
-        gradient = levels.gradient(inner, hyperparams, self.index)[0]
-        return as_covector(gradient)
+        found = levels.gradient(inner, hyperparams, self.index)
+        return as_covector(found[0]), found
 
 
 def as_vector(tree: PyTree) -> PyTree:

@@ -13,7 +13,6 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._checks import as_flag, as_int, as_number
 from .._custom_types import Batch, Hyperparams, InnerOptimiser, Through
-from .._inner import is_function
 from .._levels import Levels
 from .._misc import tree_add, tree_dot, tree_norm, tree_scale
 from .._problem import Problem
@@ -23,6 +22,7 @@ from .._solution import RESULTS
 from .._state import Estimate, float_scalar, InnerState, Memory, TaskReport
 from .base import AbstractAlgorithm
 from .hessian import as_covector, as_vector, Point
+from .settings import check_plain_inner
 
 
 class ImplicitReport(eqx.Module):
@@ -62,9 +62,10 @@ class Implicit(AbstractAlgorithm):
     taken at the weights that `inner_steps` of training reach. It does not look at the
     way there, so memory is $O(P + H)$, plus the memory of the linear solver. The
     optimiser plays no part: a learning rate or momentum among the hyperparameters is
-    refused. The estimate needs convergence, and `state.metrics.diagnostics` says how
-    close training came, as an [`eqx_hpo.ImplicitReport`][]. A solve that fails does not
-    stop the run: its answer is used as long as it is finite.
+    refused ([`eqx_hpo.FixedPoint`][] tunes them). The estimate needs convergence, and
+    `state.metrics.diagnostics` says how close training came, as an
+    [`eqx_hpo.ImplicitReport`][]. A solve that fails does not stop the run: its answer
+    is used as long as it is finite.
 
     Weights may be complex or in half precision: the solver sees real vectors, in single
     precision at least.
@@ -109,14 +110,7 @@ class Implicit(AbstractAlgorithm):
     def __check_init__(self):
         if self.curvature_steps is not None:
             as_int("curvature_steps", self.curvature_steps, 0)
-        if is_function(self.inner):
-            raise ValueError(
-                "`inner` must be an `optax.GradientTransformation` here, not a "
-                "function of the hyperparameters: a minimum of the train loss is the "
-                "same whatever optimiser found it, so a learning rate or a momentum "
-                "has no implicit hypergradient. Tune them by `Unrolled` or "
-                "`ForwardMode`."
-            )
+        check_plain_inner(self.inner)
         if not isinstance(self.linear_solver, lx.AbstractLinearSolver):
             raise ValueError(
                 "`linear_solver` must be a `lineax.AbstractLinearSolver`, such as "

@@ -1,20 +1,59 @@
 """Checks of what all algorithms are made of and start from."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
-from .._checks import as_int, check_all, check_type
-from .._custom_types import Model
+from .._checks import as_int, as_number, check_all, check_type, shown
+from .._custom_types import FloatScalar, InnerOptimiser, IntScalar, Model
 from .._explain import uncalled
 from .._hyperparameter import check_no_placeholders
+from .._inner import is_function
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder
+
+
+# A number, or an Optax schedule of the number of the step.
+Scheduled: TypeAlias = Float[Array, ""] | Callable[[Any], Any]
+
+
+def as_scheduled(name: str, value: Any) -> Scheduled:
+    """Converts a number above zero to a scalar array, and lets a function pass."""
+    if callable(value) and not isinstance(value, jax.Array):
+        return value
+    return as_number(name, value, zero=False)
+
+
+def value_at(name: str, value: Scheduled, step: IntScalar) -> FloatScalar:
+    """The value of a number or a schedule at a step."""
+    if not callable(value):
+        return value
+    now = jnp.asarray(value(step))
+    if now.shape != () or not jnp.issubdtype(now.dtype, jnp.floating):
+        raise ValueError(
+            f"`{name}` must be a number, or a function from the number of the step to "
+            f"one; the function returned {shown(now)}."
+        )
+    return now
+
+
+def check_plain_inner(inner: InnerOptimiser) -> None:
+    """Refuses an optimiser that depends on hyperparameters."""
+    if is_function(inner):
+        raise ValueError(
+            "`inner` must be an `optax.GradientTransformation` here, not a "
+            "function of the hyperparameters: a minimum of the train loss is the "
+            "same whatever optimiser found it, so a learning rate or a momentum "
+            "has no implicit hypergradient. Tune them by `FixedPoint`, `Unrolled` or "
+            "`ForwardMode`."
+        )
 
 
 def check_settings(algorithm: Any) -> None:

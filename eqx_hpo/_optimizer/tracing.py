@@ -16,7 +16,7 @@ from jax.extend.core import Jaxpr
 from .._checks import check_same_structure
 from .._custom_types import Hyperparams, InnerOptimiser, Key, Through
 from .._inner import inner_transformation
-from .._jaxpr import holds_primitive, live_inputs
+from .._jaxpr import holds_primitive, live_inputs, read_inputs
 from .._levels import Levels
 from .._misc import tree_zeros
 from .._second_order import ReverseOverReverse
@@ -94,7 +94,8 @@ def warn_if_unreached(
         return val, plain.update(inner, full, index)[0].params
 
     try:
-        in_parts = live_inputs(reached, arrays)
+        looks = read_inputs if through == "differences" else live_inputs
+        in_parts = looks(reached, arrays)
     except Exception:
         # A loss that JAX cannot differentiate twice: this cannot tell.
         return
@@ -103,8 +104,8 @@ def warn_if_unreached(
         _warn_of_dead(dead, through)
     elif through is not None and not any(in_parts[1]):
         warnings.warn(
-            f"The training {through} depends on no hyperparameter, only the validation "
-            "loss does. Are the two losses of the `Problem` swapped?",
+            f"{_training(through).capitalize()} depends on no hyperparameter, only the "
+            "validation loss does. Are the two losses of the `Problem` swapped?",
             stacklevel=3,
         )
 
@@ -134,15 +135,17 @@ def _warn_of_dead(dead: list[str], through: Through) -> None:
             "nothing else"
         )
     else:
-        reason = (
-            f"Neither the training {through} nor the validation loss depends on them"
-        )
+        reason = f"Neither {_training(through)} nor the validation loss depends on them"
     warnings.warn(
         f"These hyperparameters get a hypergradient of zero: {names}. {reason}. "
         "Use them in a loss without `stop_gradient`, or in `inner=lambda h: ...`, or "
         "take them out of `hyperparams`.",
         stacklevel=2,
     )
+
+
+def _training(through: Through) -> str:
+    return f"the training {'update' if through == 'differences' else through}"
 
 
 def _with_plain_rule(levels: Levels) -> Levels:
