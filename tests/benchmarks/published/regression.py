@@ -7,12 +7,10 @@ steps Adam moves the three. What counts is the squared error on the test rows at
 end, over the random starts. Splits, ranges and settings are those of the authors' code.
 """
 
-import argparse
 import functools as ft
 import json
 import pathlib
 import time
-import warnings
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -24,12 +22,13 @@ import numpy as np
 import optax
 from jax import lax
 
-from .table import bootstrap, markdown
+from .table import bootstrap, mean_and_error
 
 
 TRAINING, WINDOW = 4000, 10
 LOW = {"log10 rate": -6.0, "log10 decay": -7.0, "momentum": 0.0}
 HIGH = {"log10 rate": -1.0, "log10 decay": -2.0, "momentum": 1.0}
+NAMES = ("log10 rate", "log10 decay", "logit momentum")
 BOX = {"log10 rate": (-10.0, 0.0)}  # where the authors keep the rate
 SHRINK = (0.95, 1.01)  # of the rate at each window, for "random x rate"
 # Rows for training, validation and test.
@@ -101,6 +100,139 @@ def draw(key):
     return h | {"logit momentum": jax.scipy.special.logit(momentum)}
 
 
-def outer():
-    low, high = ({k: -jnp.inf, "x": 0}[k] for k in ()), None
-    return None
+def make_outer(only: str | None = None):
+    """Adam on all three or on one, with the rate kept within a box."""
+    mask = {k: only not in (None, k) for k in NAMES}
+    box = [{k: BOX.get(k, (-jnp.inf, jnp.inf))[i] for k in NAMES} for i in (0, 1)]
+    return optax.chain(
+        optax.adam(0.05),
+        optax.masked(optax.set_to_zero(), mask),
+        hpo.project(optax.projections.projection_box, *box),
+    )
+
+
+def algorithms():
+    make = lambda cls, only=None, **kwargs: cls(
+        hpo.Problem(loss, loss), inner, make_outer(only), inner_steps=WINDOW, **kwargs
+    )
+    return {
+        "T1T2": make(hpo.T1T2),
+        "FixedPoint, decay alone": make(hpo.FixedPoint, "log10 decay", terms=4),
+        "FixedPoint": make(hpo.FixedPoint, terms=4),
+        "Unrolled, 5 of 10 steps": make(hpo.Unrolled, truncation=5),
+        "Unrolled, 10 of 10 steps": make(hpo.Unrolled),
+    }
+
+
+class Result(NamedTuple):
+    error: Any  # on the test, at the end
+    ok: Any  # whether all went well
+    hyperparams: Any
+
+
+def tuned(algorithm, model, h, data: Data, windows: int) -> Result:
+    arrays, static = eqx.partition(algorithm.init(model, h), eqx.is_array)
+
+    def step(arrays, _):
+        state = eqx.combine(arrays, static)
+        state = algorithm.step(state, data.train, data.val)
+        return eqx.filter(state, eqx.is_array), None
+
+    arrays, _ = lax.scan(step, arrays, length=windows)
+    state = eqx.combine(arrays, static)
+    ok = state.total_skipped == 0
+    return Result(error(state.model, data.test), ok, state.hyperparams)
+
+
+def plain(rows: str, model, h, factor, data: Data, windows: int) -> Result:
+    """Training without tuning; each window multiplies the rate by a factor."""
+    batch = getattr(data, rows)
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    value = lambda params: error(eqx.combine(params, static), batch)
+
+    def step(carry, i):
+        params, state = carry
+        rate = h["log10 rate"] + i // WINDOW * jnp.log10(factor)
+        transformation = inner(h | {"log10 rate": jnp.clip(rate, *BOX["log10 rate"])})
+        updates, state = transformation.update(jax.grad(value)(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    carry = (params, inner(h).init(params))
+    (params, _), _ = lax.scan(step, carry, jnp.arange(windows * WINDOW))
+    end = error(eqx.combine(params, static), data.test)
+    return Result(end, jnp.isfinite(end), h)
+
+
+def methods():
+    found = {}
+    for name, rows in (("random", "both"), ("random, no validation rows", "train")):
+        found[name] = lambda model, h, factor, *args, rows=rows: plain(
+            rows, model, h, 1.0, *args
+        )
+    found["random x rate"] = ft.partial(plain, "both")
+    for name, algorithm in algorithms().items():
+        found[name] = lambda model, h, factor, *args, algorithm=algorithm: tuned(
+            algorithm, model, h, *args
+        )
+    return found
+
+
+def starts(count: int, size: int, seed: int):
+    """Models, hyperparameters and factors at random, with a leading axis."""
+    keys = jax.vmap(lambda k: jr.split(k, 3))(jr.split(jr.key(seed), count))
+    models = eqx.filter_vmap(lambda key: make_model(key, size))(keys[:, 0])
+    low, high = SHRINK
+    factors = jax.vmap(lambda k: jr.uniform(k, minval=low, maxval=high))(keys[:, 2])
+    return models, jax.vmap(draw)(keys[:, 1]), factors
+
+
+def run(method, data: Data, count: int, windows: int, seed: int) -> Result:
+    models, h, factors = starts(count, data.train[0].shape[1], seed)
+    axes = (eqx.if_array(0), 0, 0, None, None)
+    mapped = eqx.filter_vmap(method, in_axes=axes)
+    result = eqx.filter_jit(mapped)(models, h, factors, data, windows)
+    return jax.tree.map(np.asarray, jax.block_until_ready(result))
+
+
+def report(result: Result, scale: float) -> dict[str, Any]:
+    """Figures of the test error in raw units. Runs that failed count as infinite for
+    the median, and do not count for the mean, as in the paper."""
+    ok = result.ok & np.isfinite(result.error)
+    errors = np.where(ok, result.error, np.inf) * scale**2
+    median = lambda x: np.median(x)
+    return {
+        "errors": errors.tolist(),
+        "mean": mean_and_error(errors[ok]),
+        "median": bootstrap(median, errors),
+        "best": float(errors.min()),
+        "failed": int(np.sum(~ok)),
+    }
+
+
+def main(args):
+    count, windows = (3, 2) if args.quick else (args.starts, TRAINING // WINDOW)
+    rows = []
+    for name in ["none"] if args.quick else args.sets.split(","):
+        data = load(name, None if args.quick else args.folder)
+        for method, call in methods().items():
+            begin = time.perf_counter()
+            result = run(call, data, count, windows, args.first)
+            found = report(result, data.scale)
+            rates = {k: v.tolist() for k, v in result.hyperparams.items()}
+            seconds = time.perf_counter() - begin
+            rows.append({"set": name, "method": method, "seconds": seconds} | found)
+            print(show(rows[-1]), flush=True)
+            rows[-1]["hyperparams"] = rates
+            if args.json is not None:
+                args.json.write_text(json.dumps(rows, indent=1))
+    return rows
+
+
+def show(row) -> str:
+    mean, error = row["mean"]
+    median, low, high = row["median"]
+    return (
+        f"| {row['set']} | {row['method']} | {mean:.4g} ± {error:.2g} | {median:.4g} "
+        f"({low:.4g}, {high:.4g}) | {row['best']:.4g} | {row['failed']} | "
+        f"{row['seconds']:.0f} |"
+    )

@@ -11,10 +11,9 @@ window wants small rates, since large ones jump over the ditches of f along x1, 
 end of which f is low.
 """
 
-import argparse
 import functools as ft
+import json
 import pathlib
-from typing import Any
 
 import equinox as eqx
 import eqx_hpo as hpo
@@ -30,7 +29,8 @@ from .table import mean_and_error
 
 STEPS, WINDOW = 100, 10
 START = (np.log(0.01), np.log(0.01))
-SIDE = (-10.0, 5.0)  # of the square in which the optimum is looked for
+PAIRS, SCALE = 50, 0.3
+SIDE = (-7.0, 4.0)  # of the square in which the optimum is looked for
 
 
 class Point(eqx.Module):
@@ -85,12 +85,6 @@ def whole(log_rates):
     return jnp.sum(values)
 
 
-def smoothed(log_rates, scale, count, key):
-    """The objective that differences at random points descend."""
-    points = log_rates + scale * jr.normal(key, (count, 2))
-    return jnp.mean(jax.vmap(whole)(points))
-
-
 @ft.partial(jax.jit, static_argnums=0)
 def surface(count: int):
     axis = jnp.linspace(*SIDE, count)
@@ -109,18 +103,20 @@ def algorithms(pairs: int, scale: float):
         "T1T2": make(hpo.T1T2),
         "Unrolled, 10 steps": make(hpo.Unrolled),
         "Unrolled, 100 steps": make(hpo.Unrolled, STEPS),
-        "Evolution, antithetic": es(estimator="antithetic"),
-        "Evolution, persistent": es(estimator="persistent"),
-        "Evolution, noise_reuse": es(estimator="noise_reuse"),
+        "antithetic": es(estimator="antithetic"),
+        "antithetic, 100 steps": es(window=STEPS, estimator="antithetic"),
+        "persistent": es(estimator="persistent"),
+        "noise_reuse": es(estimator="noise_reuse"),
     }
 
 
-def run(algorithm, start, episodes: int, key):
+def run(algorithm, start, updates: int, key):
     """The log rates after each training from (1, 1)."""
     point, seen = eqx.nn.make_with_state(Point)()
     rates = tuple(hpo.Positive(jnp.exp(x)) for x in start)
     state = algorithm.init(point, rates, model_state=seen, key=key)
     arrays, static = eqx.partition(state, eqx.is_array)
+    windows = STEPS // algorithm.inner_steps
 
     def step(arrays, key):
         state = algorithm.step(eqx.combine(arrays, static), None, None, key=key)
@@ -128,10 +124,77 @@ def run(algorithm, start, episodes: int, key):
 
     def episode(arrays, key):
         state = algorithm.restart(eqx.combine(arrays, static), point)
-        keys = jr.split(key, STEPS // algorithm.inner_steps)
-        arrays, _ = lax.scan(step, eqx.filter(state, eqx.is_array), keys)
+        arrays = eqx.filter(state, eqx.is_array)
+        arrays, _ = lax.scan(step, arrays, jr.split(key, windows))
         hyperparams = eqx.combine(arrays, static).hyperparams
         return arrays, jnp.stack([h.raw for h in hyperparams])
 
-    _, path = lax.scan(episode, arrays, jr.split(key, episodes))
+    _, path = lax.scan(episode, arrays, jr.split(key, updates // windows))
     return jnp.concatenate([jnp.asarray(start)[None], path])
+
+
+def is_random(algorithm) -> bool:
+    return isinstance(algorithm, hpo.Evolution)
+
+
+def paths(algorithm, start, updates: int, seeds):
+    keys = jax.vmap(jr.key)(jnp.asarray(seeds))
+    keys = keys if is_random(algorithm) else keys[:1]
+    return np.asarray(jax.jit(jax.vmap(lambda k: run(algorithm, start, updates, k)))(keys))
+
+
+def main(args):
+    count, updates = (41, 20) if args.quick else (601, 10_000)
+    axis, values = map(np.asarray, surface(count))
+    i, j = np.unravel_index(np.argmin(values), values.shape)
+    best = (float(axis[i]), float(axis[j]))
+    rows = [{"start": "grid", "end": [*best], "loss": float(values[i, j])}]
+    print(f"optimum of the grid: exp{best}, {values[i, j]:.1f}")
+    seeds = range(args.first, args.first + args.seeds)
+    drawn = {}
+    for start_name, start in (("paper", START), ("optimum", best)):
+        print(f"start {np.exp(start)}: {float(whole(jnp.asarray(start))):.1f}")
+        for name, algorithm in algorithms(PAIRS, SCALE).items():
+            path = paths(algorithm, start, updates, seeds)
+            if start_name == "paper":
+                drawn[name] = path
+            ends = path[:, -1]
+            losses = np.array([float(whole(jnp.asarray(x))) for x in ends])
+            row = {"start": start_name, "name": name, "end": ends.tolist()}
+            rows.append(row | {"loss": losses.tolist()})
+            rates = np.exp(ends.mean(0))
+            print(f"{name:24}{show(losses):18} rates {rates[0]:.3f} {rates[1]:.3f}")
+            if args.json is not None:
+                pathlib.Path(args.json).write_text(json.dumps(rows, indent=1))
+    if args.figure is not None:
+        draw(axis, values, best, drawn, args.figure)
+    return rows
+
+
+def show(losses) -> str:
+    if len(losses) == 1:
+        return f"{losses[0]:.1f}"
+    mean, error = mean_and_error(losses)
+    return f"{mean:.1f} +- {error:.1f}"
+
+
+def draw(axis, values, best, drawn, path):
+    """The objective, and the ways of one seed through it."""
+    from matplotlib import colors
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.add_subplot()
+    norm = colors.LogNorm(values.min(), values.max())
+    mesh = axes.pcolormesh(axis, axis, values.T, norm=norm, cmap="Greys", rasterized=True)
+    figure.colorbar(mesh, label="sum of f over 100 steps")
+    for number, (name, path_of) in enumerate(drawn.items()):
+        x, y = path_of[0].T
+        axes.plot(x, y, color=f"C{number}", linewidth=1.8, label=name)
+        axes.plot(x[-1], y[-1], "o", color=f"C{number}", markersize=6)
+    axes.plot(*START, "ks", label="start")
+    axes.plot(*best, "k*", markersize=12, label="optimum of the grid")
+    axes.set(xlabel="log of the first rate", ylabel="log of the last rate")
+    axes.set(xlim=SIDE, ylim=SIDE)
+    axes.legend(fontsize=8, loc="lower left")
+    figure.savefig(path, dpi=150)
