@@ -151,8 +151,9 @@ def published(data: Data, seed: int, total: int, note):
             highest=jnp.max(state.hyperparams),
         )
     # What the accuracies are without any tuning.
-    on_both = lambda model: val_loss(model, None, val, None) + STRENGTH * train_loss(
-        model, weights, train, None
+    on_both = lambda model: (
+        val_loss(model, None, val, None)
+        + STRENGTH * train_loss(model, weights, train, None)
     )
     only = lambda model: val_loss(model, None, val, None)
     for name, loss in (("C2", only), ("C2 + 0.2 C1", on_both)):

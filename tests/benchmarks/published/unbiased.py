@@ -140,7 +140,9 @@ def is_random(algorithm) -> bool:
 def paths(algorithm, start, updates: int, seeds):
     keys = jax.vmap(jr.key)(jnp.asarray(seeds))
     keys = keys if is_random(algorithm) else keys[:1]
-    return np.asarray(jax.jit(jax.vmap(lambda k: run(algorithm, start, updates, k)))(keys))
+    return np.asarray(
+        jax.jit(jax.vmap(lambda k: run(algorithm, start, updates, k)))(keys)
+    )
 
 
 def main(args):
@@ -186,7 +188,9 @@ def draw(axis, values, best, drawn, path):
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.add_subplot()
     norm = colors.LogNorm(values.min(), values.max())
-    mesh = axes.pcolormesh(axis, axis, values.T, norm=norm, cmap="Greys", rasterized=True)
+    mesh = axes.pcolormesh(
+        axis, axis, values.T, norm=norm, cmap="Greys", rasterized=True
+    )
     figure.colorbar(mesh, label="sum of f over 100 steps")
     for number, (name, path_of) in enumerate(drawn.items()):
         x, y = path_of[0].T
