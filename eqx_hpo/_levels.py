@@ -25,7 +25,7 @@ from ._custom_types import (
     Key,
 )
 from ._data import AbstractBatches
-from ._hyperparameter import at_inner_step
+from ._hyperparameter import at_inner_step, unwrap_values
 from ._inner import apply_inner
 from ._misc import as_single, holds_half, match_types, tree_zeros
 from ._precision import (
@@ -83,7 +83,9 @@ class Levels(eqx.Module):
     key: Key
     mean: Callable[[PyTree], PyTree] = eqx.field(static=True)
     unroll: int = eqx.field(static=True, default=1)
-    unwrap: Callable[[PyTree], Hyperparams] = eqx.field(static=True, default=None)
+    unwrap: Callable[[PyTree], Hyperparams] = eqx.field(
+        static=True, default=unwrap_values
+    )
 
     def update(
         self, state: InnerState, hyperparams: Hyperparams, index: IntScalar

@@ -42,6 +42,12 @@ ALGORITHMS = {
     "implicit_3": lambda *args: hpo.Implicit(
         *args, inner_steps=3, linear_solver=lx.CG(rtol=1e-3, atol=1e-3)
     ),
+    "soba": lambda *args: hpo.SOBA(*args, linear_rate=0.1, averaging=0.5),
+    "penalty_2": lambda *args: hpo.Penalty(
+        *args, strength=10.0, inner_steps=2, bias_every=1, bias_steps=2
+    ),
+    "fixed_point_3": lambda *args: hpo.FixedPoint(*args, inner_steps=3, terms=2),
+    "evolution_2": lambda *args: hpo.Evolution(*args, inner_steps=2, pairs=2),
     "unrolled_4": lambda *args: hpo.Unrolled(*args, inner_steps=4),
     "unrolled_4_2": lambda *args: hpo.Unrolled(*args, inner_steps=4, truncation=2),
     "of_the_page": _algorithm_of_the_page(),

@@ -1,6 +1,5 @@
 from .base import (
     AbstractAlgorithm as AbstractAlgorithm,
-    AbstractBilevelOptimizer as AbstractBilevelOptimizer,
     raw_estimate as raw_estimate,
 )
 from .drmad import DrMAD as DrMAD
@@ -16,6 +15,7 @@ from .implicit import (
     Implicit as Implicit,
     ImplicitReport as ImplicitReport,
 )
+from .interface import AbstractBilevelOptimizer as AbstractBilevelOptimizer
 from .parallel_training import (
     for_each as for_each,
     ParallelTraining as ParallelTraining,

@@ -1,7 +1,6 @@
-"""The interface of every algorithm: `init`, `step`, `compute_hypergradient`, `restart`.
+"""What all algorithms for one model share: the four methods of the interface.
 
-`AbstractBilevelOptimizer` declares it. `AbstractAlgorithm` implements it for one model,
-and asks for three slots: `estimate` (move the inner level and estimate the
+A concrete one fills three slots: `estimate` (move the inner level and estimate the
 hypergradient), `init_memory` (the memory carried from step to step) and
 `init_diagnostics` (the report on the estimate).
 """
@@ -14,11 +13,10 @@ from typing import ClassVar
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import optax
 from jaxtyping import PyTree
 
 from .._checks import check_key, check_same_structure
-from .._custom_types import Batch, Hyperparams, InnerOptimiser, Key, Model, Through
+from .._custom_types import Batch, Hyperparams, Key, Model, Through
 from .._data import AbstractBatches, as_batches, first_batch
 from .._discrete import refresh
 from .._hyperparameter import (
@@ -32,7 +30,6 @@ from .._jit import jit_method
 from .._levels import Levels, make_levels
 from .._misc import as_device_arrays
 from .._precision import lift, settle
-from .._problem import Problem
 from .._second_order import AbstractSecondOrder
 from .._sharding import mesh_of_tree, on_mesh, put_like
 from .._state import (
@@ -46,6 +43,7 @@ from .._state import (
     Metrics,
 )
 from .guard import is_small, next_state
+from .interface import AbstractBilevelOptimizer
 from .recompilation import forget_compilations, warn_of_recompilation
 from .settings import check_model, check_settings
 from .tracing import (
@@ -56,129 +54,6 @@ from .tracing import (
     warn_if_same,
     warn_if_unreached,
 )
-
-
-class AbstractBilevelOptimizer(eqx.Module):
-    """An algorithm that trains a model and tunes its hyperparameters by gradient: an
-    immutable collection of settings. Everything that changes is in
-    [`eqx_hpo.BilevelState`][].
-
-    **Attributes:**
-
-    - `problem`: the two losses.
-    - `inner`: an `optax.GradientTransformation` that trains the model, or a function
-        from the unwrapped hyperparameters to one, for learning rates and the like:
-        `inner=lambda h: optax.sgd(h.learning_rate)`.
-    - `outer`: an `optax.GradientTransformation` on the `raw` arrays of the
-        hyperparameters.
-    - `inner_steps`: the number of inner steps in a call of `step`.
-    - `val_at_each_step`: whether the validation loss is taken after each inner step, or
-        only after the last one of a call.
-    """
-
-    problem: eqx.AbstractVar[Problem]
-    inner: eqx.AbstractVar[InnerOptimiser]
-    outer: eqx.AbstractVar[optax.GradientTransformation]
-    inner_steps: eqx.AbstractVar[int]
-    val_at_each_step: eqx.AbstractVar[bool]
-
-    @abc.abstractmethod
-    def init(
-        self,
-        model: Model,
-        hyperparams: Hyperparams,
-        *,
-        train: Batch | AbstractBatches = None,
-        val: Batch | AbstractBatches = None,
-        model_state: PyTree = None,
-        key: Key = None,
-    ) -> BilevelState:
-        """Makes the state before the first step.
-
-        **Arguments:**
-
-        - `model`: any pytree. Its inexact arrays are trained, all other leaves pass
-            through.
-        - `hyperparams`: any pytree of placeholders and floating-point arrays. Python
-            floats become arrays. May be empty.
-        - `train`, `val`: the data, as for `step`, to find their structure. With both,
-            `init` warns of hyperparameters that get no hypergradient.
-            [`eqx_hpo.HyperDistill`][] needs `train`. Losses with `has_aux=True` need
-            both; without them `state.metrics.aux` is `None` until the first step, and
-            `step` compiles twice.
-        - `model_state`: an `eqx.nn.State`, for losses that take and return one.
-        - `key`: a PRNG key, where the losses need one.
-
-        **Returns:** a [`eqx_hpo.BilevelState`][].
-
-        **Raises:** a `ValueError` if `model` has nothing to train or still holds
-        placeholders, or if a hyperparameter is not floating point.
-        """
-
-    @abc.abstractmethod
-    def step(
-        self,
-        state: BilevelState,
-        train: Batch | AbstractBatches,
-        val: Batch | AbstractBatches,
-        *,
-        key: Key = None,
-    ) -> BilevelState:
-        """Trains the model for `inner_steps`, then updates the hyperparameters once.
-        Compiled once for a run of any length. A step whose losses, hypergradient or new
-        state are not all finite changes only `step`, the counts of skipped steps and
-        `metrics`.
-
-        **Arguments:**
-
-        - `state`: from `init` or an earlier `step`.
-        - `train`: the train data: a pytree of arrays (one batch, used at every inner
-            step), [`eqx_hpo.Minibatch`][] or [`eqx_hpo.Stacked`][].
-        - `val`: the validation data, likewise. Used after the last inner step, or after
-            each one if `val_at_each_step`.
-        - `key`: a PRNG key, a new one for each call; needed only where a loss or a
-            sampler is random.
-
-        **Returns:** a new state; the old one stays valid.
-
-        **Raises:** an `equinox.EquinoxRuntimeError` with its own text where an
-        `equinox.error_if` inside a loss or a layer fails.
-        """
-
-    @abc.abstractmethod
-    def compute_hypergradient(
-        self,
-        state: BilevelState,
-        train: Batch | AbstractBatches,
-        val: Batch | AbstractBatches,
-        *,
-        key: Key = None,
-    ) -> Hyperparams:
-        """Computes the hypergradient that `step` would use, without checking that it is
-        finite.
-
-        **Arguments:** those of `step`.
-
-        **Returns:** a pytree of the structure of `state.hyperparams`, with the gradient
-        in place of each `raw` and each plain array, and `None` elsewhere.
-        """
-
-    @abc.abstractmethod
-    def restart(
-        self, state: BilevelState, model: Model, *, model_state: PyTree = None
-    ) -> BilevelState:
-        """Starts the inner level afresh: the model, the inner optimiser's state, the
-        memory of the episode and `episode_step`. Everything else lives on.
-
-        **Arguments:**
-
-        - `state`: the state so far.
-        - `model`: the fresh model, of the structure given to `init`.
-        - `model_state`: the fresh `eqx.nn.State`; without it the present statistics
-            are kept.
-
-        **Returns:** a new state.
-        """
 
 
 class AbstractAlgorithm(AbstractBilevelOptimizer):
@@ -273,6 +148,8 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
         inner = lift(start)
         batches = as_batches(train, "train", self.inner_steps)
         raw, _ = partition_raw(hyperparams)
+        batch = first_batch(batches, key, mesh)
+        memory = self.init_memory(inner, raw if self.sees_raw else plain, batch)
         # No two of these share memory, which a caller may donate.
         nans = [float_scalar(jnp.nan) for _ in range(3)]
         diagnostics = as_device_arrays(self.init_diagnostics())
@@ -281,13 +158,7 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
             hyperparams=hyperparams,
             inner_opt_state=start.opt_state,
             outer_opt_state=as_device_arrays(self.outer.init(raw)),
-            memory=as_device_arrays(
-                self.init_memory(
-                    inner,
-                    raw if self.sees_raw else plain,
-                    first_batch(batches, key, mesh),
-                )
-            ),
+            memory=as_device_arrays(memory),
             model_state=model_state,
             step=jnp.zeros((), int),
             episode_step=jnp.zeros((), int),

@@ -23,7 +23,7 @@ from .._jit import jit_method
 from .._problem import Problem
 from .._state import BilevelState, Memory
 from .._tasks import as_row, first_row
-from .base import AbstractBilevelOptimizer
+from .interface import AbstractBilevelOptimizer
 from .plain_training import PlainTraining
 
 

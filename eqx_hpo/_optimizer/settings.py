@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -25,8 +24,10 @@ Scheduled: TypeAlias = Float[Array, ""] | Callable[[Any], Any]
 
 
 def as_scheduled(name: str, value: Any) -> Scheduled:
-    """Converts a number above zero to a scalar array, and lets a function pass."""
-    if callable(value) and not isinstance(value, jax.Array):
+    """Converts a number above zero to a scalar array, and lets a schedule pass."""
+    # `optax.linear_schedule` itself is no schedule, only what it returns.
+    name_in_optax = getattr(value, "__name__", "")
+    if callable(value) and getattr(optax, name_in_optax, None) is not value:
         return value
     return as_number(name, value, zero=False)
 

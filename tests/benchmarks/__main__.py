@@ -26,6 +26,11 @@ import jax.tree_util as jtu
 from . import by_hand, workloads
 
 
+def _at_start(problem, inner, outer):
+    """Fixes the hyperparameters of `inner`, for algorithms that look at the loss."""
+    return problem, inner(None), outer
+
+
 LEAVES = (10, 100, 300)
 WORKLOADS: dict[str, Callable[[], workloads.Workload]] = {
     "C": workloads.sample_weights,
@@ -61,6 +66,30 @@ ALGORITHMS: dict[str, tuple[Callable, dict[str, Any], Callable, int]] = {
     ),
     "DrMAD": (by_hand.drmad, {}, lambda *a: hpo.DrMAD(*a, inner_steps=4), 4),
     "Unrolled": (by_hand.unrolled, {}, lambda *a: hpo.Unrolled(*a, inner_steps=4), 4),
+    "SOBA": (
+        by_hand.soba,
+        {},
+        lambda *args: hpo.SOBA(*_at_start(*args), linear_rate=0.1),
+        1,
+    ),
+    "MA-SOBA": (
+        by_hand.soba,
+        {"averaging": 0.1},
+        lambda *args: hpo.SOBA(*_at_start(*args), linear_rate=0.1, averaging=0.1),
+        1,
+    ),
+    "Penalty": (
+        by_hand.penalty,
+        {},
+        lambda *args: hpo.Penalty(*_at_start(*args), strength=10.0),
+        1,
+    ),
+    "FixedPoint": (
+        by_hand.fixed_point,
+        {},
+        lambda *args: hpo.FixedPoint(*args, inner_steps=10),
+        10,
+    ),
 }
 FOR_COMPILATION = ("T1T2", "Greedy", "HyperDistill", "Unrolled")
 TASKS = 10

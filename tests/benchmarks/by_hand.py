@@ -253,6 +253,80 @@ def drmad(workload, rule="mixed", inner_steps=4):
     return estimate, hand.start(), None
 
 
+def soba(workload, linear_rate=0.1, averaging=0.0):
+    hand = Hand(workload)
+    gradients = jax.value_and_grad(workload.train_loss, (0, 1))
+
+    def estimate(inner, raw, memory, train, val):
+        (params, state), (v, average) = inner, memory
+        at = lambda params: gradients(params, raw, train)
+        (loss, (grads, _)), (_, (along, mixed)) = jax.jvp(at, (params,), (v,))
+        val_loss, (alpha, direct) = hand.validate(inner, raw, val)
+        v = jtu.tree_map(lambda v, h, a: v - linear_rate * (h + a), v, along, alpha)
+        total = add(direct, mixed)
+        if averaging > 0:
+            mix = lambda h, d: (1 - averaging) * h + averaging * d
+            total = average = jtu.tree_map(mix, average, total)
+        updates, state = workload.inner(raw).update(grads, state, params)
+        inner = (optax.apply_updates(params, updates), state)
+        return inner, (v, average), total, (loss, val_loss)
+
+    zeros = lambda tree: jtu.tree_map(jnp.zeros_like, tree)
+    average = zeros(workload.raw) if averaging > 0 else None
+    return estimate, hand.start(), (zeros(workload.params), average)
+
+
+def penalty(workload, strength=10.0):
+    hand = Hand(workload, "reverse")
+
+    def estimate(inner, raw, memory, train, val):
+        params, state = memory
+        loss = lambda params: (
+            workload.train_loss(params, raw, train)
+            + workload.val_loss(params, raw, val) / strength
+        )
+        updates, state = workload.inner(raw).update(jax.grad(loss)(params), state)
+        penalised = (optax.apply_updates(params, updates), state)
+        inner, loss = hand.move(inner, raw, train)
+
+        def difference(raw):
+            at = lambda inner: workload.train_loss(inner[0], raw, train)
+            val_loss = workload.val_loss(penalised[0], raw, val)
+            return val_loss + strength * (at(penalised) - at(inner))
+
+        val_loss = workload.val_loss(inner[0], raw, val)
+        return inner, penalised, jax.grad(difference)(raw), (loss, val_loss)
+
+    return estimate, hand.start(), jtu.tree_map(jnp.copy, hand.start())
+
+
+def fixed_point(workload, inner_steps=10, terms=5):
+    hand = Hand(workload, "reverse")
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
+
+    def estimate(inner, raw, memory, train, val):
+        before = hand.run(inner, raw, train, inner_steps - 1)
+        leaves, treedef = jtu.tree_flatten(before)
+
+        def move(moving, raw):
+            rest = iter(moving)
+            moved = [next(rest) if is_float(x) else x for x in leaves]
+            new, loss = hand.move(jtu.tree_unflatten(treedef, moved), raw, train)
+            return [x for x in jtu.tree_leaves(new) if is_float(x)], (new, loss)
+
+        moving = [x for x in leaves if is_float(x)]
+        _, pullback, (last, loss) = jax.vjp(move, moving, raw, has_aux=True)
+        val_loss, (alpha, total) = hand.validate(last, raw, val)
+        zeros = jtu.tree_map(jnp.zeros_like, last[1])
+        cotangent = [x for x in jtu.tree_leaves((alpha, zeros)) if is_float(x)]
+        for _ in range(terms + 1):
+            cotangent, product = pullback(cotangent)
+            total = add(total, product)
+        return last, memory, total, (loss, val_loss)
+
+    return estimate, hand.start(), None
+
+
 def first_order(workload, inner_steps=1):
     hand = Hand(workload, "reverse")
 
