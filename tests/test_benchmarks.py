@@ -1,6 +1,6 @@
-"""What the benchmarks count, as far as it is exact: flops and compilations. The parts of
-the comparison at equal cost: folds, gradients, early stopping, the best. And what the
-published experiments stand on."""
+"""What the benchmarks count, as far as it is exact: flops and compilations. The parts
+of the comparison at equal cost: folds, gradients, early stopping, the best. And what
+the published experiments stand on."""
 
 import pathlib
 import subprocess

@@ -232,7 +232,7 @@ def main(args):
             rows.append(row | {k: float(v) for k, v in figures.items()})
             print(rows[-1], flush=True)
             if args.json is not None:
-                pathlib.Path(args.json).write_text(json.dumps(rows, indent=1))
+                args.json.write_text(json.dumps(rows, indent=1))
 
         return note
 
@@ -245,4 +245,3 @@ def main(args):
             rhg(data, make_model(seed), note, 5 if args.quick else 500, 2)
         if "tuned" in args.parts:
             tuned(data, seed, 20 if args.quick else 1000, note_of("tuned", seed))
-    return rows

@@ -225,7 +225,6 @@ def main(args):
             rows[-1]["hyperparams"] = rates
             if args.json is not None:
                 args.json.write_text(json.dumps(rows, indent=1))
-    return rows
 
 
 def show(row) -> str:

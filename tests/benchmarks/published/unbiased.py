@@ -13,7 +13,7 @@ end of which f is low.
 
 import functools as ft
 import json
-import pathlib
+from typing import Any
 
 import equinox as eqx
 import eqx_hpo as hpo
@@ -133,16 +133,11 @@ def run(algorithm, start, updates: int, key):
     return jnp.concatenate([jnp.asarray(start)[None], path])
 
 
-def is_random(algorithm) -> bool:
-    return isinstance(algorithm, hpo.Evolution)
-
-
 def paths(algorithm, start, updates: int, seeds):
     keys = jax.vmap(jr.key)(jnp.asarray(seeds))
-    keys = keys if is_random(algorithm) else keys[:1]
-    return np.asarray(
-        jax.jit(jax.vmap(lambda k: run(algorithm, start, updates, k)))(keys)
-    )
+    keys = keys if isinstance(algorithm, hpo.Evolution) else keys[:1]
+    of_seed = lambda key: run(algorithm, start, updates, key)
+    return np.asarray(jax.jit(jax.vmap(of_seed))(keys))
 
 
 def main(args):
@@ -150,34 +145,43 @@ def main(args):
     axis, values = map(np.asarray, surface(count))
     i, j = np.unravel_index(np.argmin(values), values.shape)
     best = (float(axis[i]), float(axis[j]))
-    rows = [{"start": "grid", "end": [*best], "loss": float(values[i, j])}]
+    rows: list[dict[str, Any]] = [{"best": best, "loss": float(values[i, j])}]
     print(f"optimum of the grid: exp{best}, {values[i, j]:.1f}")
     seeds = range(args.first, args.first + args.seeds)
     drawn = {}
-    for start_name, start in (("paper", START), ("optimum", best)):
-        print(f"start {np.exp(start)}: {float(whole(jnp.asarray(start))):.1f}")
+    for start in (START, best):
+        print(f"from {np.exp(start)}: {float(whole(jnp.asarray(start))):.1f}")
         for name, algorithm in algorithms(PAIRS, SCALE).items():
             path = paths(algorithm, start, updates, seeds)
-            if start_name == "paper":
-                drawn[name] = path
-            ends = path[:, -1]
-            losses = np.array([float(whole(jnp.asarray(x))) for x in ends])
-            row = {"start": start_name, "name": name, "end": ends.tolist()}
-            rows.append(row | {"loss": losses.tolist()})
-            rates = np.exp(ends.mean(0))
-            print(f"{name:24}{show(losses):18} rates {rates[0]:.3f} {rates[1]:.3f}")
+            drawn.setdefault(name, path[0])
+            losses = np.array([float(whole(jnp.asarray(x))) for x in path[:, -1]])
+            ends = path[:, -1].tolist()
+            row = {"start": start, "name": name, "end": ends, "loss": losses.tolist()}
+            rows.append(row)
+            first, last = np.exp(path[:, -1].mean(0))
+            print(f"{name:24}{show(losses):18} rates {first:.3f} {last:.3f}")
             if args.json is not None:
-                pathlib.Path(args.json).write_text(json.dumps(rows, indent=1))
+                args.json.write_text(json.dumps(rows, indent=1))
     if args.figure is not None:
         draw(axis, values, best, drawn, args.figure)
-    return rows
 
 
 def show(losses) -> str:
     if len(losses) == 1:
         return f"{losses[0]:.1f}"
     mean, error = mean_and_error(losses)
-    return f"{mean:.1f} +- {error:.1f}"
+    return f"{mean:.1f} ± {error:.1f}"
+
+
+LINES = {
+    "T1T2": "C0",
+    "Unrolled, 10 steps": "C1",
+    "Unrolled, 100 steps": "C2",
+    "antithetic": "C3",
+    "antithetic, 100 steps": "C4",
+    "persistent": "C5",
+    "noise_reuse": "C6",
+}
 
 
 def draw(axis, values, best, drawn, path):
@@ -185,20 +189,18 @@ def draw(axis, values, best, drawn, path):
     from matplotlib import colors
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    norm = colors.LogNorm(values.min(), values.max())
-    mesh = axes.pcolormesh(
-        axis, axis, values.T, norm=norm, cmap="Greys", rasterized=True
-    )
-    figure.colorbar(mesh, label="sum of f over 100 steps")
-    for number, (name, path_of) in enumerate(drawn.items()):
-        x, y = path_of[0].T
-        axes.plot(x, y, color=f"C{number}", linewidth=1.8, label=name)
-        axes.plot(x[-1], y[-1], "o", color=f"C{number}", markersize=6)
-    axes.plot(*START, "ks", label="start")
-    axes.plot(*best, "k*", markersize=12, label="optimum of the grid")
+    norm = colors.LogNorm(values.min() / 2, values.max())
+    mesh = axes.pcolormesh(axis, axis, values.T, norm=norm, cmap="Greys")
+    figure.colorbar(mesh, label="sum of f over 100 steps", pad=0.01)
+    for name, way in drawn.items():
+        x, y = way.T
+        axes.plot(x, y, color=LINES[name], linewidth=2, label=name)
+        axes.plot(x[-1], y[-1], "o", color=LINES[name], markersize=7)
+    axes.plot(*START, "ws", markeredgecolor="k", label="start")
+    axes.plot(*best, "w*", markersize=15, markeredgecolor="k", label="best of a grid")
     axes.set(xlabel="log of the first rate", ylabel="log of the last rate")
-    axes.set(xlim=SIDE, ylim=SIDE)
-    axes.legend(fontsize=8, loc="lower left")
-    figure.savefig(path, dpi=150)
+    axes.set(xlim=(-5, 4), ylim=(-6, 3))
+    figure.legend(loc="outside right upper")
+    figure.savefig(path, dpi=120)
