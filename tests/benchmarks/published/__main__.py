@@ -18,7 +18,9 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--steps", type=int, help="of the training of `cleaning`")
-    parser.add_argument("--parts", default="published,tuned", help="of `cleaning`")
+    parser.add_argument(
+        "--parts", default="published,plain,tuned", help="of `cleaning`"
+    )
     parser.add_argument("--sets", default="energy,yacht", help="of `regression`")
     parser.add_argument("--starts", type=int, default=50, help="of `regression`")
     parser.add_argument("--figure", type=pathlib.Path, help="of `unbiased`")

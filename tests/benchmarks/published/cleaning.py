@@ -10,7 +10,6 @@ that starts at 0. All batches are full.
 
 import json
 import pathlib
-import time
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -150,15 +149,19 @@ def published(data: Data, seed: int, total: int, note):
             lowest=jnp.min(state.hyperparams),
             highest=jnp.max(state.hyperparams),
         )
-    # What the accuracies are without any tuning.
-    on_both = lambda model: (
-        val_loss(model, None, val, None)
-        + STRENGTH * train_loss(model, weights, train, None)
-    )
-    only = lambda model: val_loss(model, None, val, None)
-    for name, loss in (("C2", only), ("C2 + 0.2 C1", on_both)):
-        end = descend(loss, model, 0.1, total)
-        note(f"plain training on {name}", steps=total, y=accuracy(end, test))
+
+
+def plain(data: Data, model, steps: int, note):
+    """What the accuracies are where nothing is tuned."""
+    train, val, test, clean = data
+    weights = jnp.zeros(len(clean))
+    on_val = lambda model: val_loss(model, None, val, None)
+    on_train = lambda model: train_loss(model, weights, train, None)
+    on_both = lambda model: on_val(model) + STRENGTH * on_train(model)
+    losses = {"C1": on_train, "C2": on_val, "C2 + 0.2 C1": on_both}
+    for name, loss in losses.items():
+        end = descend(loss, model, 0.1, steps)
+        note(f"{name} alone", steps=steps, accuracy=accuracy(end, test))
 
 
 def rhg(data: Data, model, note, steps: int, updates: int):
@@ -186,40 +189,48 @@ def rhg(data: Data, model, note, steps: int, updates: int):
 # --- Settings under which the weights move, chosen on seed 100 ---
 
 
-def algorithms(rate: float = 0.1, outer: float = 0.05):
-    args = (problem, optax.sgd(rate), optax.adam(outer))
+def algorithms():
+    def make(cls, outer=0.05, **kwargs):
+        return cls(problem, optax.sgd(0.5), optax.adam(outer), **kwargs)
+
     return {
-        "T1T2": hpo.T1T2(*args),
-        "SOBA": hpo.SOBA(*args, linear_rate=rate),
-        "Penalty": hpo.Penalty(*args, strength=5.0),
-        "Unrolled, 10 steps": hpo.Unrolled(*args, inner_steps=10),
+        "T1T2": make(hpo.T1T2),
+        "SOBA": make(hpo.SOBA, linear_rate=0.5),
+        "Penalty": make(hpo.Penalty, strength=5.0),
+        "Unrolled, 10 steps": make(hpo.Unrolled, 0.2, inner_steps=10),
     }
 
 
-def afresh(data: Data, seed: int, loss, steps: int):
-    """Accuracy on the test of a new model, trained on a loss."""
-    model = descend(loss, make_model(seed), 0.5, steps)
-    return float(accuracy(model, data.test))
+def afresh(data: Data, seed: int, weights, steps: int) -> dict[str, Any]:
+    """The accuracies on the test of two new models, trained at fixed weights on the
+    train images, and on these and the validation images."""
+    train, val, test, _ = data
+    on_train = lambda model: train_loss(model, weights, train, None)
+    on_both = lambda model: on_train(model) + val_loss(model, None, val, None)
+    fit = lambda loss: accuracy(descend(loss, make_model(seed), 0.5, steps), test)
+    return {"afresh": fit(on_train), "with_val": fit(on_both)}
 
 
-def tuned(data: Data, seed: int, total: int, note, chosen=None):
+def tuned(data: Data, seed: int, total: int, note):
     """`total` inner steps for each algorithm. All models are then trained afresh."""
     train, val, test, clean = data
-    fit = lambda h: afresh(data, seed, lambda m: train_loss(m, h, train, None), total)
-    for name, algorithm in (chosen or algorithms()).items():
-        start = time.perf_counter()
-        state = algorithm.init(make_model(seed), jnp.zeros(len(clean)))
+    start = jnp.zeros(len(clean))
+    for name, algorithm in algorithms().items():
+        state = algorithm.init(make_model(seed), start)
         count = total // algorithm.inner_steps
-        state = jax.block_until_ready(steps_of(algorithm, state, train, val, count))
-        seconds = time.perf_counter() - start
+        state = steps_of(algorithm, state, train, val, count)
         weights = state.hyperparams
         f1, auc = detection(weights, clean)
-        z = accuracy(state.model, test)
-        note(name, z=z, afresh=fit(weights), f1=f1, auc=auc, seconds=seconds)
-    note("no tuning", afresh=fit(jnp.zeros(len(clean))))
-    note("the clean ones alone", afresh=fit(jnp.where(clean, 30.0, -30.0)))
-    alone = lambda model: val_loss(model, None, val, None)
-    note("the validation images alone", afresh=afresh(data, seed, alone, total))
+        found = {"model": accuracy(state.model, test), "f1": f1, "auc": auc}
+        if isinstance(algorithm, hpo.Penalty):
+            found["y"] = accuracy(state.memory.episode[0].params, test)
+        note(name, **found, **afresh(data, seed, weights, total))
+    note("no tuning", **afresh(data, seed, start, total))
+    right = jnp.where(clean, 30.0, -30.0)
+    note("the clean ones alone", **afresh(data, seed, right, total))
+    none = jnp.full(len(clean), -30.0)
+    alone = afresh(data, seed, none, total)["with_val"]
+    note("the validation images alone", with_val=alone)
 
 
 def main(args):
@@ -242,6 +253,9 @@ def main(args):
             total = 20 if args.quick else args.steps or TOTAL
             note = note_of("published", seed)
             published(data, seed, total, note)
-            rhg(data, make_model(seed), note, 5 if args.quick else 500, 2)
+        if "plain" in args.parts:
+            note, model = note_of("plain", seed), make_model(seed)
+            plain(data, model, 20 if args.quick else 4000, note)
+            rhg(data, model, note, 5 if args.quick else 500, 2)
         if "tuned" in args.parts:
-            tuned(data, seed, 20 if args.quick else 1000, note_of("tuned", seed))
+            tuned(data, seed, 20 if args.quick else 500, note_of("tuned", seed))
