@@ -37,6 +37,11 @@ class Problem(eqx.Module):
     argument is `(model, model_state)` and the train loss returns `(scalar,
     model_state)`, or `(scalar, (model_state, aux))`. The validation loss may return the
     same; its model state is dropped.
+
+    For [`eqx_hpo.Evolution`][] the validation loss may be any function of the model
+    that JAX can trace, with a derivative or without: an accuracy, a simulator. It is
+    minimised, so take one minus an accuracy. What must leave JAX goes through
+    `jax.pure_callback`.
     """
 
     train_loss: Loss
