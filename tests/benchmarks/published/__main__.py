@@ -17,7 +17,7 @@ if __name__ == "__main__":
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--steps", type=int, help="of the training of `cleaning`")
+    parser.add_argument("--steps", type=int, default=40_000, help="of `cleaning`")
     parser.add_argument(
         "--parts", default="published,plain,tuned", help="of `cleaning`"
     )

@@ -116,25 +116,24 @@ def descend(loss, model, rate, count):
 
 # --- The authors' settings ---
 
-TOTAL, RAMP, STRENGTH = 40_000, 30_000, 0.2
+RAMP, STRENGTH = 30_000, 0.2
 
 
-def v_pbgd(total: int):
+def v_pbgd():
     """Their rate of `y` is 0.1 along the gradient of C2 + s C1, which is `s` times ours
     along that of C1 + C2 / s. `z` has the same rate here; theirs is 0.01 throughout,
-    which is the mean of ours while the strength rises. A shorter run rises faster."""
-    ramp = total * RAMP // TOTAL
-    strength = lambda step: STRENGTH * jnp.clip((step + 1) / ramp, max=1)
+    which is the mean of ours while the strength rises."""
+    strength = lambda step: STRENGTH * jnp.clip((step + 1) / RAMP, max=1)
     inner = optax.sgd(lambda step: 0.1 * strength(step))
     return hpo.Penalty(problem, inner, optax.sgd(0.1), strength=strength)
 
 
 def published(data: Data, seed: int, total: int, note):
+    """The first `total` steps of theirs."""
     train, val, test, clean = data
-    model, weights = make_model(seed), jnp.zeros(len(clean))
-    algorithm = v_pbgd(total)
-    state = algorithm.init(model, weights)
-    marks = max(1, total // 20)
+    algorithm = v_pbgd()
+    state = algorithm.init(make_model(seed), jnp.zeros(len(clean)))
+    marks = min(total, 2000)
     for step in range(0, total, marks):
         state = steps_of(algorithm, state, train, val, marks)
         penalised = state.memory.episode[0].params
@@ -250,7 +249,7 @@ def main(args):
     for seed in range(args.first, args.first + args.seeds):
         data = load(folder, seed)
         if "published" in args.parts:
-            total = 20 if args.quick else args.steps or TOTAL
+            total = 20 if args.quick else args.steps
             note = note_of("published", seed)
             published(data, seed, total, note)
         if "plain" in args.parts:
