@@ -25,6 +25,7 @@ LONG = [
     "docs/generalisation.md",
     "docs/getting-started.md",
     "docs/how-to-choose.md",
+    "docs/methods.md",
     "docs/precision.md",
 ]
 # Packages of the extra `logging`, which a block of docs/logging.md may import.
@@ -32,9 +33,9 @@ LONG = [
 LOGGERS = {"tensorboardX": "runs/first/events*", "wandb": "wandb/*run-*/*.wandb"}
 
 
-def _blocks(page, language="python"):
+def blocks_of(text, language="python"):
     pattern = rf"^( *)```{language}\n(.*?)^\1```"
-    found = re.findall(pattern, page.read_text(), re.M | re.S)
+    found = re.findall(pattern, text, re.M | re.S)
     return [textwrap.dedent(block) for _, block in found]
 
 
@@ -45,8 +46,9 @@ def _parametrise(page):
 
 def _run_blocks(page, namespace, unless):
     """Runs the blocks of a page, but for those that import a package of `unless`."""
-    with jax.enable_x64(False):  # as a reader has it
-        for block in _blocks(page):
+    # In single precision, as a reader has it, unless the page asks for more.
+    with jax.enable_x64("jax_enable_x64" in page.read_text()):
+        for block in blocks_of(page.read_text()):
             if block.startswith("# script.py"):
                 continue  # a process of its own
             if not re.search(rf"^(from|import) ({'|'.join(unless)})\b", block, re.M):
@@ -54,14 +56,14 @@ def _run_blocks(page, namespace, unless):
 
 
 @pytest.mark.parametrize(
-    "page", [_parametrise(page) for page in PAGES if _blocks(page)]
+    "page", [_parametrise(page) for page in PAGES if blocks_of(page.read_text())]
 )
 def test_blocks_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "docs"}
     _run_blocks(page, namespace, LOGGERS)
     if page.name == "README.md":
-        printed = _blocks(page, "text")
+        printed = blocks_of(page.read_text(), "text")
         numbers = lambda text: [float(x) for x in re.findall(r"-?\d+\.\d+", text)]
         got = numbers(capsys.readouterr().out)
         expected = numbers(printed[0])
@@ -83,9 +85,9 @@ def test_the_script_of_two_processes_runs(tmp_path):
     """Twice: the second time it reads the solution."""
     pytest.importorskip("orbax.checkpoint", reason="needs the extra `orbax`")
     page = ROOT / "docs" / "devices.md"
-    (script,) = [x for x in _blocks(page) if x.startswith("# script.py")]
+    (script,) = [x for x in blocks_of(page.read_text()) if x.startswith("# script.py")]
     (tmp_path / "script.py").write_text(script)
-    commands = _blocks(page, "bash")[0].replace("python", sys.executable)
+    commands = blocks_of(page.read_text(), "bash")[0].replace("python", sys.executable)
     for _ in range(2):
         out = subprocess.run(
             ["bash", "-c", commands + "wait"],
@@ -98,7 +100,7 @@ def test_the_script_of_two_processes_runs(tmp_path):
 
 
 def test_the_example_of_the_readme_has_15_lines():
-    first = _blocks(ROOT / "README.md")[0]
+    first = blocks_of((ROOT / "README.md").read_text())[0]
     assert len([line for line in first.splitlines() if line.strip()]) <= 15
 
 
@@ -106,17 +108,17 @@ def test_the_example_of_the_readme_has_15_lines():
 def test_the_tutorial_runs_with_few_steps():
     namespace = {"__name__": "docs"}
     with jax.enable_x64(False):
-        for block in _blocks(ROOT / "docs" / "getting-started.md"):
+        for block in blocks_of((ROOT / "docs" / "getting-started.md").read_text()):
             few = re.sub(r"(range\(|steps=)\d+", r"\g<1>5", block)
             exec(compile(few, "getting-started.md", "exec"), namespace)
 
 
 def test_the_diff_of_the_tutorial_is_that_of_its_scripts():
     page = ROOT / "docs" / "getting-started.md"
-    before, after, *_ = [block.splitlines() for block in _blocks(page)]
+    before, after, *_ = [block.splitlines() for block in blocks_of(page.read_text())]
     lines = list(difflib.unified_diff(before, after, n=1, lineterm=""))[3:]
     expected = ["" if line.startswith("@@") else line.rstrip() for line in lines]
-    assert _blocks(page, "diff")[0].splitlines() == expected
+    assert blocks_of(page.read_text(), "diff")[0].splitlines() == expected
 
 
 # What Python prints of objects and types that have no form of their own.

@@ -173,7 +173,7 @@ class Evolution(AbstractAlgorithm):
         none, a pair has just started."""
         if self.estimator == "persistent":
             return drawn, tree_add(old, drawn)
-        is_set = [jnp.any(_flat(x) != 0, axis=1) for x in jtu.tree_leaves(old)]
+        is_set = [jnp.any(x != 0, axis=_rest(x)) for x in jtu.tree_leaves(old)]
         none = jnp.zeros(self.pairs, bool)
         noise = _choose(ft.reduce(jnp.logical_or, is_set, none), old, drawn)
         return noise, noise
@@ -210,8 +210,9 @@ Evolution.__init__.__doc__ = r"""**Arguments:** besides those of
 """
 
 
-def _flat(x: Array) -> Array:
-    return x.reshape(x.shape[0], -1)
+def _rest(x: Array) -> tuple[int, ...]:
+    """All axes but that of the pairs."""
+    return tuple(range(1, x.ndim))
 
 
 def _are_finite(copies: InnerState, inner: InnerState) -> Bool[Array, " pairs"]:
@@ -222,7 +223,7 @@ def _are_finite(copies: InnerState, inner: InnerState) -> Bool[Array, " pairs"]:
         jtu.tree_leaves(eqx.filter(inner, eqx.is_inexact_array)),
         strict=True,
     )
-    kept = [jnp.all(_flat(jnp.isfinite(x) | (x == y)), axis=1) for x, y in pairs]
+    kept = [jnp.all(jnp.isfinite(x) | (x == y), axis=_rest(x)) for x, y in pairs]
     return jnp.all(jnp.stack(kept), axis=0)
 
 
