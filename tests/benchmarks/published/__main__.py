@@ -22,6 +22,7 @@ if __name__ == "__main__":
         "--parts", default="published,plain,tuned", help="of `cleaning`"
     )
     parser.add_argument("--sets", default="energy,yacht", help="of `regression`")
+    parser.add_argument("--methods", help="of `regression`; all by default")
     parser.add_argument("--starts", type=int, default=50, help="of `regression`")
     parser.add_argument("--figure", type=pathlib.Path, help="of `unbiased`")
     args = parser.parse_args()

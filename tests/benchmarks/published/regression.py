@@ -212,20 +212,35 @@ def report(result: Result, scale: float) -> dict[str, Any]:
     }
 
 
+REFERENCE = "FixedPoint"
+
+
+def against(row, other) -> tuple[float, float]:
+    """100 log(error / error of the other), paired over the starts at which both went
+    well: the mean and its standard error."""
+    ratios = 100 * np.log(np.array(row["errors"]) / np.array(other["errors"]))
+    return mean_and_error(ratios[np.isfinite(ratios)])
+
+
 def main(args):
     count, windows = (3, 2) if args.quick else (args.starts, TRAINING // WINDOW)
+    chosen = args.methods.split(",") if args.methods else list(methods())
     rows = []
     for name in ["none"] if args.quick else args.sets.split(","):
-        data = load(name, None if args.quick else args.folder)
-        for method, call in methods().items():
-            result = run(call, data, count, windows, args.first)
+        data, first = load(name, None if args.quick else args.folder), len(rows)
+        for method in chosen:
+            result = run(methods()[method], data, count, windows, args.first)
             found = report(result, data.scale)
             rates = {k: v.tolist() for k, v in result.hyperparams.items()}
-            rows.append({"set": name, "method": method} | found)
-            print(show(rows[-1]), flush=True)
-            rows[-1]["hyperparams"] = rates
+            row = {"set": name, "method": method} | found | {"hyperparams": rates}
+            rows.append(row)
+            print(show(row), flush=True)
             if args.json is not None:
                 args.json.write_text(json.dumps(rows, indent=1))
+        of = {row["method"]: row for row in rows[first:]}
+        for method in [x for x in of if x != REFERENCE and REFERENCE in of]:
+            mean, error = against(of[method], of[REFERENCE])
+            print(f"{name}, {method} against {REFERENCE}: {mean:+.1f} ± {error:.1f}")
 
 
 def show(row) -> str:
