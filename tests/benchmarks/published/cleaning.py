@@ -21,6 +21,8 @@ import optax
 from jax import lax
 from sklearn.metrics import roc_auc_score
 
+from .table import mean_and_error
+
 
 class Data(NamedTuple):
     """Images with the examples last, twice as fast here as the examples first."""
@@ -232,6 +234,26 @@ def tuned(data: Data, seed: int, total: int, note):
     note("the validation images alone", with_val=alone)
 
 
+LABELS = ("part", "name", "steps", "seed")
+
+
+def summarise(rows) -> list[str]:
+    """Means over the seeds, and standard errors."""
+    groups: dict[Any, list[Any]] = {}
+    for row in rows:
+        key = (row["part"], row["name"], row.get("steps"))
+        groups.setdefault(key, []).append(row)
+    lines = []
+    for (part, name, steps), group in groups.items():
+        line = f"{part}, {name}" + ("" if steps is None else f", {steps:.0f} steps")
+        for figure in [x for x in group[0] if x not in LABELS]:
+            values = [row[figure] for row in group]
+            mean, error = mean_and_error(values) if len(values) > 1 else (values[0], 0)
+            line += f" | {figure} {mean:.5g} ± {error:.2g}"
+        lines.append(line)
+    return lines
+
+
 def main(args):
     folder = None if args.quick else args.folder
     rows = []
@@ -258,3 +280,4 @@ def main(args):
             rhg(data, model, note, 5 if args.quick else 500, 2)
         if "tuned" in args.parts:
             tuned(data, seed, 20 if args.quick else 500, note_of("tuned", seed))
+    print(*summarise(rows), sep="\n")
