@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
@@ -24,9 +25,9 @@ class TracedLoss(eqx.Module):
     def __call__(self, params: PyTree, *args: Any) -> Any:
         is_traced = self.single is None or holds_half((params, args[1]))
         traced = self.traced if is_traced else self.single
-        # A result that depends on nothing comes as an array of NumPy.
         out = traced(params, *args)  # pyright: ignore[reportOptionalCall]
-        return as_device_arrays(out)
+        # What depends on nothing comes as an array of NumPy or as a literal of JAX.
+        return as_device_arrays(jtu.tree_map(_from_literal, out))
 
     def in_single_precision(
         self, params: PyTree, model_state: PyTree, hyperparams: Hyperparams, *rest: Any
@@ -60,3 +61,9 @@ def trace(
             stacklevel=2,
         )
     return traced
+
+
+def _from_literal(x: Any) -> Any:
+    dtype = getattr(x, "dtype", None)
+    is_literal = isinstance(x, (int, float, complex)) and dtype is not None
+    return jnp.asarray(x, dtype) if is_literal else x

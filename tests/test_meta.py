@@ -354,3 +354,14 @@ def test_discretised_losses_are_means_over_tasks(stacked):
     expected = 5 * (0.2 * 1 + 0.5 * 2 + 0.3 * 4)
     np.testing.assert_allclose(solution.discretised.relaxed_val_loss, expected)
     np.testing.assert_array_equal(solution.discretised.values, [0.0, 1.0, 0.0])
+
+
+def test_a_validation_loss_may_be_a_constant():
+    loss = lambda w, h, batch, key: jnp.sum((w - h * batch) ** 2)
+    problem = hpo.Problem(loss, lambda *_: 0.0)
+    plain = hpo.T1T2(problem, optax.sgd(0.1), optax.sgd(0.1))
+    learner = hpo.MetaLearner(plain, 2)
+    state = learner.init(jnp.ones(2), jnp.array(0.5))
+    state = learner.step(state, jnp.ones((2, 2)), jnp.ones((2, 2)))
+    assert state.metrics.val_loss == 0
+    assert int(state.skipped) == 0

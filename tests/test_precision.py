@@ -110,6 +110,34 @@ def test_hypergradients(name, rule, dtype):
     assert max(errors(name, RULES[rule], dtype)) < bound
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", ["soba", "penalty", "fixed_point", "evolution"])
+def test_hypergradients_after_some_steps(name, dtype):
+    """Of the algorithms whose memory starts empty, with the same noise for both."""
+    make_algorithm = {
+        "soba": ft.partial(hpo.SOBA, linear_rate=0.1),
+        "penalty": ft.partial(hpo.Penalty, strength=2.0, inner_steps=3),
+        "fixed_point": ft.partial(hpo.FixedPoint, inner_steps=3),
+        "evolution": ft.partial(hpo.Evolution, inner_steps=3, pairs=3),
+    }[name]
+    model, h, train, val = make(dtype)
+
+    def run(inner, model, h, train, val):
+        algorithm = make_algorithm(PROBLEM, inner, optax.set_to_zero())
+        state = algorithm.init(model, h)
+        for _ in range(10):
+            state = algorithm.step(state, train, val)
+        assert int(state.total_skipped) == 0
+        return algorithm.compute_hypergradient(state, train, val)
+
+    got = run(hpo.mixed_precision(MOMENTUM), cast(model, dtype), h, train, val)
+    expected = run(MOMENTUM, model, h, train, val)
+    assert all(x.dtype == jnp.float32 for x in jtu.tree_leaves(got))
+    errors = [relative_error(got[x], expected[x]) for x in got]
+    assert max(errors) < BOUNDS[dtype], errors
+
+
 @pytest.mark.parametrize(
     "dtype", [pytest.param(jnp.bfloat16, marks=pytest.mark.slow), jnp.float16]
 )

@@ -160,7 +160,9 @@ hyperparameters; there is no `second_order`,
     schedule of the number of the step.
 - `bias_every`: the bias is looked at once in so many calls of `step`; never if `None`.
 - `bias_steps`: how many inner steps the third copy takes for that, at two training
-    gradients each. With too few of them to converge the bias is underestimated.
+    gradients each. With too few of them to converge the bias is underestimated. They
+    draw batches of their own from [`eqx_hpo.Minibatch`][], and see the last batch of
+    [`eqx_hpo.Stacked`][] again and again.
 """
 
 
