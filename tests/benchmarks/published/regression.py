@@ -218,8 +218,9 @@ REFERENCE = "FixedPoint"
 def against(row, other) -> tuple[float, float]:
     """100 log(error / error of the other), paired over the starts at which both went
     well: the mean and its standard error."""
-    ratios = 100 * np.log(np.array(row["errors"]) / np.array(other["errors"]))
-    return mean_and_error(ratios[np.isfinite(ratios)])
+    ours, theirs = np.array(row["errors"]), np.array(other["errors"])
+    ok = np.isfinite(ours) & np.isfinite(theirs)
+    return mean_and_error(100 * np.log(ours[ok] / theirs[ok]))
 
 
 def main(args):
