@@ -1,7 +1,10 @@
-"""What the benchmarks count, as far as it is exact: flops and compilations. And the
-parts of the comparison at equal cost: folds, gradients, early stopping, the best."""
+"""What the benchmarks count, as far as it is exact: flops and compilations. The parts
+of the comparison at equal cost: folds, gradients, early stopping, the best. And what
+the published experiments stand on."""
 
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import equinox as eqx
@@ -23,6 +26,7 @@ from .benchmarks.generalisation import (
     rivals,
     task as tasks,
 )
+from .benchmarks.published import cleaning, regression, unbiased
 from .benchmarks.solvers import (
     by_hand,
     figure,
@@ -243,3 +247,63 @@ def test_the_whole_benchmark_on_a_small_problem(tmp_path):
     assert all(x > 0 for x in row["seconds"]["hpo.SOBA"])
     figure.draw([row], str(tmp_path / "figure.png"))
     assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_windows_add_up_to_the_objective():
+    """And its derivative by hand is that of the library through all steps."""
+    with jax.enable_x64(True):
+        start = jnp.array([-1.0, 0.5])
+        algorithm = hpo.Unrolled(
+            unbiased.make_problem(unbiased.STEPS),
+            unbiased.inner,
+            optax.set_to_zero(),
+            inner_steps=unbiased.STEPS,
+        )
+        point, seen = eqx.nn.make_with_state(unbiased.Point)()
+        rates = tuple(hpo.Positive(jnp.exp(x)) for x in start)
+        state = algorithm.init(point, rates, model_state=seen)
+        got = algorithm.compute_hypergradient(state, None, None)
+        got = jnp.stack([h.raw for h in got])
+        value, slope = jax.value_and_grad(unbiased.whole)(start)
+        np.testing.assert_allclose(got, slope, rtol=1e-9)
+        total, window = 0.0, unbiased.algorithms(1, 0.1)["T1T2"]
+        window = eqx.tree_at(lambda x: x.outer, window, optax.set_to_zero())
+        state = window.init(point, rates, model_state=seen)
+        for _ in range(unbiased.STEPS // unbiased.WINDOW):
+            state = window.step(state, None, None)
+            total += state.metrics.val_loss
+        np.testing.assert_allclose(total, value, rtol=1e-12)
+
+
+def test_half_of_the_labels_are_drawn():
+    data = cleaning.load(None, 0)
+    assert data.clean.sum() == 30
+    true = np.random.default_rng(0).integers(0, 10, 220)
+    changed = np.asarray(data.train[1]) != true[:60]
+    assert not changed[data.clean].any() and changed.sum() > 20
+    assert (np.asarray(data.test[1]) == true[120:]).all()
+    assert cleaning.detection([1.0, 2.0, -1.0, 0.5], np.array([1, 1, 0, 0])) == (80, 1)
+
+
+def test_failed_runs_count_as_infinite():
+    errors, ok = np.array([3.0, np.nan, 1.0, 2.0, 1.0]), np.array([1, 0, 1, 0, 1]) > 0
+    found = regression.report(regression.Result(errors, ok, {}), scale=2.0)
+    assert found["failed"] == 2 and found["best"] == 4
+    assert found["mean"][0] == pytest.approx(20 / 3)
+    assert found["median"][0] == 12
+
+
+def test_rows_of_a_regression_are_standard_without_the_test():
+    data = regression.load("none", None)
+    for rows in data.both:
+        np.testing.assert_allclose(np.mean(rows, 0), 0, atol=1e-6)
+        np.testing.assert_allclose(np.std(rows, 0, ddof=1), 1, rtol=1e-5)
+    assert [len(x[0]) for x in data[:4]] == [80, 20, 100, 20]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["unbiased", "regression", "cleaning"])
+def test_published_experiments_run(name):
+    command = [sys.executable, "-m", "tests.benchmarks.published", name, "--quick"]
+    root = pathlib.Path(__file__).parent.parent
+    subprocess.run(command, check=True, cwd=root, capture_output=True)
