@@ -238,9 +238,57 @@ def test_the_bias_is_looked_at_at_an_interval_and_kept():
     assert seen[:2] == [np.inf] * 2
     assert len({*seen[2:5]}) == 1 and len({*seen[5:]}) == 1
     assert np.isfinite(seen[2]) and seen[2] != seen[5]
-    fresh = algorithm.restart(state, jnp.zeros(6))
-    assert jnp.isinf(fresh.memory.episode[1].bias)
-    assert not jnp.any(fresh.memory.episode[0].params)
+    state = algorithm.restart(state, jnp.zeros(6))
+    assert not jnp.any(state.memory.episode[0].params)
+    state = algorithm.step(state, None, None)
+    assert jnp.isinf(state.metrics.diagnostics.bias)
+    assert int(state.total_skipped) == 0
+
+
+def test_episodes_of_tasks_begin_without_a_look():
+    case = ridge()
+    train, val = hpo.folds(case.train, 2)
+    plain = hpo.Penalty(
+        case.problem, SGD, HOLD, strength=5.0, bias_every=2, bias_steps=1
+    )
+    learner = hpo.MetaLearner(plain, 2, horizon=4)
+    state = learner.init(case.model, case.hyperparams, train=train, val=val)
+    known = []
+    for _ in range(6):
+        state = learner.step(state, train, val)
+        known.append(bool(jnp.isfinite(state.metrics.diagnostics.tasks.bias).all()))
+    assert int(state.total_skipped) == 0
+    assert known == [False, True, True, True, False, True]
+
+
+def test_where_nothing_has_moved_there_is_no_look():
+    """At a rate of zero the hypergradient is zero at first, and so is its bias."""
+    problem, h, _ = _quadratic()
+    direct = hpo.Problem(
+        problem.train_loss, lambda w, h, b, k: problem.val_loss(w, 0 * h, b, k)
+    )
+    inner = optax.sgd(lambda count: jnp.where(count < 2, 0.0, 0.1))
+    algorithm = hpo.Penalty(
+        direct, inner, HOLD, strength=5.0, bias_every=1, bias_steps=1
+    )
+    state = algorithm.step(algorithm.init(jnp.zeros(6), h), None, None)
+    assert jnp.isinf(state.metrics.diagnostics.relative_bias)
+    for _ in range(2):
+        state = algorithm.step(state, None, None)
+    assert int(state.total_skipped) == 0
+    assert jnp.any(state.model != 0)
+
+
+def test_a_look_has_the_present_entry_of_a_schedule():
+    problem, h, _ = _quadratic()
+    told = []
+    for hyperparams in (h, hpo.Schedule(jnp.stack([h, -h]), every=3)):
+        algorithm = hpo.Penalty(
+            problem, SGD, HOLD, strength=5.0, inner_steps=3, bias_every=1, bias_steps=9
+        )
+        state = algorithm.init(jnp.ones(6), hyperparams)
+        told.append(algorithm.step(state, None, None).metrics.diagnostics)
+    assert relative_error(told[1], told[0]) < 1e-13
 
 
 def test_a_look_that_fails_is_no_skipped_step():

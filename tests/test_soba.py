@@ -16,6 +16,7 @@ from .problems import quadratic, ridge
 
 
 HOLD = optax.set_to_zero()
+SGD = optax.sgd(0.1)
 RATES = {"train": 0.1, "linear": 0.05, "outer": 0.2}
 
 
@@ -261,3 +262,17 @@ def test_complex_weights_equal_their_real_parts():
 def test_a_rate_among_the_hyperparameters_is_refused():
     with pytest.raises(ValueError, match="Tune them by `FixedPoint`"):
         hpo.SOBA(PROBLEM, lambda h: optax.sgd(h["decay"]), HOLD, linear_rate=0.1)
+
+
+def test_made_within_jit_it_is_the_same():
+    case = ridge()
+
+    def run(rate):
+        algorithm = hpo.SOBA(case.problem, optax.sgd(0.3), SGD, linear_rate=rate)
+        state = algorithm.init(case.model, case.hyperparams)
+        assert state.memory.lasting is None
+        for _ in range(2):
+            state = algorithm.step(state, case.train, case.val)
+        return state.hyperparams
+
+    assert relative_error(jax.jit(run)(0.3), run(0.3)) < 1e-13

@@ -20,6 +20,7 @@ from .._custom_types import (
     IntScalar,
     Through,
 )
+from .._hyperparameter import at_inner_step
 from .._levels import Levels
 from .._misc import as_single, match_types, tree_add, tree_norm, tree_scale, tree_where
 from .._problem import Problem
@@ -103,7 +104,9 @@ class Penalty(AbstractAlgorithm):
     ) -> Memory:
         del hyperparams, batch
         copy = lambda x: jnp.array(x) if eqx.is_array(x) else x
-        return Memory(episode=(jtu.tree_map(copy, inner), self.init_diagnostics()))
+        # Below zero, not infinite: a new infinity is no state to go on from.
+        unknown = jtu.tree_map(lambda x: -jnp.ones_like(x), self.init_diagnostics())
+        return Memory(episode=(jtu.tree_map(copy, inner), unknown))
 
     def init_diagnostics(self) -> PenaltyReport | None:
         if self.bias_every is None:
@@ -132,11 +135,13 @@ class Penalty(AbstractAlgorithm):
         if self.bias_every is not None:
 
             def look():
+                # The copy goes on at the entry of a `Schedule` that is looked at.
+                present = at_inner_step(hyperparams, levels.episode_position + last)
                 half = _train_penalised(
-                    levels, penalised, hyperparams, strength / 2, self.bias_steps
+                    levels, penalised, present, strength / 2, self.bias_steps
                 )
                 new = _compare(hypergradient, at(half, strength / 2))
-                return tree_where(jnp.isfinite(new.bias), new, report)
+                return tree_where(jnp.isfinite(new.relative_bias), new, report)
 
             is_due = (number + 1) % self.bias_every == 0
             report = lax.cond(is_due, look, lambda: report)
@@ -148,7 +153,7 @@ class Penalty(AbstractAlgorithm):
             ),
             train=train,
             val=levels.validate(inner, hyperparams, last),
-            diagnostics=report,
+            diagnostics=jtu.tree_map(lambda x: jnp.where(x < 0, jnp.inf, x), report),
         )
 
 

@@ -22,8 +22,10 @@ from .settings import as_scheduled, check_plain_inner, Scheduled, value_at
 
 
 def _as_averaging(value: Any) -> Array | None:
-    value = as_share("averaging", value)
-    return None if not isinstance(value, Tracer) and value == 0 else value
+    share = as_share("averaging", value)
+    # The value as it was given: within `jit` its array is traced.
+    is_off = not isinstance(value, Tracer) and float(value) == 0
+    return None if is_off else share
 
 
 class SOBA(AbstractAlgorithm):
