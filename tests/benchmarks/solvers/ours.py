@@ -6,7 +6,6 @@ from typing import Any
 
 import equinox as eqx
 import eqx_hpo as hpo
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -40,9 +39,7 @@ _REVERSE = hpo.ReverseOverReverse()  # as by hand
 
 
 def _soba(rule: hpo.AbstractSecondOrder, rates: Rates, *levels: Any):
-    # Made while tracing, `averaging=0.0` would be a tracer, and no longer none at all.
-    with jax.ensure_compile_time_eval():
-        return hpo.SOBA(*levels, second_order=rule, linear_rate=rates.inner_at)
+    return hpo.SOBA(*levels, second_order=rule, linear_rate=rates.inner_at)
 
 
 def _averaged(rates: Rates, *levels: Any):
