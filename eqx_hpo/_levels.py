@@ -24,7 +24,7 @@ from ._custom_types import (
     IntScalar,
     Key,
 )
-from ._data import AbstractBatches
+from ._data import AbstractBatches, SameBatch
 from ._hyperparameter import at_inner_step, unwrap_values
 from ._inner import apply_inner
 from ._misc import as_single, holds_half, match_types, tree_zeros
@@ -360,6 +360,11 @@ class Levels(eqx.Module):
     def train_batch(self, index: IntScalar) -> Batch:
         """Draws the batch $D_t$ of the train data that inner step `index` uses."""
         return self._draw(self.train, index, _TRAIN)[0]
+
+    def with_batch_drawn(self, index: IntScalar) -> "Levels":
+        """Makes levels for inner step `index` alone, whose train batch is drawn: what
+        goes back through the step at once need not draw it again."""
+        return dataclasses.replace(self, train=SameBatch(self.train_batch(index)))
 
     def algorithm_key(self, index: IntScalar) -> PRNGKeyArray:
         """Makes a PRNG key for the random choices of an algorithm itself at inner step

@@ -69,6 +69,7 @@ class FixedPoint(AbstractMemoryless):
         last = jnp.asarray(self.inner_steps - 1)
         if self.inner_steps > 1:
             inner, _ = levels.run(inner, hyperparams, 0, self.inner_steps - 1)
+        levels = levels.with_batch_drawn(last)
         inner, pull_back, train = linearise_update(levels, inner, hyperparams, last)
         val, alpha, direct = levels.validation_gradient(inner, hyperparams, last)
 

@@ -97,6 +97,7 @@ class SOBA(AbstractAlgorithm):
         memory: Memory,
     ) -> Estimate:
         index, v = jnp.zeros((), int), memory.episode
+        levels = levels.with_batch_drawn(index)
         plain, to_raw = eqx.filter_vjp(levels.unwrap, hyperparams)
         products, found = Point(levels, inner, index).gradient(plain)
         gradient, model_state, train = found
