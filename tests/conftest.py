@@ -60,6 +60,23 @@ LONG_VARIANTS = (
     "test_optimizer.py::test_a_step_traces_each_loss_once[t1t2_3",
     "test_optimizer.py::test_a_step_traces_each_loss_once[unrolled_4_2",
     "test_greedy.py::test_equals_the_sum_by_hand[{}-sgd]",
+    "test_greedy.py::test_toy_of_the_paper[greedy]",
+    "test_evolution.py::test_any_function_of_the_model_is_tuned[_accuracy]",
+    "test_evolution.py::test_the_model_is_trained_without_noise[persistent]",
+    "test_evolution.py::test_the_model_is_trained_without_noise[antithetic]",
+    "test_soba.py::test_under_folds_the_hypergradient_is_the_mean[0.0]",
+    "test_soba.py::test_every_rule_gives_both_products[forward",
+    "test_soba.py::test_equals_a_hand_written_one_over_100_stochastic_steps[1.0]",
+    "test_penalty.py::test_the_bias_falls_as_one_over_the_strength_and_is_told[ridge]",
+    "test_penalty.py::test_equals_f2sa_by_hand_on_batches[1]",
+    "test_fixed_point.py::test_equals_the_sum_by_hand_off_the_fixed_point[0-",
+    "test_hyperdistill.py::test_no_memory_and_no_scale_is_one_step[",
+    "test_checkpoints.py::test_the_same_call_goes_on_bit_for_bit[epochs-folder]",
+    "test_checkpoints.py::test_the_same_call_goes_on_bit_for_bit[loader-folder]",
+    "test_constrain.py::test_holds_at_each_of_1000_random_steps[simplex]",
+    "test_constrain.py::test_holds_at_each_of_1000_random_steps[non_negative]",
+    "test_devices.py::test_a_run_that_goes_on_leaves_arrays_where_they_are[Auto]",
+    "test_forward_mode.py::test_schedules_by_reverse_mode[2]",
 )
 
 

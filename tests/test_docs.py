@@ -20,6 +20,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Pages that train for long.
 LONG = [
+    "docs/api/problem.md",
+    "docs/api/tune.md",
     "docs/examples/learning-rates.md",
     "docs/examples/model-parts.md",
     "docs/generalisation.md",

@@ -13,12 +13,12 @@ from .helpers import ALGORITHMS, equal, relative_error
 from .problems import ridge
 
 
-SGD = optax.sgd(0.1)
+SGD: optax.GradientTransformation = optax.sgd(0.1)
 STEPS = 3
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize("name", ALGORITHMS)]
 
 
-def _make(name, outer=SGD):
+def _make(name, outer: optax.GradientTransformation = SGD):
     case = ridge()
     return case, ALGORITHMS[name](case.problem, optax.adam(0.05), outer)
 

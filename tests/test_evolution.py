@@ -1,6 +1,7 @@
 """Evolution against smoothed gradients in closed form, and what it does around them."""
 
 import functools as ft
+from typing import Any
 
 import equinox as eqx
 import eqx_hpo as hpo
@@ -178,13 +179,15 @@ def test_a_step_in_which_all_fail_is_skipped():
     assert int(state.metrics.diagnostics.failed) == 40
 
 
+@pytest.mark.slow
 def test_the_outer_update_gets_the_standard_error():
     seen = []
 
-    def update(updates, state, params=None, *, error, grad, **_):
+    def watch(updates, state, params=None, *, error, grad, **_):
         jax.debug.callback(lambda *x: seen.append(x), error, grad)
         return updates, state
 
+    update: Any = watch
     spy = optax.GradientTransformationExtraArgs(lambda params: (), update)
     algorithm = hpo.Evolution(
         PROBLEM, optax.sgd(RATE), spy, inner_steps=1, pairs=200, scale=0.4
@@ -255,6 +258,7 @@ def test_any_function_of_the_model_is_tuned(val_loss):
     assert state.hyperparams < 0.5
 
 
+@pytest.mark.slow
 def test_the_pairs_may_be_split_over_devices():
     algorithm = _algorithm("persistent", pairs=8)
     mesh = jax.make_mesh((8,), ("pairs",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -274,6 +278,7 @@ def test_the_pairs_may_be_split_over_devices():
     assert noise.sharding.spec[0] == "pairs"
 
 
+@pytest.mark.slow
 def test_each_task_of_several_has_its_own_pairs():
     case = ridge()
     train, val = hpo.folds(case.train, 4)

@@ -170,6 +170,9 @@ def test_finds_the_best_hyperparameters_of_the_quadratic():
 def test_a_rate_may_be_a_schedule():
     case = ridge()
     schedule = lambda step: jnp.where(step < 2, 0.3, 0.1)
+    whole = hpo.SOBA(case.problem, SGD, HOLD, linear_rate=lambda step: 1 + 0 * step)
+    start = whole.init(case.model, case.hyperparams)
+    assert int(whole.step(start, case.train, case.val).skipped) == 0
     args = (case.problem, optax.sgd(0.3), HOLD)
     algorithm = hpo.SOBA(*args, linear_rate=schedule)
     state = algorithm.init(case.model, case.hyperparams)
@@ -207,7 +210,7 @@ def test_under_folds_the_hypergradient_is_the_mean(averaging):
     state = learner.init(case.model, case.hyperparams, train=train, val=val)
     held = hpo.SOBA(case.problem, optax.sgd(0.3), HOLD, linear_rate=0.3)
     singles = [held.init(case.model, case.hyperparams) for _ in range(4)]
-    average = jtu.tree_map(jnp.zeros_like, case.hyperparams)
+    average, estimates = jtu.tree_map(jnp.zeros_like, case.hyperparams), []
     for _ in range(3):
         state = learner.step(state, train, val)
         hyperparams, estimates = singles[0].hyperparams, []
@@ -223,6 +226,10 @@ def test_under_folds_the_hypergradient_is_the_mean(averaging):
             eqx.tree_at(lambda s: s.hyperparams, s, hyperparams) for s in singles
         ]
     assert relative_error(state.hyperparams, singles[0].hyperparams) < 1e-12
+    # An average says no less about how far the folds disagree.
+    spread = jtu.tree_map(lambda *x: jnp.std(jnp.stack(x), 0, ddof=1) / 2, *estimates)
+    error = state.metrics.diagnostics.standard_error
+    assert relative_error(error, spread) < 1e-9
 
 
 def test_complex_weights_equal_their_real_parts():

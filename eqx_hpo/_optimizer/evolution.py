@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import optax
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from .._checks import as_int, as_number, check_one_of
 from .._custom_types import Batch, Hyperparams, InnerOptimiser, Through
 from .._levels import Levels
-from .._misc import match_types, tree_add
+from .._misc import as_single, match_types, tree_add
 from .._problem import Problem
 from .._second_order import AbstractSecondOrder, ReverseOverReverse
 from .._state import Estimate, InnerState, Memory
@@ -67,8 +68,9 @@ class Evolution(AbstractAlgorithm):
     `state.memory.episode`, which may be split over devices. Memory is $O(N (P + H))$.
 
     A pair that fails is left out, and starts anew from the model; an
-    [`eqx_hpo.EvolutionReport`][] counts these. If all fail, the step is skipped. The
-    outer update gets the standard error over the pairs, for [`eqx_hpo.gate`][].
+    [`eqx_hpo.EvolutionReport`][] counts these. If all fail at once, the step is skipped
+    and none starts anew: that takes a smaller `scale`, or a `restart`. The outer update
+    gets the standard error over the pairs, for [`eqx_hpo.gate`][].
 
     ??? cite "References"
 
@@ -147,7 +149,7 @@ class Evolution(AbstractAlgorithm):
         return Estimate(
             inner=inner,
             memory=memory,
-            hypergradient=mean,
+            hypergradient=match_types(mean, hyperparams),
             train=train_report,
             val=levels.validate(inner, plain, last),
             diagnostics=EvolutionReport(jnp.sum(~is_good)),
@@ -175,7 +177,7 @@ class Evolution(AbstractAlgorithm):
             return drawn, tree_add(old, drawn)
         is_set = [jnp.any(x != 0, axis=_rest(x)) for x in jtu.tree_leaves(old)]
         none = jnp.zeros(self.pairs, bool)
-        noise = _choose(ft.reduce(jnp.logical_or, is_set, none), old, drawn)
+        noise = _choose(~_all([~x for x in [none, *is_set]]), old, drawn)
         return noise, noise
 
     def _slope(
@@ -188,6 +190,7 @@ class Evolution(AbstractAlgorithm):
         count = jnp.sum(is_good)
         difference = jnp.where(is_good, values[:, 0] - values[:, 1], 0)
         factor = difference / (2 * self.scale**2)
+        weight = jtu.tree_map(as_single, weight)
         along = lambda f, x: jnp.tensordot(f.astype(x.dtype), x, axes=1)
         mean = jtu.tree_map(lambda x: along(factor, x) / count.astype(x.dtype), weight)
         if self.pairs == 1:
@@ -224,7 +227,14 @@ def _are_finite(copies: InnerState, inner: InnerState) -> Bool[Array, " pairs"]:
         strict=True,
     )
     kept = [jnp.all(jnp.isfinite(x) | (x == y), axis=_rest(x)) for x, y in pairs]
-    return jnp.all(jnp.stack(kept), axis=0)
+    return _all(kept)
+
+
+def _all(flags: list[Bool[Array, " pairs"]]) -> Bool[Array, " pairs"]:
+    """Joins flags, behind barriers: XLA would copy a chain of `and`s into each
+    selection that reads its end, and compile in the square of the arrays."""
+    stacked = lax.optimization_barrier(jnp.stack(flags))
+    return lax.optimization_barrier(jnp.all(stacked, axis=0))
 
 
 def _choose(is_good: Bool[Array, " pairs"], true: PyTree, false: PyTree) -> PyTree:

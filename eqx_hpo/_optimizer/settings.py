@@ -37,6 +37,8 @@ def value_at(name: str, value: Scheduled, step: IntScalar) -> FloatScalar:
     if not callable(value):
         return value
     now = jnp.asarray(value(step))
+    if jnp.issubdtype(now.dtype, jnp.integer):
+        now = now.astype(jnp.result_type(float))
     if now.shape != () or not jnp.issubdtype(now.dtype, jnp.floating):
         raise ValueError(
             f"`{name}` must be a number, or a function from the number of the step to "

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import optax
 from jax.core import Tracer
 from jaxtyping import Array, Float
@@ -109,8 +110,11 @@ class SOBA(AbstractAlgorithm):
         (hypergradient,) = to_raw(tree_add(direct, mixed))
         average = memory.lasting
         if self.averaging is not None:
-            hypergradient = tree_mix(hypergradient, average, self.averaging)
-            average = levels.mean(hypergradient)
+            # The tasks differ by what is new: their spread is that of the estimates.
+            mean = levels.mean(hypergradient)
+            average = tree_mix(mean, average, self.averaging)
+            own = jtu.tree_map(jnp.subtract, hypergradient, mean)
+            hypergradient = tree_add(average, own)
         inner = levels.apply(gradient, inner, plain, model_state, index)
         return Estimate(inner, Memory(v, average), hypergradient, train, val)
 
