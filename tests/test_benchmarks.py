@@ -16,17 +16,17 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 import pytest
-from jax import lax
-
-from .benchmarks import flops, overhead
-from .benchmarks.generalisation import (
+from docs.experiments.generalisation import (
     overfitting,
     problems,
     recipe,
     rivals,
     task as tasks,
 )
-from .benchmarks.published import cleaning, regression, unbiased
+from docs.experiments.published import cleaning, regression, unbiased
+from jax import lax
+
+from .benchmarks import flops, overhead
 from .benchmarks.solvers import (
     by_hand,
     figure,
@@ -304,6 +304,12 @@ def test_rows_of_a_regression_are_standard_without_the_test():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["unbiased", "regression", "cleaning"])
 def test_published_experiments_run(name):
-    command = [sys.executable, "-m", "tests.benchmarks.published", name, "--quick"]
+    command = [
+        sys.executable,
+        "-m",
+        "docs.experiments.published",
+        name,
+        "--quick",
+    ]
     root = pathlib.Path(__file__).parent.parent
     subprocess.run(command, check=True, cwd=root, capture_output=True)

@@ -22,7 +22,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LONG = [
     "docs/api/problem.md",
     "docs/api/tune.md",
-    "docs/examples/learning-rates.md",
+    "docs/experiments/learning-rates.md",
     "docs/examples/model-parts.md",
     "docs/generalisation.md",
     "docs/getting-started.md",

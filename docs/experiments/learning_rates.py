@@ -1,0 +1,304 @@
+r"""Learns the learning rate of each layer of a small MLP in two ways: greedily, while it
+is trained, and as a schedule, by forward mode through the whole of training.
+
+The first is cheap and short-sighted: within one step, a small rate looks better than it
+is (Wu et al., "Understanding Short-Horizon Bias in Stochastic Meta-Optimization", ICLR
+2018). The second is that of Micaelli and Storkey, "Gradient-based Hyperparameter
+Optimization Over Long Horizons", NeurIPS 2021. Constant rates and cosine decay, chosen
+from a grid, stand beside them.
+
+    python -m docs.experiments.learning_rates
+    python -m docs.experiments.learning_rates --dataset fashion_mnist --size 3000 \
+        --steps 2000 --seeds 5
+"""
+
+import argparse
+import time
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import eqx_hpo as hpo
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, Scalar
+from matplotlib.figure import Figure
+
+from . import image_data
+
+
+HIDDEN, LAYERS = 16, 2
+BATCH, MOMENTUM = 16, 0.9
+WINDOWS = 10  # of the learned schedule, each with a rate for each layer
+POINTS = 50  # in the course of a training
+START = 0.01  # of each learned rate
+GRID = (0.003, 0.01, 0.03, 0.1, 0.3)  # constant rates, and peaks of cosine decay
+ONLINE_RATE, SCHEDULE_RATE = 0.03, 0.1  # of Adam, which moves the logarithm of a rate
+
+CONSTANT, COSINE = "best constant rate", "best cosine decay"
+ONLINE, LEARNED = "online, greedy", "schedule, non-greedy"
+OTHER_START = "the same, other first weights"
+FIXED, FIXED_SEEN = "schedule, one order", "the same, on that order"
+SHOWN = (CONSTANT, COSINE, ONLINE, LEARNED)  # in the figure
+
+
+class Data(NamedTuple):
+    x: Float[Array, "n pixels"]
+    y: Int[Array, " n"]
+
+
+class Course(NamedTuple):
+    rates: Float[Any, "steps layers"]
+    val_losses: Float[Any, " points"]
+    model: Any
+
+
+class Row(NamedTuple):
+    course: Course
+    losses: list[float]  # train, validation, test
+    accuracy: float  # on test, in percent
+    seconds: float  # of the CPU, to find the rates; for `ONLINE` with the training
+
+
+def load_data(dataset: str, folder: str | None, size: int | None, seed: int):
+    """Images of 4x4 or 7x7 pixels, so that the small model cannot learn them by heart:
+    the gradient of a minibatch then remains noisy."""
+    parts = image_data.load(dataset, folder=folder, size=size, seed=seed)
+    factor = 2 if dataset == "digits" else 4
+    return [Data(shrink(x.images, factor), jnp.asarray(x.labels)) for x in parts]
+
+
+def shrink(images: Any, factor: int) -> Float[Array, "n pixels"]:
+    n, height, width, _ = images.shape
+    blocks = images.reshape(n, height // factor, factor, width // factor, factor, -1)
+    return jnp.asarray(blocks.mean((2, 4)).reshape(n, -1))
+
+
+def make_model(pixels: int, seed: int) -> list[eqx.nn.Linear]:
+    first, second = jr.split(jr.key(seed))
+    return [
+        eqx.nn.Linear(pixels, HIDDEN, key=first),
+        eqx.nn.Linear(HIDDEN, 10, key=second),
+    ]
+
+
+def compute_logits(model: Any, x: Any) -> Float[Array, "n classes"]:
+    hidden = jax.nn.relu(x @ model[0].weight.T + model[0].bias)
+    return hidden @ model[1].weight.T + model[1].bias
+
+
+def loss(model: Any, rates: Any, data: Data, key: None) -> Scalar:
+    logits = compute_logits(model, data.x)
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, data.y))
+
+
+def scale_layers(rates: Float[Array, " layers"]) -> optax.GradientTransformation:
+    """Multiplies the updates of each layer by minus its rate."""
+
+    def scale(updates, params):
+        del params
+        scaled = zip(rates, updates, strict=True)
+        return [jtu.tree_map(lambda x: -rate * x, layer) for rate, layer in scaled]
+
+    return optax.stateless(scale)
+
+
+def make_inner(rates: Float[Array, " layers"]) -> optax.GradientTransformation:
+    return optax.chain(optax.trace(MOMENTUM), scale_layers(rates))
+
+
+def make_batches(train: Data, order: int) -> hpo.Minibatch:
+    """Shuffled epochs: batch number `i` follows from `order` and `i` alone."""
+    return hpo.Minibatch(train, BATCH, replacement=False, seed=order)
+
+
+@jax.jit
+def train_with(
+    rates: Float[Array, "steps layers"], model: Any, batches: hpo.Minibatch, val: Data
+) -> Course:
+    """A training with the rates of each step given."""
+
+    def step(carry, now):
+        model, opt_state = carry
+        number, rates = now
+        gradient = jax.grad(loss)(model, None, batches.draw(number, number, None), None)
+        updates, opt_state = make_inner(rates).update(gradient, opt_state)
+        return (optax.apply_updates(model, updates), opt_state), None
+
+    def part(carry, now):
+        carry, _ = jax.lax.scan(step, carry, now)
+        return carry, loss(carry[0], None, val, None)
+
+    numbers = jnp.arange(len(rates)).reshape(POINTS, -1)
+    carry = (model, make_inner(rates[0]).init(model))
+    now = (numbers, rates.reshape(*numbers.shape, LAYERS))
+    (model, _), val_losses = jax.lax.scan(part, carry, now)
+    return Course(rates, val_losses, model)
+
+
+def choose_from_grid(
+    shape: Float[Array, " steps"], model: Any, batches: hpo.Minibatch, val: Data
+) -> Float[Array, "steps layers"]:
+    """The multiple of `shape` with the lowest validation loss at the end."""
+    all_rates = jnp.array(GRID)[:, None, None] * jnp.tile(shape[:, None], LAYERS)
+    courses = jax.vmap(lambda rates: train_with(rates, model, batches, val))(all_rates)
+    return all_rates[jnp.nanargmin(courses.val_losses[:, -1])]
+
+
+def train_online(
+    algorithm: hpo.T1T2, model: Any, batches: hpo.Minibatch, val: Data, steps: int
+) -> Course:
+    """A rate for each layer, moved after each training step by a look one step back."""
+    hyperparams = hpo.Positive(jnp.full(LAYERS, START))
+    args = (algorithm, model, hyperparams, batches, val)
+    solution = hpo.tune(*args, steps=steps, key=None, record_every=1)
+    history, every = solution.history, steps // POINTS
+    losses = history.val_loss[every - 1 :: every]
+    return Course(history.hyperparams, losses, solution.model)
+
+
+def learn_schedule(
+    algorithm: hpo.ForwardMode, model: Any, train: Any, val: Data, updates: int
+) -> Float[Array, "steps layers"]:
+    """A rate for each window and layer, moved after each complete training."""
+    rates, every = jnp.full((WINDOWS, LAYERS), START), algorithm.inner_steps // WINDOWS
+    args = (algorithm, model, hpo.Schedule(hpo.Positive(rates), every), train, val)
+    solution = hpo.tune(*args, steps=updates, key=None, restart_every=1)
+    return jnp.repeat(solution.values, every, axis=0)
+
+
+def make_algorithms(steps: int, updates: int) -> tuple[hpo.T1T2, hpo.ForwardMode]:
+    problem = hpo.Problem(loss, loss)
+    # Each update of the schedule sees another order of the batches. The falling rate
+    # averages over them.
+    outer = optax.adam(optax.cosine_decay_schedule(SCHEDULE_RATE, updates))
+    schedule = hpo.ForwardMode(problem, make_inner, outer, inner_steps=steps)
+    return hpo.T1T2(problem, make_inner, optax.adam(ONLINE_RATE)), schedule
+
+
+def compare(
+    data: list[Data], steps: int, updates: int, seed: int, algorithms: Any
+) -> dict[str, Row]:
+    """Finds rates on one order of the batches, or on many, and trains on a new one."""
+    train, val, _ = data
+    pixels, (online, schedule) = train.x.shape[1], algorithms
+    model, other = make_model(pixels, seed), make_model(pixels, seed + 1000)
+    search, final = (make_batches(train, 2 * seed + i) for i in range(2))
+    order = hpo.Stacked(jax.vmap(lambda i: search.draw(i, i, None))(jnp.arange(steps)))
+    cosine = (1 + jnp.cos(jnp.pi * jnp.arange(steps) / steps)) / 2
+    finders = {
+        CONSTANT: lambda: choose_from_grid(jnp.ones(steps), model, search, val),
+        COSINE: lambda: choose_from_grid(cosine, model, search, val),
+        LEARNED: lambda: learn_schedule(schedule, model, search, val, updates),
+        FIXED: lambda: learn_schedule(schedule, model, order, val, updates),
+    }
+    start = time.process_time()
+    course = train_online(online, model, final, val, steps)
+    rows = {ONLINE: assess(course, data, time.process_time() - start)}
+    for name, find in finders.items():
+        start = time.process_time()
+        rates = jax.block_until_ready(find())
+        seconds = time.process_time() - start
+        rows[name] = assess(train_with(rates, model, final, val), data, seconds)
+    again = {OTHER_START: (LEARNED, other, final), FIXED_SEEN: (FIXED, model, search)}
+    for name, (source, start_model, batches) in again.items():
+        rates = rows[source].course.rates
+        course = train_with(rates, start_model, batches, val)
+        rows[name] = assess(course, data, rows[source].seconds)
+    return {name: rows[name] for name in (*SHOWN, OTHER_START, FIXED, FIXED_SEEN)}
+
+
+def assess(course: Course, data: list[Data], seconds: float) -> Row:
+    losses = [float(loss(course.model, None, part, None)) for part in data]
+    guesses = jnp.argmax(compute_logits(course.model, data[-1].x), axis=1)
+    accuracy = 100 * float(jnp.mean(guesses == data[-1].y))
+    return Row(course, losses, accuracy, seconds)
+
+
+def describe(values: Any) -> str:
+    """Mean and standard deviation."""
+    deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
+    return f"{np.mean(values):.3f} ± {deviation:.3f}"
+
+
+def print_table(results: dict[str, list[Row]]) -> None:
+    names = ("train loss", "val. loss", "test loss", "test acc., %")
+    print(f"{'':31}", *(f"{name:>15}" for name in names), f"{'CPU s':>7}")
+    for name, rows in results.items():
+        columns = [*zip(*(row.losses for row in rows)), [row.accuracy for row in rows]]
+        cells = "".join(f"{describe(column):>16}" for column in columns)
+        print(f"{name:31}{cells}{np.median([row.seconds for row in rows]):8.1f}")
+    test = {
+        name: np.array([row.losses[-1] for row in x]) for name, x in results.items()
+    }
+    print("\ntest loss, minus that of the best cosine decay, mean and standard error")
+    for name, losses in test.items():
+        gaps = losses - test[COSINE]
+        error = np.std(gaps, ddof=1) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
+        print(f"{name:31}{np.mean(gaps):+9.3f} ± {error:.3f}")
+
+
+def draw(results: dict[str, list[Row]], path: str) -> None:
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for colour, name in enumerate(SHOWN):
+        courses = [row.course for row in results[name]]
+        rates = np.exp(np.mean([np.log(x.rates) for x in courses], axis=0))
+        steps, look = len(rates), dict(color=f"C{colour}")
+        left.plot(np.arange(steps), rates[:, 0], label=name, **look)
+        left.plot(np.arange(steps), rates[:, 1], "--", **look)
+        losses = np.array([x.val_losses for x in courses])
+        x, mean = np.arange(1, POINTS + 1) * steps / POINTS, losses.mean(axis=0)
+        deviation = losses.std(axis=0, ddof=min(1, len(losses) - 1))
+        right.plot(x, mean, **look)
+        right.fill_between(x, mean - deviation, mean + deviation, alpha=0.15, **look)
+    left.set(yscale="log", ylim=(1e-3, 0.5))
+    left.set_ylabel("learning rate (solid: layer 1, dashed: layer 2)")
+    lowest = np.mean([x.course.val_losses for x in results[LEARNED]], axis=0).min()
+    right.set(ylabel="validation loss", ylim=(0.9 * lowest, 2.2 * lowest))
+    for axes in (left, right):
+        axes.set_xlabel("training step")
+        axes.grid(alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=len(SHOWN), frameon=False)
+    figure.savefig(path, dpi=100)
+
+
+def main(
+    dataset: str = "digits",
+    *,
+    folder: str | None = None,
+    size: int | None = None,
+    steps: int = 1000,
+    updates: int = 40,
+    seeds: int = 1,
+    first: int = 0,
+    figure: str = "learning_rates.png",
+) -> dict[str, list[Row]]:
+    if steps % POINTS or steps % WINDOWS:
+        raise SystemExit(f"`steps` must be a multiple of {POINTS} and of {WINDOWS}.")
+    algorithms = make_algorithms(steps, updates)
+    results: dict[str, list[Row]] = {}
+    for seed in range(first, first + seeds):
+        data = load_data(dataset, folder, size, seed)
+        for name, row in compare(data, steps, updates, seed, algorithms).items():
+            results.setdefault(name, []).append(row)
+    print_table(results)
+    draw(results, figure)
+    print(f"\nThe rates and the courses are in {figure}.")
+    return results
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dataset", default="digits", choices=image_data.NAMES[:3])
+    parser.add_argument("--folder", help="with the files of the data set")
+    parser.add_argument("--size", type=int, help="of train and of validation")
+    parser.add_argument("--steps", type=int, default=1000, help="of a training")
+    parser.add_argument("--updates", type=int, default=40, help="of the schedule")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first", type=int, default=0, help="seed")
+    parser.add_argument("--figure", default="learning_rates.png", help="to write")
+    main(**vars(parser.parse_args()))
