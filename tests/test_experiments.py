@@ -65,6 +65,25 @@ def test_greedy_toy(example, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_contour(example, tmp_path):
+    """The exact hypergradient is the slope of the landscape, and leads to its least."""
+    contour = example("contour")
+    place, step = np.array([-1.0, -4.5]), 0.05
+    around = place + step * np.array([[1, 0], [-1, 0], [0, 1], [0, -1]])
+    right, left, up, down = contour.trained_loss(around)
+    slope = np.array([right - left, up - down]) / (2 * step)
+    exact = contour.hypergradient(contour.EXACT, place)
+    np.testing.assert_allclose(exact, slope, rtol=0.01)
+    figure = tmp_path / "figure.png"
+    losses, paths = contour.main(count=12, figure=str(figure))
+    assert figure.stat().st_size > 10_000
+    ends = {name: contour.trained_loss(x[None, -1])[0] for name, x in paths.items()}
+    for (name, _), loss in ends.items():
+        low, high = (0.99, 1.005) if name == "exact" else (1.05, 1.15)
+        assert low * 4.31 < loss < high * 4.31
+
+
+@pytest.mark.slow
 def test_greedy_cosines(example, monkeypatch):
     cosines = example("greedy_cosines")
     monkeypatch.setattr(
