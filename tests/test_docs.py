@@ -29,6 +29,7 @@ LONG = [
     "docs/how-to-choose.md",
     "docs/methods.md",
     "docs/precision.md",
+    "docs/saving.md",
 ]
 # Packages of the extra `logging`, which a block of docs/logging.md may import.
 # By the pattern one finds what each has written.
@@ -99,6 +100,20 @@ def test_the_script_of_two_processes_runs(tmp_path):
             timeout=200,
         ).stdout
         assert "Finished after step 200." in out
+
+
+@pytest.mark.slow
+def test_a_saved_model_needs_no_library(tmp_path, monkeypatch, capsys):
+    page = ROOT / "docs" / "saving.md"
+    monkeypatch.chdir(tmp_path)
+    _run_blocks(page, {"__name__": "docs"}, LOGGERS)
+    blocks = {x.splitlines()[0]: x for x in blocks_of(page.read_text())}
+    hidden = "import sys\nfor x in ('eqx_hpo', 'optax'): sys.modules[x] = None\n"
+    (tmp_path / "network.py").write_text(blocks["# network.py"])
+    (tmp_path / "script.py").write_text(hidden + blocks["# script.py"])
+    command = [sys.executable, "script.py"]
+    served = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, check=True)
+    assert float(served.stdout) == pytest.approx(float(capsys.readouterr().out))
 
 
 def test_the_example_of_the_readme_has_15_lines():
