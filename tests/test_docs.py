@@ -30,6 +30,7 @@ LONG = [
     "docs/methods.md",
     "docs/precision.md",
     "docs/saving.md",
+    "docs/troubleshooting.md",
 ]
 # Packages of the extra `logging`, which a block of docs/logging.md may import.
 # By the pattern one finds what each has written.
