@@ -28,6 +28,7 @@ LONG = [
     "docs/getting-started.md",
     "docs/how-to-choose.md",
     "docs/methods.md",
+    "docs/migrating.md",
     "docs/precision.md",
     "docs/saving.md",
     "docs/troubleshooting.md",
