@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import tomllib
 
 import eqx_hpo as hpo
 import jax
@@ -116,6 +117,15 @@ def test_a_saved_model_needs_no_library(tmp_path, monkeypatch, capsys):
     command = [sys.executable, "script.py"]
     served = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, check=True)
     assert float(served.stdout) == pytest.approx(float(capsys.readouterr().out))
+
+
+def test_the_oldest_versions_are_those_of_the_project():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    page = (ROOT / "docs" / "compatibility.md").read_text()
+    table = dict(re.findall(r"^\| (\w+) \| ([\d.]+) \|", page, re.M))
+    assert ">=" + table.pop("Python") == project["requires-python"]
+    listed = {f"{name.lower()}>={version}" for name, version in table.items()}
+    assert listed == set(project["dependencies"])
 
 
 def test_the_example_of_the_readme_has_15_lines():
