@@ -126,7 +126,7 @@ def draw_landscape(axes, losses, paths, norm):
 
 
 def draw(losses, paths, grid):
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     norm = LogNorm(losses.min(), losses.max())
     filled = draw_landscape(left, losses, paths, norm)
@@ -141,6 +141,7 @@ def draw(losses, paths, grid):
     bar.ax.set_yticklabels(map(str, ticks))
     for axes in (left, right):
         axes.set_xlabel("log of the decay of the large weights")
+        axes.set_box_aspect(1)  # so that slopes stand at right angles to the contours
     left.set_ylabel("log of the decay of the small weights")
     left.set_title("Complete trainings, paths, and hypergradients")
     right.set_title("What a grid of 25 sees")
