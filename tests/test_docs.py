@@ -26,7 +26,7 @@ LONG = [
     "docs/examples/model-parts.md",
     "docs/generalisation.md",
     "docs/getting-started.md",
-    "docs/how-to-choose.md",
+    "docs/api/compare.md",
     "docs/methods.md",
     "docs/precision.md",
 ]
