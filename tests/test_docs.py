@@ -27,7 +27,7 @@ LONG = [
     "docs/examples/model-parts.md",
     "docs/generalisation.md",
     "docs/getting-started.md",
-    "docs/how-to-choose.md",
+    "docs/api/compare.md",
     "docs/methods.md",
     "docs/migrating.md",
     "docs/precision.md",

@@ -43,8 +43,10 @@ def test_a_scan_equals_a_loop(name):
 
     scanned, _ = jax.jit(lambda c: jax.lax.scan(body, c, jnp.arange(STEPS)))(carry)
     assert int(scanned.total_skipped) == 0
+    # A diagnostic that was not asked for is NaN.
+    ends = [eqx.tree_at(lambda x: x.metrics, end, None) for end in (scanned, looped)]
     # Conjugate gradients stop at a residual, a rounding error earlier or later.
-    assert relative_error(scanned, looped) < (1e-2 if "implicit" in name else 1e-10)
+    assert relative_error(*ends) < (1e-2 if "implicit" in name else 1e-10)
 
 
 def test_a_map_over_starts_equals_single_runs(name):
@@ -97,5 +99,7 @@ def test_on_folds_it_is_the_mean(name):
             optax.tree.norm(got) * optax.tree.norm(expected)
         )
         assert cosine > 0.95
+    elif name == "first_order":  # nothing acts but through training
+        assert equal(got, expected)
     else:
         assert relative_error(got, expected) < 1e-9
