@@ -13,8 +13,8 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
 
-# 1000 train images, 50 clean ones, 747 for the test. 40% of the train labels are one too
-# high: such an error, always in one direction, is one that a network learns.
+# 1000 train images, 50 clean ones, 747 for the test. 40% of the train labels are one
+# too high: an error that always goes in one direction is one that a network learns.
 x, y = load_digits(return_X_y=True)
 rng = np.random.default_rng(0)
 order = rng.permutation(len(x))
@@ -77,6 +77,6 @@ left.set(xlabel="weight of a train image", ylabel="images")
 left.legend(frameon=False)
 bars = right.barh([*rows], [*rows.values()], 0.6, color=["0.7"] * 3 + ["C0"])
 right.bar_label(bars, fmt="%.1f", padding=4)
-right.set(xlim=(50, 95), xlabel="test accuracy, %")
+right.set(xlim=(0, 100), xlabel="test accuracy, %")
 right.invert_yaxis()
 figure.savefig("noisy_labels.png", dpi=150)
