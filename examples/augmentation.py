@@ -83,11 +83,11 @@ for name, values in solution.history.hyperparams.items():
     axes[0].plot(solution.history.step, values, label=name)
 axes[0].set(xlabel="update", ylabel="strength", ylim=0)
 axes[0].legend(frameon=False)
-originals = x[:8]
-keys = jr.split(jr.key(5), 8)
-copies = jax.vmap(augment, in_axes=(0, None, 0))(originals, solution.values, keys)
-picture = jnp.concatenate([jnp.hstack(originals), jnp.hstack(copies)])
-axes[1].imshow(picture, cmap="gray_r", vmin=0, vmax=1)
-axes[1].set(title="train images, and augmented by the learned strengths")
+shown, keys = x[:5], jr.split(jr.key(5), (3, 5))
+draw = jax.vmap(augment, in_axes=(0, None, 0))
+rows = [shown, *(draw(shown, solution.values, row) for row in keys)]
+frame = lambda images: jnp.hstack(jnp.pad(images, ((0, 0), (1, 1), (1, 1))))
+axes[1].imshow(jnp.vstack([frame(row) for row in rows]), "gray_r", vmin=0, vmax=1)
+axes[1].set_title("five train images, and three augmented copies of each")
 axes[1].axis("off")
 figure.savefig("augmentation.png", dpi=150)

@@ -90,9 +90,8 @@ for name, levels in rows.items():
 # --8<-- [end:compare]
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-leaves = jax.tree.leaves(solution.history.hyperparams)
-for number, level in enumerate(leaves, 1):
-    left.plot(solution.history.step, level, label=f"layer {number}")
+course = jnp.stack(jax.tree.leaves(solution.history.hyperparams), axis=1)
+left.plot(solution.history.step, course, label=["layer 1", "layer 2", "layer 3"])
 left.set(xlabel="step", ylabel="noise of the inputs of a layer", ylim=0)
 left.legend(frameon=False)
 right.plot([*rows.values()], [*rows], "o", ms=12)
