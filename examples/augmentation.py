@@ -55,8 +55,8 @@ model = eqx.nn.MLP(64, 10, 64, 1, key=jr.key(0))
 default = {"rotation": 0.1, "shift": 0.3, "noise": 0.1}
 strengths = jax.tree.map(hpo.Positive, default)
 # Each update differentiates 100 training steps from the start.
-settings = dict(steps=40, key=jr.key(1), restart_every=1)
-solution = hpo.tune(algorithm, model, strengths, train, val, **settings)
+args, key = (algorithm, model, strengths, train, val), jr.key(1)
+solution = hpo.tune(*args, steps=40, key=key, restart_every=1)
 # --8<-- [end:tune]
 
 
@@ -70,12 +70,12 @@ def accuracy(strengths, seed):
 
 
 print("learned:", ", ".join(f"{k} {v:.2f}" for k, v in solution.values.items()))
-rows = {"none": dict.fromkeys(default, 0.0), "default": default}
-rows["learned"] = solution.values
+none = dict.fromkeys(default, 0.0)
+rows = {"none": none, "default": default, "learned": solution.values}
 print("test accuracy in %, mean over three trainings")
 for name, values in rows.items():
-    rows[name] = sum(accuracy(values, seed) for seed in (2, 3, 4)) / 3
-    print(f"{name:10}{rows[name]:.1f}")
+    mean = sum(accuracy(values, seed) for seed in (2, 3, 4)) / 3
+    print(f"{name:10}{mean:.1f}")
 # --8<-- [end:compare]
 
 figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -85,9 +85,9 @@ axes[0].set(xlabel="update", ylabel="strength", ylim=0)
 axes[0].legend(frameon=False)
 shown, keys = x[:5], jr.split(jr.key(5), (3, 5))
 draw = jax.vmap(augment, in_axes=(0, None, 0))
-rows = [shown, *(draw(shown, solution.values, row) for row in keys)]
-frame = lambda images: jnp.hstack(jnp.pad(images, ((0, 0), (1, 1), (1, 1))))
-axes[1].imshow(jnp.vstack([frame(row) for row in rows]), "gray_r", vmin=0, vmax=1)
+images = [shown, *(draw(shown, solution.values, row) for row in keys)]
+frame = lambda row: jnp.hstack(jnp.pad(row, ((0, 0), (1, 1), (1, 1))))
+axes[1].imshow(jnp.vstack([frame(row) for row in images]), "gray_r", vmin=0, vmax=1)
 axes[1].set_title("five train images, and three augmented copies of each")
 axes[1].axis("off")
 figure.savefig("augmentation.png", dpi=150)

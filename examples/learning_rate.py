@@ -37,8 +37,8 @@ algorithm = hpo.ForwardMode(problem, make_inner, optax.adam(outer), inner_steps=
 model = eqx.nn.MLP(16, 10, 16, 1, key=jr.key(0))
 rates = hpo.Schedule(hpo.Positive(jnp.full(windows, 0.05)), every=steps // windows)
 # Each update is a whole training from the start, on another order of the batches.
-settings = dict(steps=updates, key=jr.key(1), restart_every=1)
-solution = hpo.tune(algorithm, model, rates, train, val, **settings)
+args, key = (algorithm, model, rates, train, val), jr.key(1)
+solution = hpo.tune(*args, steps=updates, key=key, restart_every=1)
 # --8<-- [end:tune]
 
 

@@ -43,9 +43,14 @@ def test_numbers_are_compared():
 def test_prints_what_its_page_says(script, tmp_path):
     env = {**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)}
     env.pop("JAX_ENABLE_X64", None)
-    command = [sys.executable, str(script)]
-    settings = dict(cwd=tmp_path, env=env, capture_output=True, text=True)
-    result = subprocess.run(command, timeout=600, **settings)
+    result = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert result.returncode == 0, result.stderr
     (words, numbers), (promised, expected) = map(
         _split, (result.stdout, _promised(script)[0])
