@@ -41,8 +41,9 @@ LOGGERS = {"tensorboardX": "runs/first/events*", "wandb": "wandb/*run-*/*.wandb"
 
 def blocks_of(text, language="python"):
     pattern = rf"^( *)```{language}\n(.*?)^\1```"
-    found = re.findall(pattern, text, re.M | re.S)
-    return [textwrap.dedent(block) for _, block in found]
+    found = [block for _, block in re.findall(pattern, text, re.M | re.S)]
+    # What is included from a script runs with the script.
+    return [textwrap.dedent(block) for block in found if "--8<--" not in block]
 
 
 def _parametrise(page):
