@@ -42,7 +42,8 @@ def test_numbers_are_compared():
 @pytest.mark.parametrize("script", [_parametrise(x) for x in SCRIPTS])
 def test_prints_what_its_page_says(script, tmp_path):
     env = {**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)}
-    env.pop("JAX_ENABLE_X64", None)
+    for name in ("JAX_ENABLE_X64", "XLA_FLAGS"):  # of the tests, not of a user
+        env.pop(name, None)
     result = subprocess.run(
         [sys.executable, str(script)],
         cwd=tmp_path,
