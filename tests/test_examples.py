@@ -11,7 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
-FAST = ("noisy_labels", "quickstart")
+FAST = ("quickstart",)
 
 
 def _page_of(script):
