@@ -77,7 +77,11 @@ whole_loss = eqx.filter_jit(lambda m, x: loss(m, x, jnp.arange(len(x) - CONTEXT)
 # --8<-- [start:tune]
 problem = hpo.Problem(train_loss, val_loss)
 algorithm = hpo.T1T2(problem, optax.adam(2e-3), optax.adam(0.02))
-model, texts, equal = Model(jr.key(0)), jnp.stack(list(sources.values())), jnp.full(5, 0.2)
+model, texts, equal = (
+    Model(jr.key(0)),
+    jnp.stack(list(sources.values())),
+    jnp.full(5, 0.2),
+)
 start = (algorithm, model, hpo.Simplex(equal), texts, val)
 history = hpo.tune(*start, steps=STEPS, key=jr.key(1)).history
 tuned = history.hyperparams[len(history.step) // 2 :].mean(axis=0)
@@ -89,7 +93,7 @@ for name, weights in mixtures.items():
     fitted = hpo.fit(algorithm, model, jnp.asarray(weights), texts, **options).model
     print(f"{name:14} {whole_loss(fitted, test):.3f}")
 # --8<-- [end:tune]
-print("weights", dict(zip(sources, tuned.round(3).tolist())))
+print("weights: " + ", ".join(f"{k} {w:.2f}" for k, w in zip(sources, tuned)))
 
 axes = plt.subplots(layout="constrained")[1]
 axes.plot(history.step, history.hyperparams, label=list(sources))

@@ -46,7 +46,7 @@ def measure(key, size, noise=0.1, scale=1.0, clock=1.0):
 keys = jr.split(jr.key(0), 6)
 instruments = [
     measure(keys[0], SIZE),  # a good one
-    measure(keys[1], SIZE, clock=0.6),  # its clock runs fast
+    measure(keys[1], SIZE, clock=0.6),  # its clock is wrong
     measure(keys[2], SIZE, scale=1.5),
     measure(keys[3], SIZE, noise=1.0),
 ]
@@ -68,22 +68,29 @@ def train_loss(net, weights, batch, key):
 def val_loss(net, weights, batch, key):
     return jnp.mean(errors(net, batch))
 
-import sys,time
-t0=time.time()
-inner=int(sys.argv[1]); rate=float(sys.argv[2]); steps=int(sys.argv[3])
+
 net = eqx.nn.MLP(2, 2, 32, 2, jnp.tanh, key=jr.key(1))
-n = len(train[0])
-equal = jnp.full(n, 1 / n)
-algorithm = hpo.T1T2(hpo.Problem(train_loss, val_loss), optax.adam(0.01), optax.adam(rate), inner_steps=inner)
-solution = hpo.tune(algorithm, net, hpo.Simplex(equal), train, val, steps=steps//inner, key=None)
-print(time.time()-t0)
-print(solution.values.reshape(4,SIZE).round(3), solution.history.val_loss[::10])
-err=lambda m: float(val_loss(m, None, test, None))
-print("online", err(solution.model))
-mon=hpo.Monitor(eqx.filter_jit(lambda s: val_loss(s.model, None, val, None)), every=20)
-both = jax.tree.map(lambda a: a, (jnp.concatenate([train[0], val[0]]), jnp.concatenate([train[1], val[1]],1)))if False else None
-for name, w in {"equal": equal, "tuned": solution.values, "avg": solution.history.hyperparams[len(solution.history.step)//2:].mean(0), "good": jnp.repeat(jnp.array([1.,0,0,0]),SIZE)/SIZE}.items():
-    s=hpo.fit(algorithm, net, jnp.asarray(w), train, steps=steps//inner, key=None, monitor=mon)
-    print(name, err(s.model), s.best.step, err(s.state.model), time.time()-t0)
-s=hpo.fit(algorithm, net, jnp.full(4,.25), val, steps=steps//inner, key=None)
-print("val alone", err(s.model))
+equal, first = jnp.full(4 * SIZE, 1 / (4 * SIZE)), jnp.full(SIZE, 1 / SIZE)
+problem, outer = hpo.Problem(train_loss, val_loss), optax.adam(0.1)
+algorithm = hpo.T1T2(problem, optax.adam(0.01), outer, inner_steps=5)
+options = dict(steps=300, key=None)
+tuned = hpo.tune(algorithm, net, hpo.Simplex(equal), train, val, **options).values
+
+ways = {
+    "equal weights": (equal, train),
+    "first instrument": (first, instruments[0]),
+    "validation data": (jnp.full(4, 1 / 4), val),
+    "tuned weights": (tuned, train),
+}
+for name, (weights, data) in ways.items():
+    fitted = hpo.fit(algorithm, net, weights, data, **options).model
+    print(f"{name:17} {val_loss(fitted, None, test, None):.3f}")
+# --8<-- [end:tune]
+print("weights", tuned.reshape(4, SIZE).sum(axis=1).round(2).tolist())
+
+axes = plt.subplots(layout="constrained")[1]
+for row in range(4):
+    axes.bar(jnp.arange(SIZE) + row * SIZE, tuned[row * SIZE : (row + 1) * SIZE])
+axes.legend(["good", "slow clock", "scale 1.5", "noise 1.0"])
+axes.set(xlabel="trajectory", ylabel="tuned weight")
+plt.savefig("neural_ode.png")
