@@ -1,6 +1,8 @@
 """A weight decay for each feature of a small data set: what do folds, an anchor and a
 last training on all data save of the gain that one validation set overfits?"""
 
+from typing import Any
+
 import eqx_hpo as hpo
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -13,7 +15,7 @@ from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
 # --8<-- [start:problem]
 SIZE, UPDATES, DIVISIONS = 200, 100, 5
-x, y = load_diabetes(return_X_y=True)
+x, y = map(np.asarray, load_diabetes(return_X_y=True))
 x = PolynomialFeatures(2, include_bias=False).fit_transform(x)  # 65 features
 x, y = StandardScaler().fit_transform(x), (y - y.mean()) / y.std()
 
@@ -44,12 +46,12 @@ def compare(seed):
         (jnp.asarray(x[rows]), jnp.asarray(y[rows])) for rows in np.split(order, [SIZE])
     ]
     default = Ridge().fit(*data)
-    ridge = RidgeCV(np.logspace(-2, 4, 25)).fit(*data)
+    ridge: Any = RidgeCV(np.logspace(-2, 4, 25)).fit(*data)
 
     zeros, shared = jnp.zeros(x.shape[1]), ridge.alpha_ / SIZE
     start = hpo.Interval(jnp.full(x.shape[1], shared), 1e-3, 10.0)
     train, val = [z[:160] for z in data], [z[160:] for z in data]
-    options = dict(steps=UPDATES, key=None, progress=False)
+    options: Any = dict(steps=UPDATES, key=None, progress=False)
     single = hpo.tune(free, zeros, start, tuple(train), tuple(val), **options)
     options |= dict(fit_steps=500)
     folds = hpo.tune_folds(free, zeros, start, data, **options)

@@ -3,7 +3,6 @@ are noise and the one that counts is small?"""
 
 import inspect
 import pydoc_data.topics
-import statistics
 import tarfile
 
 import equinox as eqx
@@ -22,7 +21,6 @@ rng = np.random.default_rng(0)
 
 
 def encode(text):
-    """Printable characters as 1 to 95, everything else as 0."""
     codes = np.frombuffer(text.encode("ascii", "ignore"), np.uint8).astype(int)
     return jnp.asarray(np.where(codes < 32, 0, codes - 31).clip(max=95))
 
@@ -30,18 +28,17 @@ def encode(text):
 manual = encode("\n".join(pydoc_data.topics.topics.values()))
 val, test = manual[20_000:28_000], manual[28_000:68_000]
 docstrings = [getattr(np, name).__doc__ or "" for name in sorted(np.__all__)]
-code = inspect.getsource(tarfile) + inspect.getsource(statistics)
 sources = {
     "manual": jnp.tile(manual[:20_000], 3),  # of Python: the target
     "docstrings": encode("\n".join(docstrings))[:SIZE],
-    "code": encode(code)[:SIZE],
+    "code": encode(inspect.getsource(tarfile))[:SIZE],
     "cipher": jnp.asarray(rng.permutation(LETTERS))[manual[-SIZE:]],
     "random": jnp.asarray(rng.integers(0, LETTERS, SIZE)),
 }
 # --8<-- [end:data]
 
 
-# --8<-- [start:losses]
+# --8<-- [start:rest]
 class Model(eqx.Module):
     embedding: eqx.nn.Embedding
     mlp: eqx.nn.MLP
@@ -71,10 +68,8 @@ def val_loss(model, weights, text, key):
 
 
 whole_loss = eqx.filter_jit(lambda m, x: loss(m, x, jnp.arange(len(x) - CONTEXT)))
-# --8<-- [end:losses]
 
 
-# --8<-- [start:tune]
 problem = hpo.Problem(train_loss, val_loss)
 algorithm = hpo.T1T2(problem, optax.adam(2e-3), optax.adam(0.02))
 model, texts, equal = (
@@ -87,12 +82,13 @@ history = hpo.tune(*start, steps=STEPS, key=jr.key(1)).history
 tuned = history.hyperparams[len(history.step) // 2 :].mean(axis=0)
 
 monitor = hpo.Monitor(lambda s: whole_loss(s.model, val), every=100)
-mixtures = {"equal weights": equal, "manual alone": jnp.eye(5)[0], "tuned": tuned}
-for name, weights in mixtures.items():
-    options = dict(steps=STEPS, key=jr.key(2), monitor=monitor)
-    fitted = hpo.fit(algorithm, model, jnp.asarray(weights), texts, **options).model
+equal, manual_alone = jnp.full(5, 0.2), jnp.eye(5)[0]
+ways = {"equal weights": equal, "manual alone": manual_alone, "tuned": tuned}
+for name, weights in ways.items():
+    run = (algorithm, Model(jr.key(0)), jnp.asarray(weights), texts)
+    fitted = hpo.fit(*run, steps=STEPS, key=jr.key(2), monitor=monitor).model
     print(f"{name:14} {whole_loss(fitted, test):.3f}")
-# --8<-- [end:tune]
+# --8<-- [end:rest]
 print("weights: " + ", ".join(f"{k} {w:.2f}" for k, w in zip(sources, tuned)))
 
 axes = plt.subplots(layout="constrained")[1]

@@ -1,5 +1,7 @@
 """Which trajectories should a neural ODE believe, where some instruments are wrong?"""
 
+from typing import Any
+
 import diffrax as dfx
 import equinox as eqx
 import eqx_hpo as hpo
@@ -17,7 +19,7 @@ SIZE = 6  # trajectories of each instrument
 
 def solve(field, start):
     """The states at all times, of a batch of trajectories."""
-    states = dfx.diffeqsolve(
+    states: Any = dfx.diffeqsolve(
         dfx.ODETerm(lambda t, y, args: field(y)),
         dfx.Bosh3(),
         TIMES[0],
@@ -73,8 +75,8 @@ net = eqx.nn.MLP(2, 2, 32, 2, jnp.tanh, key=jr.key(1))
 equal, first = jnp.full(4 * SIZE, 1 / (4 * SIZE)), jnp.full(SIZE, 1 / SIZE)
 problem, outer = hpo.Problem(train_loss, val_loss), optax.adam(0.1)
 algorithm = hpo.T1T2(problem, optax.adam(0.01), outer, inner_steps=5)
-options = dict(steps=300, key=None)
-tuned = hpo.tune(algorithm, net, hpo.Simplex(equal), train, val, **options).values
+run = (algorithm, net, hpo.Simplex(equal), train, val)
+tuned = hpo.tune(*run, steps=300, key=None).values
 
 ways = {
     "equal weights": (equal, train),
@@ -83,7 +85,7 @@ ways = {
     "tuned weights": (tuned, train),
 }
 for name, (weights, data) in ways.items():
-    fitted = hpo.fit(algorithm, net, weights, data, **options).model
+    fitted = hpo.fit(algorithm, net, weights, data, steps=300, key=None).model
     print(f"{name:17} {val_loss(fitted, None, test, None):.3f}")
 # --8<-- [end:tune]
 print("weights", tuned.reshape(4, SIZE).sum(axis=1).round(2).tolist())

@@ -1,5 +1,5 @@
-"""How does a training loop of your own, with its own batches, log and Orbax checkpoints,
-tune a hyperparameter and go on after a break with the same bits?
+"""How does a training loop of your own, with its own batches, log and Orbax
+checkpoints, tune hyperparameters, and go on after a break with the same bits?
 
     pip install 'eqx_hpo[examples,orbax]'
 """
@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 # --8<-- [start:problem]
 STEPS, BREAK, SAVE_EVERY = 1000, 620, 250
 x, y = load_digits(return_X_y=True)
-x, order = np.float32(x / 16), np.asarray(jr.permutation(jr.key(0), len(y)))
+x, order = np.asarray(x / 16, np.float32), np.asarray(jr.permutation(jr.key(0), len(y)))
 train, val, test = [(x[i], y[i]) for i in np.split(order, [300, 600])]
 
 
