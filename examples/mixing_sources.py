@@ -72,20 +72,16 @@ whole_loss = eqx.filter_jit(lambda m, x: loss(m, x, jnp.arange(len(x) - CONTEXT)
 
 problem = hpo.Problem(train_loss, val_loss)
 algorithm = hpo.T1T2(problem, optax.adam(2e-3), optax.adam(0.02))
-model, texts, equal = (
-    Model(jr.key(0)),
-    jnp.stack(list(sources.values())),
-    jnp.full(5, 0.2),
-)
-start = (algorithm, model, hpo.Simplex(equal), texts, val)
-history = hpo.tune(*start, steps=STEPS, key=jr.key(1)).history
+model, texts = Model(jr.key(0)), jnp.stack(list(sources.values()))
+equal, manual_alone = jnp.full(5, 0.2), jnp.eye(5)[0]
+run = (algorithm, model, hpo.Simplex(equal), texts, val)
+history = hpo.tune(*run, steps=STEPS, key=jr.key(1)).history
 tuned = history.hyperparams[len(history.step) // 2 :].mean(axis=0)
 
 monitor = hpo.Monitor(lambda s: whole_loss(s.model, val), every=100)
-equal, manual_alone = jnp.full(5, 0.2), jnp.eye(5)[0]
 ways = {"equal weights": equal, "manual alone": manual_alone, "tuned": tuned}
 for name, weights in ways.items():
-    run = (algorithm, Model(jr.key(0)), jnp.asarray(weights), texts)
+    run = (algorithm, model, jnp.asarray(weights), texts)
     fitted = hpo.fit(*run, steps=STEPS, key=jr.key(2), monitor=monitor).model
     print(f"{name:14} {whole_loss(fitted, test):.3f}")
 # --8<-- [end:rest]

@@ -72,23 +72,26 @@ def val_loss(net, weights, batch, key):
 
 
 net = eqx.nn.MLP(2, 2, 32, 2, jnp.tanh, key=jr.key(1))
-equal, first = jnp.full(4 * SIZE, 1 / (4 * SIZE)), jnp.full(SIZE, 1 / SIZE)
 problem, outer = hpo.Problem(train_loss, val_loss), optax.adam(0.1)
 algorithm = hpo.T1T2(problem, optax.adam(0.01), outer, inner_steps=5)
-run = (algorithm, net, hpo.Simplex(equal), train, val)
-tuned = hpo.tune(*run, steps=300, key=None).values
+start = hpo.Simplex(jnp.full(4 * SIZE, 1 / (4 * SIZE)))
+tuned = hpo.tune(algorithm, net, start, train, val, steps=300, key=None).values
 
+everything = jax.tree.map(lambda *x: jnp.concatenate(x), train, val)
+rows = jnp.array([SIZE, 3 * SIZE, 4])
+share = lambda *each: jnp.repeat(jnp.array(each), rows)
 ways = {
-    "equal weights": (equal, train),
-    "first instrument": (first, instruments[0]),
-    "validation data": (jnp.full(4, 1 / 4), val),
-    "tuned weights": (tuned, train),
+    "equal weights": share(1 / 24, 1 / 24, 0.0),
+    "first instrument": share(1 / 6, 0.0, 0.0),
+    "validation data": share(0.0, 0.0, 1 / 4),
+    "tuned weights": jnp.pad(tuned, (0, 4)),
 }
-for name, (weights, data) in ways.items():
-    fitted = hpo.fit(algorithm, net, weights, data, steps=300, key=None).model
+for name, weights in ways.items():
+    fitted = hpo.fit(algorithm, net, weights, everything, steps=300, key=None).model
     print(f"{name:17} {val_loss(fitted, None, test, None):.3f}")
 # --8<-- [end:tune]
-print("weights", tuned.reshape(4, SIZE).sum(axis=1).round(2).tolist())
+sums = tuned.reshape(4, SIZE).sum(axis=1)
+print("weights of the instruments: " + ", ".join(f"{x:.2f}" for x in sums))
 
 axes = plt.subplots(layout="constrained")[1]
 for row in range(4):
