@@ -34,7 +34,6 @@ def solve(field, start):
 
 
 def oscillator(y):
-    """Van der Pol's."""
     return jnp.stack([y[:, 1], (1 - y[:, 0] ** 2) * y[:, 1] - y[:, 0]], axis=1)
 
 
