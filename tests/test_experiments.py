@@ -212,8 +212,8 @@ def cifar10(module: Any, results: Any):
 
 EXPERIMENTS = """architecture audit augmentation cifar10 compare darts
 feature_selection greedy_cosines greedy_toy hyper_cleaning hyper_cleaning_cosines
-inner_solver kernel_ridge learning_rates million_decays neural_ode quickstart random_search regularisation scale
-sinusoid training_loop""".split()
+inner_solver kernel_ridge learning_rates million_decays neural_ode quickstart
+random_search regularisation scale sinusoid training_loop""".split()
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The loop of the page "Your own training loop"."""
 
 import pathlib
+from typing import Any
 
 import equinox as eqx
 import eqx_hpo as hpo
@@ -24,7 +25,7 @@ def single_precision():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_library_at_every_nth_step(monkeypatch, single_precision):
     """Is one algorithm with n inner steps, where the losses draw nothing."""
-    noisy = loop.train_loss
+    noisy: Any = loop.train_loss
     quiet = lambda *args: noisy(*args[:3], jax.random.key(0))
     monkeypatch.setattr(loop, "train_loss", quiet)
     data = load("digits", size=100)
