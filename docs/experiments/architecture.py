@@ -1,12 +1,11 @@
-r"""Chooses activation, width and skip connection of each block of a network by gradient,
-trains the architecture that is found from scratch, and compares it with random ones.
+r"""Chooses activation, width and skip connection of each block of a network by
+gradient, trains what is found from scratch, and compares it with random ones.
 
     python -m docs.experiments.architecture
     python -m docs.experiments.architecture --dataset fashion_mnist --folder ... \
         --size 1000
 """
 
-import argparse
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -20,7 +19,8 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 from matplotlib.figure import Figure
 
-from .image_data import Images, load, NAMES, Splits
+from .common import command, cross_entropy, mean_and_error, save, Scores
+from .image_data import Images, load, Splits
 
 
 BLOCKS, STATE = 3, 32
@@ -78,42 +78,25 @@ class Network(eqx.Module):
         return self.last(x)
 
 
-class Row(NamedTuple):
-    val_loss: Any
-    val: Any  # accuracy
-    test: Any
-
-    def at(self, index: Any) -> "Row":
-        return Row(*(np.asarray(x)[index] for x in self))
-
-
 class Search(NamedTuple):
     solution: hpo.Solution
-    rows: dict[str, Row]  # the keys are those of `MARKERS`
+    rows: dict[str, Scores]  # the keys are those of `MARKERS`
 
 
 class Result(NamedTuple):
-    random: Row  # of arrays over the random architectures
+    random: Scores  # of arrays over the random architectures
     searches: dict[str, Search]
-
-
-def cross_entropy(model: Network, batch: Images) -> Scalar:
-    logits = jax.vmap(model)(batch.images)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-    return jnp.mean(losses)
 
 
 def loss(model: Network, architecture: Network, batch: Images, key: Any) -> Scalar:
     del key
-    return cross_entropy(eqx.combine(model, architecture), batch)
+    logits = jax.vmap(eqx.combine(model, architecture))(batch.images)
+    return cross_entropy(logits, batch.labels)
 
 
 @eqx.filter_jit
-def evaluate(model: Network, architecture: Network, data: Splits) -> Row:
-    network = eqx.combine(model, architecture)
-    guesses = lambda part: jnp.argmax(jax.vmap(network)(part.images), axis=-1)
-    accuracy = lambda part: jnp.mean(guesses(part) == part.labels)
-    return Row(cross_entropy(network, data.val), *map(accuracy, data[1:]))
+def evaluate(model: Network, architecture: Network, data: Splits) -> Scores:
+    return Scores.of(jax.vmap(eqx.combine(model, architecture)), data)
 
 
 def make_algorithm(algorithm: str, steps: int) -> hpo.AbstractBilevelOptimizer:
@@ -144,16 +127,16 @@ def train_all(
     data: Splits,
     steps: int,
     key: PRNGKeyArray,
-) -> Row:
+) -> Scores:
     """Trains each of the architectures, from the same weights with the same batches."""
     train = hpo.Minibatch(data.train, BATCH)
     options: Any = dict(steps=steps, key=key, progress=False)
 
-    def train_one(architecture: Network) -> Row:
+    def train_one(architecture: Network) -> Scores:
         trained = hpo.fit(algorithm, model, architecture, train, **options)
         return evaluate(trained.model, architecture, data)
 
-    return Row(*np.transpose([train_one(x) for x in architectures]))
+    return Scores(*np.transpose([train_one(x) for x in architectures]))
 
 
 def compare(
@@ -196,7 +179,7 @@ def describe(solution: hpo.Solution) -> str:
     return ", ".join(blocks)
 
 
-def get_rows(result: Result) -> dict[str, Row]:
+def get_rows(result: Result) -> dict[str, Scores]:
     random = result.random
     order = np.argsort(random.test)
     rows = {
@@ -214,8 +197,8 @@ def print_table(results: list[Result]) -> None:
     print(f"{'means over the seeds':30}{'val loss':>9}{'val':>8}{'test':>8}{'SE':>7}")
     for name in get_rows(results[0]):
         table = np.array([get_rows(result)[name] for result in results], float)
-        val_loss, val, test = np.mean(table, axis=0)
-        error = np.std(table[:, 2], ddof=min(1, len(table) - 1)) / len(table) ** 0.5
+        val_loss, val, _ = np.mean(table, axis=0)
+        test, error = mean_and_error(table[:, 2])
         print(f"{name:30}{val_loss:9.3f}{val:8.1%}{test:8.1%}{error:7.1%}")
     for name in results[0].searches:
         print(f"\n{name}: what was found, and how many random ones it beats on test")
@@ -250,7 +233,10 @@ def draw(result: Result, path: str) -> None:
     axes.set_xticks(range(len(names)), names, rotation=30)
     axes.set(title="test accuracy, %")
     axes.legend(["random", *MARKERS], loc="lower right")
-    figure.savefig(path, dpi=90)
+    save(figure, path, dpi=90)
+
+
+QUICK = dict(size=100, steps=12, random=2)
 
 
 def main(
@@ -284,14 +270,11 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", choices=NAMES, default="digits")
-    parser.add_argument("--folder", help="with the data; else they are downloaded")
-    parser.add_argument("--size", type=int, default=300, help="of the train set")
-    parser.add_argument("--steps", type=int, default=300, help="architecture updates")
-    parser.add_argument("--random", type=int, default=20, help="random architectures")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--first", type=int, default=0, help="seed")
-    parser.add_argument("--algorithm", choices=ALGORITHMS, default="FirstOrder")
-    parser.add_argument("--figure", default="architecture.png", help="to write")
-    main(**vars(parser.parse_args()))
+    command(
+        main,
+        __doc__,
+        QUICK,
+        steps="architecture updates",
+        random="random architectures",
+        algorithm={"choices": ALGORITHMS},
+    )

@@ -6,7 +6,6 @@ what a longer horizon makes of the noise.
     python -m docs.experiments.audit --seeds 5
 """
 
-import argparse
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -18,6 +17,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
+from .common import command, cross_entropy
 from .image_data import Images, load
 
 
@@ -44,20 +44,14 @@ class Row(NamedTuple):
     test_loss: float
 
 
-def mean_loss(model: eqx.nn.MLP, images: Any, labels: Any) -> Scalar:
-    logits = jax.vmap(model)(images)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return jnp.mean(losses)
-
-
 def train_loss(model: Any, noise: Any, batch: Images, key: PRNGKeyArray) -> Scalar:
     images = batch.images + noise * jr.normal(key, batch.images.shape)
-    return mean_loss(model, images, batch.labels)
+    return cross_entropy(jax.vmap(model)(images), batch.labels)
 
 
 def val_loss(model: Any, noise: Any, batch: Images, key: Any) -> Scalar:
     del noise, key
-    return mean_loss(model, batch.images, batch.labels)
+    return cross_entropy(jax.vmap(model)(batch.images), batch.labels)
 
 
 PROBLEM, INNER = hpo.Problem(train_loss, val_loss), optax.sgd(0.02, momentum=0.9)
@@ -129,6 +123,9 @@ def print_tables(results: list[dict[str, Row]]) -> None:
             print(f"{'':12} {update:15}", *shares, f"{np.median(ratio):15.3f}")
 
 
+QUICK = dict(steps=40, horizon=INNER_STEPS, seeds=1)
+
+
 def main(
     *, steps: int = 400, horizon: int = 1000, seeds: int = 3, first: int = 0
 ) -> list[dict[str, Row]]:
@@ -138,9 +135,6 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=400, help="updates of the noise")
-    parser.add_argument("--horizon", type=int, default=1000, help="training steps")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--first", type=int, default=0, help="seed")
-    main(**vars(parser.parse_args()))
+    command(
+        main, __doc__, QUICK, steps="updates of the noise", horizon="training steps"
+    )

@@ -8,7 +8,6 @@ the validation loss while a small network trains on few images.
         --seeds 3
 """
 
-import argparse
 import functools as ft
 from typing import Any, NamedTuple
 
@@ -24,7 +23,16 @@ from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 from matplotlib.figure import Figure
 
-from .image_data import Images, load, NAMES, Splits
+from .common import (
+    apply_layers,
+    command,
+    cross_entropy,
+    describe,
+    make_layers,
+    save,
+    Scores,
+)
+from .image_data import Images, load, Splits
 
 
 INNER_STEPS = 10  # training steps for each update of the augmentation
@@ -52,17 +60,8 @@ class Augmentation(NamedTuple):
     weights: Any  # the probability of each of `OPERATIONS`
 
 
-class Row(NamedTuple):
-    val_loss: Any
-    val: Any  # accuracy
-    test: Any
-
-    def at(self, index: Any) -> "Row":
-        return Row(*(np.asarray(x)[index] for x in self))
-
-
 class Result(NamedTuple):
-    rows: dict[str, Row]
+    rows: dict[str, Scores]
     solutions: dict[str, hpo.Solution]
     data: Splits
 
@@ -129,21 +128,11 @@ def augment_all(images: Any, s: dict[str, Any], key: PRNGKeyArray) -> Any:
 
 
 def make_model(data: Splits, key: PRNGKeyArray) -> list[eqx.nn.Linear]:
-    sizes = (data.train.images[0].size, HIDDEN, HIDDEN, 10)
-    shapes = zip(sizes, sizes[1:], jr.split(key, len(sizes) - 1))
-    return [eqx.nn.Linear(fan_in, out, key=key) for fan_in, out, key in shapes]
+    return make_layers((data.train.images[0].size, HIDDEN, HIDDEN, 10), key)
 
 
 def compute_logits(model: Any, images: Any) -> Float[Array, "n classes"]:
-    x = jnp.reshape(images, (len(images), -1))
-    for layer in model[:-1]:
-        x = jax.nn.relu(x @ layer.weight.T + layer.bias)
-    return x @ model[-1].weight.T + model[-1].bias
-
-
-def cross_entropy(model: Any, images: Any, labels: Any) -> Scalar:
-    logits = compute_logits(model, images)
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+    return apply_layers(model, jnp.reshape(images, (len(images), -1)))
 
 
 def train_loss(
@@ -151,22 +140,20 @@ def train_loss(
 ) -> Scalar:
     """The expected loss if one of the operations is drawn with its probability."""
     images = augment_all(batch.images, values.strengths, key)
-    loss = jax.vmap(cross_entropy, in_axes=(None, 0, None))
-    return values.weights @ loss(model, images, batch.labels)
+    loss = lambda images: cross_entropy(compute_logits(model, images), batch.labels)
+    return values.weights @ jax.vmap(loss)(images)
 
 
 def val_loss(
     model: Any, values: Augmentation, batch: Images, key: PRNGKeyArray
 ) -> Scalar:
     del values, key
-    return cross_entropy(model, batch.images, batch.labels)
+    return cross_entropy(compute_logits(model, batch.images), batch.labels)
 
 
 @eqx.filter_jit
-def evaluate(model: Any, data: Splits) -> Row:
-    guesses = lambda part: jnp.argmax(compute_logits(model, part.images), axis=-1)
-    accuracies = (jnp.mean(guesses(part) == part.labels) for part in data[1:])
-    return Row(cross_entropy(model, data.val.images, data.val.labels), *accuracies)
+def evaluate(model: Any, data: Splits) -> Scores:
+    return Scores.of(ft.partial(compute_logits, model), data)
 
 
 # Made once: a new schedule or algorithm would be compiled anew.
@@ -189,7 +176,7 @@ def train_all(
     augmentations: list[Augmentation],
     steps: int,
     key: PRNGKeyArray,
-) -> Row:
+) -> Scores:
     """Trains with each of the augmentations, from the same weights with the same
     batches."""
     # Of the algorithm it takes the loss and the way of training.
@@ -197,10 +184,10 @@ def train_all(
     train = hpo.Minibatch(data.train, min(BATCH, len(data.train.labels)))
     options: Any = dict(steps=steps, key=key, progress=False)
 
-    def train_one(values: Augmentation) -> Row:
+    def train_one(values: Augmentation) -> Scores:
         return evaluate(hpo.fit(algorithm, model, values, train, **options).model, data)
 
-    return Row(*np.transpose([train_one(values) for values in augmentations]))
+    return Scores(*np.transpose([train_one(values) for values in augmentations]))
 
 
 def stack(augmentations: list[Augmentation]) -> Augmentation:
@@ -243,17 +230,14 @@ def compare(data: Splits, steps: int, random: int, seed: int) -> Result:
     return Result(rows, solutions, data)
 
 
-def describe(values: Any) -> str:
-    """Mean and standard deviation, in percent."""
-    deviation = np.std(values, ddof=min(1, len(values) - 1))
-    return f"{100 * np.mean(values):.1f} ± {100 * deviation:.1f}"
-
-
 def print_tables(results: list[Result]) -> None:
     print(f"{'accuracy, %':42}{'validation':>14}{'test':>14}")
     for name in results[0].rows:
         rows = [result.rows[name] for result in results]
-        val, test = describe([x.val for x in rows]), describe([x.test for x in rows])
+        val, test = (
+            describe(100 * np.array(x), ".1f")
+            for x in ([x.val for x in rows], [x.test for x in rows])
+        )
         # The validation images are no measure where they were trained on.
         print(f"{name:42}{'' if BOTH in name else val:>14}{test:>14}")
     print("\ntuned values, means over the seeds")
@@ -287,10 +271,7 @@ def draw(result: Result, path: str) -> None:
     axes[1].plot(x, history.hyperparams.weights, label=OPERATIONS)
     for panel, label in zip(axes, ("strength", "probability of the operation")):
         panel.set(xlabel="training step", ylabel=label, ylim=(0, None))
-        panel.legend(
-            loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False
-        )
-        panel.grid(alpha=0.3)
+        panel.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     tuned = result.solutions["T1T2"].values
     rows = {
         "train images": make_plain(),
@@ -302,7 +283,10 @@ def draw(result: Result, path: str) -> None:
         panel.imshow(samples, cmap="gray", vmin=0, vmax=1)
         panel.axis("off")
         panel.set_title(name, loc="left", fontsize=10)
-    figure.savefig(path, dpi=100)
+    save(figure, path, *axes)
+
+
+QUICK = dict(size=60, steps=30, random=1)
 
 
 def main(
@@ -327,13 +311,10 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", choices=NAMES, default="digits")
-    parser.add_argument("--folder", help="with the data; else they are downloaded")
-    parser.add_argument("--size", type=int, default=200, help="of the train set")
-    parser.add_argument("--steps", type=int, default=100, help="augmentation updates")
-    parser.add_argument("--random", type=int, default=5, help="random augmentations")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--first", type=int, default=0, help="seed")
-    parser.add_argument("--figure", default="augmentation.png", help="file to write")
-    main(**vars(parser.parse_args()))
+    command(
+        main,
+        __doc__,
+        QUICK,
+        steps="augmentation updates",
+        random="random augmentations",
+    )

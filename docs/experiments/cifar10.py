@@ -12,7 +12,6 @@ validation loss so far.
         --seeds 4
 """
 
-import argparse
 import functools as ft
 import time
 from collections.abc import Callable
@@ -26,8 +25,8 @@ import jax.random as jr
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Scalar
-from matplotlib.figure import Figure
 
+from .common import command, cross_entropy, describe, save, subplots
 from .image_data import load
 
 
@@ -157,9 +156,7 @@ def train_loss(net: Net, values: Values, batch: Batch, key: PRNGKeyArray) -> Sca
 
 def val_loss(net: Net, values: Any, batch: Batch, key: Any) -> Scalar:
     del values, key
-    logits = jax.vmap(net)(batch.images)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-    return jnp.mean(losses)
+    return cross_entropy(jax.vmap(net)(batch.images), batch.labels)
 
 
 @eqx.filter_jit
@@ -269,23 +266,17 @@ def look_up(
     return np.stack(table, axis=1)
 
 
-def describe(values: Any) -> str:
-    deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
-    return f"{np.mean(values):.4g} ± {deviation:.2g}"
-
-
 def print_table(results: dict[str, list[Course]], steps: int) -> None:
     columns = ("steps", "val. loss", "test, %")
     print(f"{'':20}", *(f"{column:>18}" for column in columns))
     for name, courses in results.items():
         length = INNER_STEPS * steps * (FACTOR if name == LONG else 1)
         rows = [(x.looks * length, *x.records[-1][1:3]) for x in courses]
-        print(f"{name:20}", *(f"{describe(column):>18}" for column in zip(*rows)))
+        print(f"{name:20}", *(f"{describe(x, '.4g', '.2g'):>18}" for x in zip(*rows)))
 
 
 def draw(results: dict[str, list[Course]], seconds: float, path: str) -> None:
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    panels = figure.subplots(1, 2)
+    figure, panels = subplots((11, 4.2), 1, 2)
     # A first trial that took longer than all the time is still shown.
     firsts = [x.records[0].seconds for courses in results.values() for x in courses]
     times = np.linspace(0, max(seconds, *firsts), 400)
@@ -300,9 +291,11 @@ def draw(results: dict[str, list[Course]], seconds: float, path: str) -> None:
             axes.fill_between(times, *band, color=colour, alpha=0.12, linewidth=0)
     for axes, label in zip(panels, ("validation loss", "test accuracy, %")):
         axes.set(xlabel="seconds", ylabel=f"{label}, best so far")
-        axes.grid(alpha=0.3)
     panels[1].legend(loc="lower right", ncols=2)
-    figure.savefig(path, dpi=100)
+    save(figure, path, *panels)
+
+
+QUICK = dict(size=100, steps=20, seconds=1.0, seeds=1)
 
 
 def main(
@@ -334,14 +327,12 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", choices=("digits", "cifar10"), default="digits")
-    parser.add_argument("--folder", help="with the data; else they are downloaded")
-    parser.add_argument("--size", type=int, default=300, help="of the train set")
-    parser.add_argument("--steps", type=int, default=60, help="updates in a trial")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each method")
-    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--first", type=int, default=0, help="seed")
-    parser.add_argument("--figure", default="cifar10.png", help="to write")
-    main(**vars(parser.parse_args()))
+    command(
+        main,
+        __doc__,
+        QUICK,
+        dataset={"choices": ("digits", "cifar10")},
+        steps="updates in a trial",
+        seconds="of each method",
+        clock={"choices": tuple(CLOCKS)},
+    )

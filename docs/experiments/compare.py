@@ -13,7 +13,6 @@ Each at the start of training and after `--warm` steps of it, over `--steps` inn
 steps.
 """
 
-import argparse
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,9 +25,9 @@ import lineax as lx
 import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
-from matplotlib.figure import Figure
 
-from .image_data import Images, load, NAMES
+from .common import command, save, subplots
+from .image_data import Images, load
 
 
 OUTER = optax.adam(0.1)
@@ -165,8 +164,8 @@ def compare(
 
 
 def draw(results: list[Placed], path: str) -> None:
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    axes = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    figure, axes = subplots((11, 4.2), 1, len(results), sharey=True, squeeze=False)
+    axes = axes[0]
     names = list(dict.fromkeys(row.name for x in results for row in x.comparison.rows))
     handles = {}
     for axis, (problem, place, comparison) in zip(axes, results):
@@ -177,15 +176,18 @@ def draw(results: list[Placed], path: str) -> None:
             handles[row.name] = axis.scatter(1e3 * row.seconds, row.cosine, **look)
         axis.set(xlim=(0, None), xlabel="ms for each inner step")
         axis.set_title(f"{problem}, {place}", fontsize=10)
-        axis.grid(alpha=0.3)
     axes[0].set(ylabel="cosine with the exact hypergradient")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=100)
+    save(figure, path, *axes)
+
+
+QUICK = dict(problems=("weights",), size=30, steps=3, warm=5)
 
 
 def main(
     dataset: str = "digits",
     *,
+    problems: tuple[str, ...] = tuple(SETTINGS),
     folder: str | None = None,
     size: int = 300,
     steps: int = 20,
@@ -195,8 +197,8 @@ def main(
 ) -> list[Placed]:
     data = load(dataset, folder=folder, size=size, seed=seed)
     results = []
-    for name, make in SETTINGS.items():
-        setting = make(data.train, steps, seed)
+    for name in problems:
+        setting = SETTINGS[name](data.train, steps, seed)
         results += compare(name, setting, data.val, warm=warm, seed=seed)
     draw(results, figure)
     print(f"\nCosine against time is in {figure}.")
@@ -204,12 +206,11 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", choices=NAMES, default="digits")
-    parser.add_argument("--folder", help="with the data; else they are downloaded")
-    parser.add_argument("--size", type=int, default=300, help="of the train set")
-    parser.add_argument("--steps", type=int, default=20, help="inner steps")
-    parser.add_argument("--warm", type=int, default=100, help="steps before the second")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--figure", default="compare.png", help="file to write")
-    main(**vars(parser.parse_args()))
+    command(
+        main,
+        __doc__,
+        QUICK,
+        problems={"choices": SETTINGS},
+        steps="inner steps",
+        warm="steps before the second",
+    )

@@ -17,6 +17,8 @@ import optax
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from .common import command
+
 
 EXAMPLES, WEIGHTS, SEED = 40, 20, 2
 TRAINING = 300  # inner steps of a complete training
@@ -148,7 +150,7 @@ def draw(losses, paths, grid):
     return figure
 
 
-def main(count=41, figure="docs/_static/contour.png"):
+def main(*, count=41, figure="docs/_static/contour.png"):
     losses, grid = landscape(count), landscape(5)
     paths = {(name, start): path(name, start) for name in COLOURS for start in STARTS}
     ends = jnp.array([points[-1] for points in paths.values()])
@@ -163,5 +165,7 @@ def main(count=41, figure="docs/_static/contour.png"):
     return losses, paths
 
 
+QUICK = dict(count=12)
+
 if __name__ == "__main__":
-    main()
+    command(main, __doc__, QUICK, count="points along each side")

@@ -6,7 +6,6 @@ makes it discrete, trains that network from scratch, and compares it with random
     python -m docs.experiments.darts --dataset fashion_mnist --size 1000 --steps 600
 """
 
-import argparse
 import functools as ft
 import math
 from typing import Any, cast, NamedTuple
@@ -20,9 +19,9 @@ import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
-from matplotlib.figure import Figure
 
-from .image_data import Images, load, NAMES, Splits
+from .common import command, save, subplots
+from .image_data import Images, load, Splits
 
 
 OPERATIONS = ("none", "skip", "average 3x3", "max 3x3", "conv 3x3", "separable 3x3")
@@ -374,8 +373,7 @@ def draw_graph(axes: Any, cell: Float[Array, "edges operations"], title: str) ->
 
 
 def draw(results: list[Result], path: str) -> None:
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    grid = figure.subplots(2, 2)
+    figure, grid = subplots((11, 7), 2, 2)
     course, scatter = grid[1]
     for axes, style, (name, search) in zip(grid[0], "-:", results[0].searches.items()):
         draw_graph(axes, search.cell, f"cell found by {name}")
@@ -400,7 +398,10 @@ def draw(results: list[Result], path: str) -> None:
         scatter.scatter(x, y, marker=marker, color=colour, label=name, alpha=0.8)
     scatter.set(xlabel="parameters", ylabel="test accuracy, %", title="from scratch")
     scatter.legend()
-    figure.savefig(path, dpi=100)
+    save(figure, path)
+
+
+QUICK = dict(size=100, steps=30, random=1)
 
 
 def main(
@@ -429,13 +430,10 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", choices=NAMES, default="digits")
-    parser.add_argument("--folder", help="with the data; else they are downloaded")
-    parser.add_argument("--size", type=int, default=300, help="of the train set")
-    parser.add_argument("--steps", type=int, default=200, help="of search and training")
-    parser.add_argument("--random", type=int, default=5, help="random cells a seed")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--first", type=int, default=0, help="seed")
-    parser.add_argument("--figure", default="darts.png", help="to write")
-    main(**vars(parser.parse_args()))
+    command(
+        main,
+        __doc__,
+        QUICK,
+        steps="of search and training",
+        random="random cells a seed",
+    )

@@ -8,7 +8,6 @@ beside them.
     python -m docs.experiments.feature_selection
 """
 
-import argparse
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,8 +17,9 @@ import numpy as np
 import optax
 from jaxtyping import Bool, Float, Scalar
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from sklearn.linear_model import LassoCV
+
+from .common import collect, command, mean_and_error, save, subplots
 
 
 FEATURES, USEFUL = 500, 20
@@ -214,15 +214,13 @@ def print_table(rows: dict[str, list[Row]]) -> None:
     print(f"{'val':>8}{'test':>8}{'its SE':>8}{'refitted':>10}")
     for name, results in rows.items():
         val, test, kept, useful, found, refit = np.mean(results, axis=0)
-        spread = np.std([row.test for row in results], ddof=1) if results[1:] else 0.0
-        error = spread / len(results) ** 0.5
+        _, error = mean_and_error([row.test for row in results])
         print(f"{name:28}{kept:7.1f}{useful:8.1f}{found:7.1f}", end="")
         print(f"{val:8.2f}{test:8.2f}{error:8.2f}{refit:10.2f}")
 
 
 def draw(fits: dict[str, Fit], task: Task, path: str) -> None:
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    penalties, errors, weights = figure.subplots(1, 3)
+    figure, (penalties, errors, weights) = subplots((12, 4.2), 1, 3)
     draw_penalties(penalties, fits[TOP_K], task.truth != 0)
     for name, colour in [(DENSE, "tab:blue"), (TOP_K, "tab:orange")]:
         fit = fits[name]
@@ -245,7 +243,7 @@ def draw(fits: dict[str, Fit], task: Task, path: str) -> None:
         weights.scatter(task.truth + shift, fits[name].weights, label=name, **look)
     weights.set(xlabel="true weight", ylabel="weight found")
     weights.legend(loc="upper left", markerscale=2)
-    figure.savefig(path, dpi=100)
+    save(figure, path)
 
 
 def draw_penalties(axes: Axes, fit: Fit, useful: Bool[np.ndarray, " features"]) -> None:
@@ -257,6 +255,9 @@ def draw_penalties(axes: Axes, fit: Fit, useful: Bool[np.ndarray, " features"]) 
     axes.plot([], color="grey", label="useless feature")
     axes.set(xlabel="outer step", ylabel="penalty", title=TOP_K)
     axes.legend()
+
+
+QUICK = dict(steps=100, seeds=1)
 
 
 def main(
@@ -272,29 +273,30 @@ def main(
 ) -> dict[str, list[Row]]:
     # Made once: a new algorithm would be compiled anew.
     methods = make_methods(k, l1, algorithm)
-    rows: dict[str, list[Row]] = {}
-    for seed in range(first, first + seeds):
+
+    def of_seed(seed: int) -> dict[str, Row]:
         task = make_task(seed, size)
         fits = {RIDGE: fit_ridge(task), LASSO: fit_lasso(task.train)}
         fits[LASSO_BOTH] = fit_lasso(pool(task))
         fits |= {name: fit_method(x, task, steps) for name, x in methods.items()}
-        for name, fit in fits.items():
-            rows.setdefault(name, []).append(assess(fit, task))
         if seed == first:
             draw(fits, task, figure)
+        return {name: assess(fit, task) for name, fit in fits.items()}
+
+    rows = collect(of_seed, seeds, first)
     print_table(rows)
     print(f"\nThe course of the first seed is in {figure}.")
     return rows
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--k", type=int, default=20, help="moved at each outer step")
-    parser.add_argument("--l1", type=float, default=0.2, help="penalty on each gate")
-    parser.add_argument("--size", type=int, default=200, help="of train and validation")
-    parser.add_argument("--steps", type=int, default=300, help="outer steps")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--first", type=int, default=0, help="seed")
-    parser.add_argument("--algorithm", choices=("T1T2", "Greedy"), default="T1T2")
-    parser.add_argument("--figure", default="feature_selection.png", help="to write")
-    main(**vars(parser.parse_args()))
+    command(
+        main,
+        __doc__,
+        QUICK,
+        k="moved at each outer step",
+        l1="penalty on each gate",
+        size="of train and validation",
+        steps="outer steps",
+        algorithm={"choices": ("T1T2", "Greedy")},
+    )

@@ -18,7 +18,6 @@ of the test, or with `--choose` again on those of `val`; then its differences to
 methods, seed by seed. Seconds include compilation.
 """
 
-import argparse
 import functools as ft
 import time
 from collections.abc import Sequence
@@ -34,9 +33,9 @@ import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Scalar
-from matplotlib.figure import Figure
 from scipy import stats
 
+from .common import command, cross_entropy, mean_and_error, save, subplots
 from .hyper_cleaning import cut_patches
 from .image_data import load_characters
 
@@ -132,9 +131,7 @@ def split(net: Net) -> tuple[Net, Net]:
 
 def loss(model: Net, hyperparams: Net, batch: Batch, key: None) -> Scalar:
     del key
-    logits = eqx.combine(model, hyperparams)(batch.patches)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-    return jnp.mean(losses)
+    return cross_entropy(eqx.combine(model, hyperparams)(batch.patches), batch.labels)
 
 
 def accuracy(model: Net, hyperparams: Net, batch: Batch) -> Scalar:
@@ -261,11 +258,8 @@ def evaluate(
 
 
 def mean_and_interval(values: np.ndarray) -> tuple[float, float]:
-    count = len(values)
-    if count == 1:
-        return float(values[0]), 0.0
-    error = np.std(values, ddof=1) / count**0.5
-    return float(np.mean(values)), float(stats.t.ppf(0.975, count - 1) * error)
+    mean, error = mean_and_error(values)
+    return mean, float(stats.t.ppf(0.975, max(1, len(values) - 1)) * error)
 
 
 def print_header() -> None:
@@ -285,8 +279,7 @@ def print_row(name: str, rows: dict[str, Row]) -> None:
 
 
 def draw_figure(rows: dict[str, Row], episodes: int, path: str) -> None:
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    course, final = figure.subplots(1, 2)
+    figure, (course, final) = subplots((9, 3.6), 1, 2)
     places = np.linspace(0, episodes, POINTS + 1)
     for number, (name, row) in enumerate(rows.items()):
         means, widths = np.transpose([mean_and_interval(x) for x in row.val.T])
@@ -295,12 +288,13 @@ def draw_figure(rows: dict[str, Row], episodes: int, path: str) -> None:
         mean, width = mean_and_interval(row.final)
         final.errorbar(mean, name, xerr=width, fmt="o", color=f"C{number}", capsize=3)
     course.set(xlabel="episodes", ylabel="accuracy on characters held out, %")
-    course.legend(frameon=False)
+    course.legend()
     final.invert_yaxis()
     final.set(xlabel="final accuracy, %")
-    for axes in (course, final):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
+    save(figure, path, course, final)
+
+
+QUICK = dict(horizon=5, episodes=5, seeds=2)
 
 
 def main(
@@ -345,16 +339,14 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", help="with omniglot_small1.npz; else a download")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--episodes", type=int, default=20, help="a multiple of 5")
-    parser.add_argument("--horizon", type=int, default=20, help="inner steps")
-    parser.add_argument("--rate", type=float, default=0.02, help="of the inner steps")
-    parser.add_argument("--momentum", type=float, default=0.0)
-    parser.add_argument("--reptile", type=float, default=0.0, help="its rate")
-    parser.add_argument("--gammas", type=float, nargs="+", default=(0.99,))
-    parser.add_argument("--choose", action="store_true", help="do not use the test")
-    parser.add_argument("--figure", default="few_shot.png", help="file to write")
-    main(**vars(parser.parse_args()))
+    command(
+        main,
+        __doc__,
+        QUICK,
+        folder="with omniglot_small1.npz; else a download",
+        episodes="a multiple of 5",
+        horizon="inner steps",
+        rate="of the inner steps",
+        reptile="its rate",
+        choose="do not use the test",
+    )

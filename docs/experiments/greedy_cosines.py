@@ -12,7 +12,6 @@ The forms: `greedy` is plain, `momentum` has the option of that name, `final` ha
 `final_gradient=True`, `both` has the two.
 """
 
-import argparse
 from typing import NamedTuple
 
 import equinox as eqx
@@ -22,6 +21,8 @@ import jax.random as jr
 import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
+
+from .common import command
 
 
 EXAMPLES, FEATURES, NOISE = 100, 10, 1.0
@@ -126,6 +127,9 @@ def compute_cosines(
     return {name: np.sum(unit * exact, axis=1) for name, unit in units.items()}
 
 
+QUICK = dict(inner_steps=(5,), tasks=20)
+
+
 def main(
     *, inner_steps: tuple[int, ...] = (5, 20), tasks: int = 100, seed: int = 0
 ) -> dict[tuple[str, int], dict[str, np.ndarray]]:
@@ -146,8 +150,4 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--inner-steps", type=int, nargs="+", default=(5, 20))
-    parser.add_argument("--tasks", type=int, default=100, help="regressions to draw")
-    parser.add_argument("--seed", type=int, default=0)
-    main(**vars(parser.parse_args()))
+    command(main, __doc__, QUICK, tasks="regressions to draw")

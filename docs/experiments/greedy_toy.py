@@ -10,14 +10,14 @@ put back to (2, 2) before each (restart).
     python -m docs.experiments.greedy_toy
 """
 
-import argparse
 from typing import Any, NamedTuple
 
 import eqx_hpo as hpo
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Scalar
-from matplotlib.figure import Figure
+
+from .common import command, save, subplots
 
 
 READINGS = {"warm start": None, "restart": 1}
@@ -101,8 +101,9 @@ def methods_of(histories: dict[Run, hpo.History]) -> list[str]:
 def draw(
     histories: dict[Run, hpo.History], inner_steps: tuple[int, ...], path: str
 ) -> None:
-    figure = Figure(figsize=(10, 5.6), layout="constrained")
-    grid = figure.subplots(2, len(inner_steps), sharex=True, sharey=True, squeeze=False)
+    figure, grid = subplots(
+        (10, 5.6), 2, len(inner_steps), sharex=True, sharey=True, squeeze=False
+    )
     methods = methods_of(histories)
     for row, reading in zip(grid, READINGS):
         for axes, count in zip(row, inner_steps):
@@ -113,13 +114,15 @@ def draw(
             # Linear below: some of the losses reach zero.
             axes.set_yscale("symlog", linthresh=1e-2)
             axes.set(title=f"{reading}, T = {count}", xscale="log")
-            axes.grid(alpha=0.3)
         row[0].set_ylabel("validation loss")
     for axes in grid[-1]:
         axes.set_xlabel("outer step")
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
-    figure.savefig(path, dpi=90)
+    figure.legend(handles, labels, loc="outside upper center", ncols=5)
+    save(figure, path, *grid.flat, dpi=90)
+
+
+QUICK = dict(inner_steps=(5,), steps=22)
 
 
 def main(
@@ -136,8 +139,4 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--inner-steps", type=int, nargs="+", default=(5, 10, 20))
-    parser.add_argument("--steps", type=int, default=301, help="outer steps")
-    parser.add_argument("--figure", default="greedy_toy.png", help="file to write")
-    main(**vars(parser.parse_args()))
+    command(main, __doc__, QUICK, steps="outer steps")

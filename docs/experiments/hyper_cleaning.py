@@ -19,7 +19,6 @@ The table holds the mean and the standard deviation over the seeds:
   at the start, after a quarter of the steps and at the end.
 """
 
-import argparse
 import functools as ft
 from typing import Any, NamedTuple
 
@@ -31,10 +30,10 @@ import jax.random as jr
 import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar
-from matplotlib.figure import Figure
 from sklearn.metrics import f1_score, roc_auc_score
 
-from .image_data import Images, load, NAMES
+from .common import command, mean_and_std, save, subplots
+from .image_data import Images, load
 
 
 INNER_STEPS = 10
@@ -290,24 +289,19 @@ def print_table(results: dict[str, list[Row]]) -> None:
         print()
 
 
-def mean_and_std(values: list[float]) -> tuple[float, float]:
-    return float(np.mean(values)), float(np.std(values, ddof=min(1, len(values) - 1)))
-
-
 def draw(
     results: dict[str, list[Row]],
     changed: Bool[np.ndarray, " n"],
     path: str,
     shown: str = "greedy 0.9",
 ) -> None:
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    histogram, course, bars = figure.subplots(1, 3)
+    figure, (histogram, course, bars) = subplots((11, 3.8), 1, 3)
     weights = results[shown][0].weights
     for label, chosen in [("right label", ~changed), ("wrong label", changed)]:
         bins = np.linspace(0, 1, 31).tolist()
         histogram.hist(weights[chosen], bins, alpha=0.6, label=label)
     histogram.set(xlabel=f"weight of a train image, {shown}", ylabel="images")
-    histogram.legend(frameon=False)
+    histogram.legend()
     for number, (name, rows) in enumerate(results.items()):
         mean, std = mean_and_std([100 * row.test for row in rows])
         colour = f"C{number}"
@@ -316,10 +310,12 @@ def draw(
             auc = np.mean([row.course for row in rows], axis=0)
             course.plot(np.arange(1, len(auc) + 1), auc, color=colour, label=name)
     course.set(xlabel="outer step", ylabel="AUC for wrong labels")
-    course.grid(alpha=0.3)
     bars.invert_yaxis()
     bars.set(xlabel="test accuracy, %", xlim=(40, None))
-    figure.savefig(path, dpi=100)
+    save(figure, path, course)
+
+
+QUICK = dict(size=200, val_size=200, steps=20, seeds=1)
 
 
 def main(
@@ -347,14 +343,11 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", choices=NAMES, default="digits")
-    parser.add_argument("--folder", help="with the data; else they are downloaded")
-    parser.add_argument("--corrupt", type=float, default=0.3, help="share of labels")
-    parser.add_argument("--fresh", action="store_true", help="a new start each time")
-    parser.add_argument("--size", type=int, default=300, help="of the train set")
-    parser.add_argument("--val-size", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=60, help="outer steps")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--figure", default="hyper_cleaning.png", help="file to write")
-    main(**vars(parser.parse_args()))
+    command(
+        main,
+        __doc__,
+        QUICK,
+        corrupt="share of labels",
+        fresh="a new start each time",
+        steps="outer steps",
+    )

@@ -9,7 +9,6 @@ of its states that are looked at, all algorithms estimate the hypergradient of t
 ten inner steps. The figure shows means over the seeds.
 """
 
-import argparse
 from typing import Any
 
 import eqx_hpo as hpo
@@ -18,8 +17,8 @@ import jax.random as jr
 import numpy as np
 import optax
 from jaxtyping import Float
-from matplotlib.figure import Figure
 
+from .common import command, save, subplots
 from .hyper_cleaning import (
     INNER_STEPS,
     make_net,
@@ -28,7 +27,6 @@ from .hyper_cleaning import (
     train_loss,
     val_loss,
 )
-from .image_data import NAMES
 
 
 def make_methods() -> dict[str, hpo.AbstractBilevelOptimizer]:
@@ -73,6 +71,9 @@ def run(
     return np.array(rows).T
 
 
+QUICK = dict(size=20, val_size=20, steps=1, seeds=1)
+
+
 def main(
     dataset: str = "digits",
     *,
@@ -91,28 +92,17 @@ def main(
         cosines.append(run(methods, problem, looked_at, seed))
     means = dict(zip(methods, np.mean(cosines, axis=0)))
     print(f"{'update':18}" + "".join(f"{step:7}" for step in looked_at))
-    drawing = Figure(figsize=(5.5, 3.8), layout="constrained")
-    axes = drawing.subplots()
+    drawing, axes = subplots((5.5, 3.8))
     for name, values in means.items():
         print(f"{name:18}" + "".join(f"{x:7.2f}" for x in values))
         axes.plot(looked_at, values, "o-", label=name)
     axes.set(xlabel="update", ylabel="cosine with the exact hypergradient")
     axes.set_ylim(-0.05, 1.05)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    drawing.savefig(figure, dpi=100)
+    axes.legend()
+    save(drawing, figure, axes)
     print(f"\nThe cosines are in {figure}.")
     return means
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", choices=NAMES, default="digits")
-    parser.add_argument("--folder", help="with the data; else they are downloaded")
-    parser.add_argument("--corrupt", type=float, default=0.3, help="share of labels")
-    parser.add_argument("--size", type=int, default=300, help="of the train set")
-    parser.add_argument("--val-size", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=50, help="updates")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--figure", default="hyper_cleaning_cosines.png")
-    main(**vars(parser.parse_args()))
+    command(main, __doc__, QUICK, corrupt="share of labels", steps="updates")

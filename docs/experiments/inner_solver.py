@@ -7,7 +7,6 @@ conditioned. Beside L-BFGS to several tolerances stand fixed numbers of steps of
     python -m docs.experiments.inner_solver
 """
 
-import argparse
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -19,9 +18,8 @@ import numpy as np
 import optax
 import optimistix as optx
 from jaxtyping import Array, Float, Int, Scalar
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from .common import command, cross_entropy, mean_and_error, save, subplots
 from .image_data import Images, load
 
 
@@ -74,8 +72,7 @@ def load_data(size: int, seed: int) -> list[Data]:
 
 
 def val_loss(weights: Array, decay: Any, data: Data, key: None) -> Scalar:
-    logits = data.x @ weights
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, data.y))
+    return cross_entropy(data.x @ weights, data.y)
 
 
 def train_loss(weights: Array, decay: Any, data: Data, key: None) -> Scalar:
@@ -221,9 +218,8 @@ def print_table(results: dict[str, list[Row]]) -> None:
             print(f"{np.median([x.error for x in records]):9.1e}", end="")
         else:
             print(f"{'':16}", end="")
-        columns = np.array([row[1:] for row in rows]).T
-        spread = columns.std(axis=1) / np.sqrt(max(1, len(rows) - 1))
-        for mean, error in zip(columns.mean(axis=1), spread):
+        for column in zip(*(row[1:] for row in rows)):
+            mean, error = mean_and_error(column)
             print(f"{mean:8.4f} ± {error:6.4f}", end="")
         print()
 
@@ -231,8 +227,7 @@ def print_table(results: dict[str, list[Row]]) -> None:
 def draw(
     starts: dict[str, list[Record]], results: dict[str, list[Row]], path: str
 ) -> None:
-    drawing = Figure(figsize=(11, 3.8), layout="constrained")
-    panels: tuple[Axes, Axes] = drawing.subplots(1, 2)
+    drawing, panels = subplots((11, 3.8), 1, 2)
     for marker, kind in zip("osv", ("L-BFGS", *OPTAX)):
         records = [x for name, y in starts.items() if name.startswith(kind) for x in y]
         gradients = [x.report.gradient_norm for x in records]
@@ -249,10 +244,12 @@ def draw(
     panels[1].set(xlabel="update", title="each goes on from the last")
     for axes in panels:
         axes.set(ylabel="relative error of the hypergradient", yscale="log")
-        axes.grid(alpha=0.3)
-    panels[0].legend(frameon=False)
-    panels[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    drawing.savefig(path, dpi=100)
+    panels[0].legend()
+    panels[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    save(drawing, path, *panels)
+
+
+QUICK = dict(size=100, updates=10, seeds=1)
 
 
 def main(
@@ -290,10 +287,8 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=int, default=300, help="of the train set")
-    parser.add_argument("--updates", type=int, default=40)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--first", type=int, default=0, help="seed")
-    parser.add_argument("--figure", default="inner_solver.png", help="file to write")
-    main(**vars(parser.parse_args()))
+    command(
+        main,
+        __doc__,
+        QUICK,
+    )

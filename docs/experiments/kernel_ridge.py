@@ -9,7 +9,6 @@ scale for all features, chosen on a grid, stands beside it.
     python -m docs.experiments.kernel_ridge --data friedman
 """
 
-import argparse
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -21,10 +20,11 @@ import lineax as lx
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Scalar
-from matplotlib.figure import Figure
 from sklearn.datasets import load_diabetes, make_friedman1
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import RidgeCV
+
+from .common import collect, command, mean_and_error, save, subplots
 
 
 EXAMPLES, NOISE = 442, 10  # features of pure noise beside those of the data
@@ -216,17 +216,15 @@ def print_table(results: dict[str, list[Row]]) -> None:
     print(f"\n{'squared error, mean and SE':26}", end="")
     print("".join(f"{name:>18}" for name in Row._fields[:3]))
     for name, rows in results.items():
-        columns = np.array([row[:3] for row in rows]).T
-        spread = columns.std(axis=1) / np.sqrt(max(1, len(rows) - 1))
         print(f"{name:26}", end="")
-        for mean, error in zip(columns.mean(axis=1), spread):
+        for column in zip(*(row[:3] for row in rows)):
+            mean, error = mean_and_error(column)
             print(f"{mean:9.3f} ± {error:5.3f}", end="  ")
         print()
 
 
 def draw(results: dict[str, list[Row]], path: str) -> None:
-    drawing = Figure(figsize=(10, 3.6), layout="constrained")
-    panels = drawing.subplots(1, 2, sharey=True)
+    drawing, panels = subplots((10, 3.6), 1, 2, sharey=True)
     for axes, name in zip(panels, (EACH, PENALISED)):
         scales = np.array([row.values.scale for row in results[name] if row.values])
         features = scales.shape[1]
@@ -239,8 +237,11 @@ def draw(results: dict[str, list[Row]], path: str) -> None:
         axes.plot([], "o", color="grey", label="noise")
         axes.set(xlabel="feature", title=name, xticks=np.arange(1, features + 1))
     panels[0].set(ylabel="1 / length scale")
-    panels[0].legend(frameon=False)
-    drawing.savefig(path, dpi=100)
+    panels[0].legend()
+    save(drawing, path)
+
+
+QUICK = dict(data="friedman", steps=60, seeds=1)
 
 
 def main(
@@ -253,13 +254,10 @@ def main(
     single: bool = False,
     figure: str = "kernel_ridge.png",
 ) -> dict[str, list[Row]]:
-    results: dict[str, list[Row]] = {}
     with jax.enable_x64(not single):
         algorithm = make_algorithm()  # once: a new one would be compiled anew
-        for seed in range(first, first + seeds):
-            task = make_task(data, seed)
-            for name, row in run(algorithm, task, penalty, steps).items():
-                results.setdefault(name, []).append(row)
+        of_seed = lambda seed: run(algorithm, make_task(data, seed), penalty, steps)
+        results = collect(of_seed, seeds, first)
     print_table(results)
     draw(results, figure)
     print(f"\nThe length scales are in {figure}.")
@@ -267,12 +265,12 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", choices=("diabetes", "friedman"), default="diabetes")
-    parser.add_argument("--penalty", type=float, default=0.1, help="on 1 / scale")
-    parser.add_argument("--steps", type=int, default=200, help="outer steps")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first", type=int, default=0, help="seed")
-    parser.add_argument("--single", action="store_true", help="single precision")
-    parser.add_argument("--figure", default="kernel_ridge.png", help="file to write")
-    main(**vars(parser.parse_args()))
+    command(
+        main,
+        __doc__,
+        QUICK,
+        data={"choices": ("diabetes", "friedman")},
+        penalty="on 1 / scale",
+        steps="outer steps",
+        single="single precision",
+    )

@@ -1,5 +1,5 @@
-r"""Learns the learning rate of each layer of a small MLP in two ways: greedily, while it
-is trained, and as a schedule, by forward mode through the whole of training.
+r"""Learns the learning rate of each layer of a small MLP in two ways: greedily, while
+it is trained, and as a schedule, by forward mode through the whole of training.
 
 The first is cheap and short-sighted: within one step, a small rate looks better than it
 is (Wu et al., "Understanding Short-Horizon Bias in Stochastic Meta-Optimization", ICLR
@@ -12,7 +12,6 @@ from a grid, stand beside them.
         --steps 2000 --seeds 5
 """
 
-import argparse
 import time
 from typing import Any, NamedTuple
 
@@ -25,9 +24,19 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Scalar
-from matplotlib.figure import Figure
 
 from . import image_data
+from .common import (
+    apply_layers,
+    collect,
+    command,
+    cross_entropy,
+    describe,
+    make_layers,
+    mean_and_error,
+    save,
+    subplots,
+)
 
 
 HIDDEN, LAYERS = 16, 2
@@ -78,21 +87,11 @@ def shrink(images: Any, factor: int) -> Float[Array, "n pixels"]:
 
 
 def make_model(pixels: int, seed: int) -> list[eqx.nn.Linear]:
-    first, second = jr.split(jr.key(seed))
-    return [
-        eqx.nn.Linear(pixels, HIDDEN, key=first),
-        eqx.nn.Linear(HIDDEN, 10, key=second),
-    ]
-
-
-def compute_logits(model: Any, x: Any) -> Float[Array, "n classes"]:
-    hidden = jax.nn.relu(x @ model[0].weight.T + model[0].bias)
-    return hidden @ model[1].weight.T + model[1].bias
+    return make_layers((pixels, HIDDEN, 10), jr.key(seed))
 
 
 def loss(model: Any, rates: Any, data: Data, key: None) -> Scalar:
-    logits = compute_logits(model, data.x)
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, data.y))
+    return cross_entropy(apply_layers(model, data.x), data.y)
 
 
 def scale_layers(rates: Float[Array, " layers"]) -> optax.GradientTransformation:
@@ -213,15 +212,9 @@ def compare(
 
 def assess(course: Course, data: list[Data], seconds: float) -> Row:
     losses = [float(loss(course.model, None, part, None)) for part in data]
-    guesses = jnp.argmax(compute_logits(course.model, data[-1].x), axis=1)
+    guesses = jnp.argmax(apply_layers(course.model, data[-1].x), axis=1)
     accuracy = 100 * float(jnp.mean(guesses == data[-1].y))
     return Row(course, losses, accuracy, seconds)
-
-
-def describe(values: Any) -> str:
-    """Mean and standard deviation."""
-    deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
-    return f"{np.mean(values):.3f} ± {deviation:.3f}"
 
 
 def print_table(results: dict[str, list[Row]]) -> None:
@@ -236,14 +229,12 @@ def print_table(results: dict[str, list[Row]]) -> None:
     }
     print("\ntest loss, minus that of the best cosine decay, mean and standard error")
     for name, losses in test.items():
-        gaps = losses - test[COSINE]
-        error = np.std(gaps, ddof=1) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
-        print(f"{name:31}{np.mean(gaps):+9.3f} ± {error:.3f}")
+        gap, error = mean_and_error(losses - test[COSINE])
+        print(f"{name:31}{gap:+9.3f} ± {error:.3f}")
 
 
 def draw(results: dict[str, list[Row]], path: str) -> None:
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = subplots((10, 4.4), 1, 2)
     for colour, name in enumerate(SHOWN):
         courses = [row.course for row in results[name]]
         rates = np.exp(np.mean([np.log(x.rates) for x in courses], axis=0))
@@ -261,9 +252,11 @@ def draw(results: dict[str, list[Row]], path: str) -> None:
     right.set(ylabel="validation loss", ylim=(0.9 * lowest, 2.2 * lowest))
     for axes in (left, right):
         axes.set_xlabel("training step")
-        axes.grid(alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=len(SHOWN), frameon=False)
-    figure.savefig(path, dpi=100)
+    figure.legend(loc="outside upper center", ncols=len(SHOWN))
+    save(figure, path, left, right)
+
+
+QUICK = dict(size=200, steps=200, updates=8)
 
 
 def main(
@@ -280,11 +273,12 @@ def main(
     if steps % POINTS or steps % WINDOWS:
         raise SystemExit(f"`steps` must be a multiple of {POINTS} and of {WINDOWS}.")
     algorithms = make_algorithms(steps, updates)
-    results: dict[str, list[Row]] = {}
-    for seed in range(first, first + seeds):
+
+    def of_seed(seed: int) -> dict[str, Row]:
         data = load_data(dataset, folder, size, seed)
-        for name, row in compare(data, steps, updates, seed, algorithms).items():
-            results.setdefault(name, []).append(row)
+        return compare(data, steps, updates, seed, algorithms)
+
+    results = collect(of_seed, seeds, first)
     print_table(results)
     draw(results, figure)
     print(f"\nThe rates and the courses are in {figure}.")
@@ -292,13 +286,12 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", default="digits", choices=image_data.NAMES[:3])
-    parser.add_argument("--folder", help="with the files of the data set")
-    parser.add_argument("--size", type=int, help="of train and of validation")
-    parser.add_argument("--steps", type=int, default=1000, help="of a training")
-    parser.add_argument("--updates", type=int, default=40, help="of the schedule")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--first", type=int, default=0, help="seed")
-    parser.add_argument("--figure", default="learning_rates.png", help="to write")
-    main(**vars(parser.parse_args()))
+    command(
+        main,
+        __doc__,
+        QUICK,
+        dataset={"choices": image_data.NAMES[:3]},
+        size={"help": "of train and of validation", "type": int},
+        steps="of a training",
+        updates="of the schedule",
+    )

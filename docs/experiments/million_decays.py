@@ -10,9 +10,8 @@ another weight, stand beside it.
     python -m docs.experiments.million_decays --dataset mnist --seeds 3
 """
 
-import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -23,10 +22,21 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PyTree, Scalar
-from matplotlib.figure import Figure
+from jaxtyping import Array, Float, Int, Scalar
 
 from . import image_data
+from .common import (
+    apply_layers,
+    command,
+    cross_entropy,
+    describe,
+    make_layers,
+    mean_and_error,
+    Method,
+    plain_training,
+    save,
+    subplots,
+)
 
 
 HIDDEN = {"digits": (1024, 1024)}  # smaller images, so a wider second layer
@@ -48,19 +58,6 @@ class Data(NamedTuple):
     y: Int[Array, " n"]
 
 
-class Plain(NamedTuple):
-    """The state of training without tuning."""
-
-    model: Any
-    opt_state: Any
-    decay: Any
-
-
-class Method(NamedTuple):
-    init: Callable[..., Any]  # of the model and the decays
-    step: Callable[..., Any]  # of the state and the two parts of the data
-
-
 class Course(NamedTuple):
     steps: list[int]  # those whose accuracies and losses are recorded
     accuracies: list[list[float]]  # of each of `PARTS`, in percent
@@ -76,40 +73,16 @@ def load_data(dataset: str, folder: str | None, size: int, seed: int) -> list[Da
 
 
 def make_model(features: int, hidden: Sequence[int], seed: int) -> list[eqx.nn.Linear]:
-    sizes = (features, *hidden, 10)
-    shapes = zip(sizes, sizes[1:], jr.split(jr.key(seed), len(sizes) - 1))
-    return [eqx.nn.Linear(fan_in, out, key=key) for fan_in, out, key in shapes]
-
-
-def compute_logits(model: Any, x: Any) -> Float[Array, "n classes"]:
-    for layer in model[:-1]:
-        x = jax.nn.relu(x @ layer.weight.T + layer.bias)
-    return x @ model[-1].weight.T + model[-1].bias
+    return make_layers((features, *hidden, 10), jr.key(seed))
 
 
 def val_loss(model: Any, decay: Any, data: Data, key: None) -> Scalar:
-    logits = compute_logits(model, data.x)
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, data.y))
+    return cross_entropy(apply_layers(model, data.x), data.y)
 
 
 def train_loss(model: Any, decay: Any, data: Data, key: None) -> Scalar:
     penalty = jtu.tree_map(lambda d, w: jnp.sum(d * w**2) / 2, decay, model)
     return val_loss(model, None, data, key) + sum(jtu.tree_leaves(penalty))
-
-
-def start_plain(model: Any, decay: PyTree) -> Plain:
-    return Plain(model, INNER.init(model), hpo.unwrap(decay))
-
-
-def train_plain(state: Plain, train: Data, val: Data) -> Plain:
-    def step(carry, _):
-        model, opt_state = carry
-        gradient = jax.grad(train_loss)(model, state.decay, train, None)
-        updates, opt_state = INNER.update(gradient, opt_state)
-        return (optax.apply_updates(model, updates), opt_state), None
-
-    carry, _ = jax.lax.scan(step, state[:2], length=INNER_STEPS)
-    return Plain(*carry, state.decay)
 
 
 def make_methods() -> dict[str, Method]:
@@ -121,14 +94,14 @@ def make_methods() -> dict[str, Method]:
         IMPLICIT: Method(implicit.init, implicit.step),
         T1T2: Method(t1t2.init, t1t2.step),
         SWAPPED: Method(implicit.init, implicit.step),
-        NONE: Method(start_plain, train_plain),
+        NONE: plain_training(train_loss, INNER, INNER_STEPS),
     }
 
 
 @jax.jit
 def assess(model: Any, data: list[Data]) -> tuple[list[Scalar], Scalar]:
     """The accuracy on each part, and the validation loss."""
-    right = [jnp.argmax(compute_logits(model, x), axis=1) == y for x, y in data]
+    right = [jnp.argmax(apply_layers(model, x), axis=1) == y for x, y in data]
     return [jnp.mean(x) for x in right], val_loss(model, None, data[1], None)
 
 
@@ -169,18 +142,16 @@ def run(state: Any, step: Any, data: list[Data], steps: int, swap: bool) -> Cour
     return course
 
 
-def describe(values: Sequence[float]) -> str:
-    """Mean and standard error."""
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if values[1:] else 0.0
-    return f"{np.mean(values):.3g} ± {error:.2g}"
+def with_error(values: Sequence[float]) -> str:
+    return describe(values, ".3g", ".2g", of=mean_and_error)
 
 
 def print_results(results: dict[str, list[Course]], steps: dict[str, Any]) -> None:
     print(f"{'at the end':18}", *(f"{part + ', %':>14}" for part in PARTS), end="")
     print(f"{'val. loss':>18}{'s a step':>10}{'MB':>7}")
     for name, courses in results.items():
-        cells = [describe(x) for x in zip(*(y.accuracies[-1] for y in courses))]
-        loss = describe([course.val_losses[-1] for course in courses])
+        cells = [with_error(x) for x in zip(*(y.accuracies[-1] for y in courses))]
+        loss = with_error([course.val_losses[-1] for course in courses])
         seconds = np.median([course.seconds for course in courses])
         memory = steps[name].memory_analysis().temp_size_in_bytes / 1e6
         print(f"{name:18}", *(f"{cell:>14}" for cell in cells), end="")
@@ -205,19 +176,21 @@ def print_reports(courses: list[Course]) -> None:
 
 
 def draw(results: dict[str, list[Course]], path: str) -> None:
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    for axes, (i, part) in zip(figure.subplots(1, 3, sharey=True), enumerate(PARTS)):
+    figure, panels = subplots((12, 4), 1, 3, sharey=True)
+    for axes, (i, part) in zip(panels, enumerate(PARTS)):
         for number, (name, courses) in enumerate(results.items()):
             steps = courses[0].steps
             values = np.array([course.accuracies for course in courses])[:, :, i]
             axes.plot(steps, values.T, color=f"C{number}", linewidth=0.6, alpha=0.5)
             axes.plot(steps, values.mean(axis=0), color=f"C{number}", label=name)
         axes.set(xlabel="updates of the decays", title=part)
-        axes.grid(alpha=0.3)
         if i == 0:
             axes.set(ylabel="accuracy, %", ylim=(0, 102))
             axes.legend(loc="lower right")
-    figure.savefig(path, dpi=100)
+    save(figure, path, *panels)
+
+
+QUICK = dict(hidden=(64,), size=20, steps=20)
 
 
 def main(
@@ -254,13 +227,11 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", default="digits", choices=image_data.NAMES)
-    parser.add_argument("--folder", help="with the files of the data set")
-    parser.add_argument("--size", type=int, default=50, help="of train and validation")
-    parser.add_argument("--hidden", type=int, nargs="+", help="widths of the layers")
-    parser.add_argument("--steps", type=int, default=30, help="updates of the decays")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--first", type=int, default=0, help="seed")
-    parser.add_argument("--figure", default="million_decays.png", help="to write")
-    main(**vars(parser.parse_args()))
+    command(
+        main,
+        __doc__,
+        QUICK,
+        size="of train and validation",
+        hidden={"help": "widths of the layers", "type": int, "nargs": "+"},
+        steps="updates of the decays",
+    )

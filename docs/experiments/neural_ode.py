@@ -10,7 +10,6 @@ Three trainings for each seed: with the starting values fixed, with the values t
 online, and from scratch with the tuned values fixed. All seeds train at once.
 """
 
-import argparse
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -25,7 +24,8 @@ import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Scalar
-from matplotlib.figure import Figure
+
+from .common import command, mean_and_error, save, subplots
 
 
 POINTS, HORIZON = 12, 4.0  # observations of a trajectory, and its length
@@ -217,9 +217,9 @@ def last(values: Regularisation) -> Regularisation:
     return jtu.tree_map(lambda x: x[:, -1], values)
 
 
-def mean_and_error(x: Array) -> str:
-    spread = np.std(x, ddof=min(1, len(x) - 1)) / len(x) ** 0.5
-    return f"{np.mean(x):.4f} ({spread:.4f})"
+def with_error(x: Array) -> str:
+    mean, error = mean_and_error(x)
+    return f"{mean:.4f} ({error:.4f})"
 
 
 def print_table(rows: dict[str, Row]) -> None:
@@ -227,12 +227,12 @@ def print_table(rows: dict[str, Row]) -> None:
     print(" " * 14 + "".join(f"{name:>18}" for name in names))
     for name, row in rows.items():
         numbers = [f"{np.mean(row.course.val_loss[:, -1]):.4f}"]
-        numbers += [mean_and_error(x) for x in (row.noisy, row.exact, row.steps)]
+        numbers += [with_error(x) for x in (row.noisy, row.exact, row.steps)]
         print(f"{name:14}" + "".join(f"{x:>18}" for x in numbers))
     for name in (TUNED, RETRAINED):
         row, fixed = rows[name], rows[FIXED]
         changes = [row.noisy - fixed.noisy, row.exact - fixed.exact]
-        changes = "".join(f"{mean_and_error(x):>18}" for x in changes)
+        changes = "".join(f"{with_error(x):>18}" for x in changes)
         print(f"{f'{name}, minus {FIXED}':32}{changes}")
     print(f"\n{'tuned values':14}{'curvature':>13}{'noise':>13}   decay of each layer")
     for curvature, noise, decay in zip(*last(rows[TUNED].course.values)):
@@ -242,8 +242,7 @@ def print_table(rows: dict[str, Row]) -> None:
 
 def draw(rows: dict[str, Row], task: Task, path: str) -> None:
     """Of the first seed."""
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    plane, losses, trajectories = figure.subplots(1, 3)
+    figure, (plane, losses, trajectories) = subplots((12, 4.2), 1, 3)
     data, test = jtu.tree_map(lambda x: np.asarray(x[0]), (task.train, task.exact))
     plane.plot(*data.states.reshape(-1, 2).T, ".", color="grey", ms=3, label="train")
     plane.plot(*test.states[0].T, "k-", label="a test trajectory")
@@ -260,7 +259,10 @@ def draw(rows: dict[str, Row], task: Task, path: str) -> None:
     trajectories.set(xlabel="step", ylabel="hyperparameter", yscale="log")
     for axes in (plane, losses, trajectories):
         axes.legend(fontsize="small")
-    figure.savefig(path, dpi=100)
+    save(figure, path)
+
+
+QUICK = dict(size=2, steps=4, warmup=1, seeds=1)
 
 
 def main(
@@ -293,13 +295,12 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--start", choices=tuple(STARTS), default="weak")
-    parser.add_argument("--size", type=int, default=12, help="trajectories to train on")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--rate", type=float, default=0.01, help="of the outer Adam")
-    parser.add_argument("--warmup", type=int, default=300, help="steps without tuning")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--first", type=int, default=0, help="seed")
-    parser.add_argument("--figure", default="neural_ode.png", help="to write")
-    main(**vars(parser.parse_args()))
+    command(
+        main,
+        __doc__,
+        QUICK,
+        start={"choices": tuple(STARTS)},
+        size="trajectories to train on",
+        rate="of the outer Adam",
+        warmup="steps without tuning",
+    )

@@ -10,7 +10,6 @@ gradient of the validation loss finds out which inputs to ignore. All methods se
 same 200 examples, in five folds, and train once more on all of them at the end.
 """
 
-import argparse
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -21,8 +20,9 @@ import jax.random as jr
 import numpy as np
 import optax
 from jaxtyping import Scalar
-from matplotlib.figure import Figure
 from sklearn.datasets import load_diabetes, make_friedman1
+
+from .common import command, describe, mean_and_error, save, subplots
 
 
 EXAMPLES, FOLDS = 200, 5
@@ -182,15 +182,13 @@ def print_table(errors: dict[str, np.ndarray]) -> None:
     for name, values in errors.items():
         line = f"{name:34}{TRAININGS[name]:10}{np.mean(values):8.3f}"
         if name != TUNED:
-            more = values / errors[TUNED]
-            spread = np.std(more, ddof=1) / len(more) ** 0.5 if len(more) > 1 else 0.0
-            line += f"   {np.mean(more):.2f} ± {spread:.2f} times that of the tuned"
+            more = describe(values / errors[TUNED], ".2f", of=mean_and_error)
+            line += f"   {more} times that of the tuned"
         print(line)
 
 
 def draw(errors: dict[str, np.ndarray], tuned: hpo.Solution, path: str) -> None:
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = subplots((10, 4.4), 1, 2)
     history = tuned.history
     for number, decay in enumerate(np.transpose(history.hyperparams.inputs)):
         matters = number < 5
@@ -198,7 +196,7 @@ def draw(errors: dict[str, np.ndarray], tuned: hpo.Solution, path: str) -> None:
         colour = "tab:blue" if matters else "tab:gray"
         left.plot(history.step, decay, color=colour, label=label, alpha=0.8)
     left.set(xlabel="update", ylabel="weight decay of an input", yscale="log")
-    left.legend(frameon=False)
+    left.legend()
     for row, (name, values) in enumerate(errors.items()):
         colour = "tab:blue" if name == TUNED else "tab:gray"
         right.plot(values, [row] * len(values), "o", color=colour, alpha=0.6)
@@ -207,9 +205,10 @@ def draw(errors: dict[str, np.ndarray], tuned: hpo.Solution, path: str) -> None:
     right.invert_yaxis()
     right.set(xlabel="squared error on untouched data, each seed")
     right.set_xlim(left=0)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    save(figure, path, left, right, dpi=150)
+
+
+QUICK = dict(seeds=1, first=100)
 
 
 def main(
@@ -228,10 +227,4 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", choices=["friedman", "diabetes"], default="friedman")
-    parser.add_argument("--first", type=int, default=0, help="seed")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--figure", default="quickstart.png", help="file to write")
-    args = vars(parser.parse_args())
-    main(args.pop("data"), **args)
+    command(main, __doc__, QUICK, data={"choices": ["friedman", "diabetes"]})

@@ -11,9 +11,8 @@ a complete training with the decays found so far. One core suffices.
         --trials 100 --seeds 5
 """
 
-import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import eqx_hpo as hpo
@@ -23,9 +22,9 @@ import jax.random as jr
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Scalar
-from matplotlib.figure import Figure
 
 from . import image_data
+from .common import command, cross_entropy, describe, save, subplots
 
 
 SIDE, CLASSES = 10, 10
@@ -89,8 +88,7 @@ def load_data(dataset: str, folder: str | None, seed: int, size: int) -> list[Da
 
 
 def val_loss(model: Model, log_decays: Any, data: Data, key: None) -> Scalar:
-    logits = data.x @ model.weights + model.bias
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, data.y))
+    return cross_entropy(data.x @ model.weights + model.bias, data.y)
 
 
 def train_loss(
@@ -229,13 +227,11 @@ def fractions_of_random(
     return np.array(fractions).T
 
 
-def describe(values: Any, digits: int = 3) -> str:
-    """Mean and standard deviation of those that are finite."""
+def describe_finite(values: Any, digits: str = ".3f") -> str:
     finite = np.asarray(values)[np.isfinite(values)]
-    if len(finite) == 0:
-        return "-"
-    spread = f" ± {finite.std(ddof=1):.{digits}f}" if len(finite) > 1 else ""
-    return f"{finite.mean():.{digits}f}{spread}"
+    if len(finite) > 1:
+        return describe(finite, digits)
+    return f"{finite[0]:{digits}}" if len(finite) == 1 else "-"
 
 
 def print_header() -> None:
@@ -248,18 +244,19 @@ def print_rows(number: int, results: list[Result]) -> None:
         courses = [result.courses[name] for result in results]
         whole, alone = fractions_of_random(results, name)
         reached = f"{np.isfinite(whole).sum()} of {len(whole)}"
-        cells = [describe([course.val_losses[-1] for course in courses], 4)]
-        cells.append(describe([course.test_loss for course in courses], 4))
-        cells.append(describe([course.seconds[-1] for course in courses], 2))
-        cells += [reached, describe(whole), describe(alone)]
+        cells = [describe_finite([x.val_losses[-1] for x in courses], ".4f")]
+        cells.append(describe_finite([x.test_loss for x in courses], ".4f"))
+        cells.append(describe_finite([x.seconds[-1] for x in courses], ".2f"))
+        cells += [reached, describe_finite(whole), describe_finite(alone)]
         print(f"{number:<5}{name:20}", *(f"{cell:>16}" for cell in cells))
-    training = describe([1000 * result.training for result in results], 1)
+    training = describe_finite([1000 * x.training for x in results], ".1f")
     print(f"{'':5}a complete training: {training} ms", flush=True)
 
 
 def draw(results: dict[int, list[Result]], path: str) -> None:
-    figure = Figure(figsize=(3.4 * len(results) + 0.6, 4.2), layout="constrained")
-    panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    size = 3.4 * len(results) + 0.6, 4.2
+    figure, panels = subplots(size, 1, len(results), sharey=True, squeeze=False)
+    panels = panels[0]
     for axes, (number, several) in zip(panels, results.items(), strict=True):
         for i, name in enumerate(several[0].courses):
             courses = [result.courses[name] for result in several]
@@ -269,11 +266,10 @@ def draw(results: dict[int, list[Result]], path: str) -> None:
             axes.fill_between(grid, *edges, color=f"C{i}", alpha=0.15, linewidth=0)
         title = f"{number} weight decay" + "s" * (number > 1)
         axes.set(xscale="log", xlabel="seconds", title=title)
-        axes.grid(alpha=0.3)
     panels[0].set_ylabel("lowest validation loss so far")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
-    figure.savefig(path, dpi=100)
+    figure.legend(handles, labels, loc="outside upper center", ncols=5)
+    save(figure, path, *panels)
 
 
 def join(courses: list[Course]) -> tuple[np.ndarray, Float[np.ndarray, "seeds times"]]:
@@ -285,11 +281,14 @@ def join(courses: list[Course]) -> tuple[np.ndarray, Float[np.ndarray, "seeds ti
     return grid, np.stack([at(course) for course in courses])
 
 
+QUICK = dict(numbers=(100,), trials=5)
+
+
 def main(
     *,
     dataset: str = "digits",
     folder: str | None = None,
-    numbers: Sequence[int] = (1, 10, 100),
+    numbers: tuple[int, ...] = (1, 10, 100),
     size: int = 100,
     trials: int = 20,
     seeds: int = 1,
@@ -306,7 +305,7 @@ def main(
             for i, data in enumerate(all_data)
         ]
         print_rows(number, results[number])
-    on_all = describe([train_on_all(data) for data in all_data], 4)
+    on_all = describe_finite([train_on_all(data) for data in all_data], ".4f")
     print(f"\nTest loss, trained on train and validation images, one decay: {on_all}")
     draw(results, figure)
     print(f"The courses are in {figure}.")
@@ -314,17 +313,4 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--dataset", default="digits", choices=image_data.NAMES)
-    parser.add_argument("--folder", help="with the data; else they are downloaded")
-    parser.add_argument(
-        "--numbers", type=int, nargs="+", default=[1, 10, 100], choices=SHAPES
-    )
-    parser.add_argument("--size", type=int, default=100, help="of the train set")
-    parser.add_argument("--trials", type=int, default=20, help="of each search")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--first", type=int, default=0, help="seed")
-    parser.add_argument("--figure", default="random_search.png", help="to write")
-    main(**vars(parser.parse_args()))
+    command(main, __doc__, QUICK, numbers={"choices": SHAPES}, trials="of each search")

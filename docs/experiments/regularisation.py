@@ -1,5 +1,5 @@
-r"""Tunes the weight decay, the noise and the Gaussian dropout of each layer of an MLP as
-it trains on few images, and shows which layer wants which.
+r"""Tunes the weight decay, the noise and the Gaussian dropout of each layer of an MLP
+as it trains on few images, and shows which layer wants which.
 
 The three numbers of a layer are placeholders in its fields, and `hpo.partition` splits
 them off. Untuned training, training with the values found, and a small search over one
@@ -10,7 +10,6 @@ rate of dropout for all layers stand beside it.
         --steps 600 --seeds 4
 """
 
-import argparse
 import time
 from typing import Any, NamedTuple
 
@@ -22,9 +21,9 @@ import jax.random as jr
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Scalar
-from matplotlib.figure import Figure
 
-from .image_data import Images, load, NAMES, Splits
+from .common import collect, command, cross_entropy, describe, save, subplots
+from .image_data import Images, load, Splits
 
 
 WIDTH, HIDDEN_LAYERS = 128, 2
@@ -103,11 +102,6 @@ def make_network(pixels: int, values: Any, key: PRNGKeyArray) -> Network:
 
 def as_table(values: Any) -> Float[np.ndarray, "kinds layers *records"]:
     return np.array([[getattr(x, kind) for x in values.layers] for kind in KINDS])
-
-
-def cross_entropy(logits: Any, labels: Any) -> Scalar:
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return jnp.mean(losses)
 
 
 def train_loss(rest: Any, values: Any, batch: Images, key: PRNGKeyArray) -> Scalar:
@@ -195,18 +189,12 @@ def compare(
     return runs | {RETRAINED: fixed(runs[T1T2].course[..., -1])}
 
 
-def describe(values: Any, digits: int) -> str:
-    """Mean and standard deviation."""
-    spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
-    return f"{np.mean(values):.{digits}f} ± {spread:.{digits}f}"
-
-
 def print_tables(results: dict[str, list[Run]]) -> None:
     print(f"{'':20}{'val., %':>15}{'test, %':>15}{'test loss':>17}{'CPU s':>8}")
     for name, runs in results.items():
-        val = describe([100 * x.val.accuracy for x in runs], 2)
-        test = describe([100 * x.test.accuracy for x in runs], 2)
-        loss = describe([x.test.loss for x in runs], 3)
+        val = describe([100 * x.val.accuracy for x in runs], ".2f")
+        test = describe([100 * x.test.accuracy for x in runs], ".2f")
+        loss = describe([x.test.loss for x in runs])
         # The first run of an algorithm compiles.
         seconds = np.median([x.seconds for x in runs])
         print(f"{name:20}{val:>15}{test:>15}{loss:>17}{seconds:8.1f}")
@@ -214,14 +202,14 @@ def print_tables(results: dict[str, list[Run]]) -> None:
         print(f"\n{label + ' of each layer':34}")
         for name in (SEARCHED, *LOOKS):
             table = np.array([x.course[number, :, -1] for x in results[name]])
-            digits = 5 if number == 0 else 3
+            digits = ".5f" if number == 0 else ".3f"
             cells = [f"{describe(x, digits):>20}" for x in table.T]
             print(f"{name:20}", *cells)
 
 
 def draw(results: dict[str, list[Run]], path: str) -> None:
-    figure = Figure(figsize=(11, 8.5), layout="constrained")
-    panels = figure.subplots(2, 2).ravel()
+    figure, panels = subplots((11, 8.5), 2, 2)
+    panels = panels.ravel()
     for number, (axes, label) in enumerate(zip(panels, KINDS.values())):
         draw_courses(axes, results, number)
         scale = "linear" if label == KINDS["dropout"] else "log"
@@ -234,12 +222,11 @@ def draw(results: dict[str, list[Run]], path: str) -> None:
     panels[3].set(ylabel="test loss")
     for axes in panels:
         axes.set(xlabel="training step")
-        axes.grid(alpha=0.3)
     for axes, place in [(panels[0], "upper"), (panels[3], "lower")]:
         handles = axes.get_legend_handles_labels()
         look: Any = dict(loc=f"outside {place} center", ncols=7, fontsize=9)
         figure.legend(*handles, **look)
-    figure.savefig(path, dpi=100)
+    save(figure, path, *panels)
 
 
 def draw_courses(axes: Any, results: dict[str, list[Run]], number: int) -> None:
@@ -254,6 +241,9 @@ def draw_courses(axes: Any, results: dict[str, list[Run]], number: int) -> None:
         axes.plot([], [], look, color="black", label=name)
 
 
+QUICK = dict(size=60, steps=20)
+
+
 def main(
     dataset: str = "digits",
     *,
@@ -265,11 +255,12 @@ def main(
     figure: str = "regularisation.png",
 ) -> dict[str, list[Run]]:
     algorithms = make_algorithms(steps)
-    results: dict[str, list[Run]] = {}
-    for seed in range(first, first + seeds):
+
+    def of_seed(seed: int) -> dict[str, Run]:
         data = load_flat(dataset, folder, size, seed)
-        for name, result in compare(algorithms, data, steps, seed).items():
-            results.setdefault(name, []).append(result)
+        return compare(algorithms, data, steps, seed)
+
+    results = collect(of_seed, seeds, first)
     print_tables(results)
     draw(results, figure)
     print(f"\nThe course is in {figure}.")
@@ -277,12 +268,4 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", choices=NAMES, default="digits")
-    parser.add_argument("--folder", help="with the data; else they are downloaded")
-    parser.add_argument("--size", type=int, default=200, help="of the train set")
-    parser.add_argument("--steps", type=int, default=300, help="hyperparameter updates")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--first", type=int, default=0, help="seed")
-    parser.add_argument("--figure", default="regularisation.png", help="file to write")
-    main(**vars(parser.parse_args()))
+    command(main, __doc__, QUICK, steps="hyperparameter updates")

@@ -6,7 +6,6 @@ more, beside plain training of the same network.
     python -m docs.experiments.scale --largest 1e8 --rounds 3
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,7 +17,8 @@ import jax.random as jr
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Scalar
-from matplotlib.figure import Figure
+
+from .common import command, Method, plain_training, save, subplots
 
 
 INNER_STEPS, CALLS = 5, 3e5
@@ -40,19 +40,6 @@ class Data(NamedTuple):
     y: Float[Array, " batch"]
 
 
-class Plain(NamedTuple):
-    """The state of training at fixed weight decays."""
-
-    model: Model
-    opt_state: Any
-    decay: Model
-
-
-class Method(NamedTuple):
-    init: Callable[..., Any]  # of the model, the decays and the train data
-    step: Callable[..., Any]  # of the state and the two parts of the data
-
-
 class Row(NamedTuple):
     decays: int
     seconds: dict[str, np.ndarray]  # of CPU for an inner step, in each round
@@ -69,22 +56,6 @@ def train_loss(model: Model, decay: Model, data: Data, key: None) -> Scalar:
     return val_loss(model, None, data, None) + penalty.hidden + penalty.output
 
 
-def start_plain(model: Model, decay: Model, train: Data) -> Plain:
-    return Plain(model, INNER.init(model), hpo.unwrap(decay))
-
-
-def train_plain(state: Plain, train: Data, val: Data) -> Plain:
-    def step(carry, _):
-        model, opt_state = carry
-        gradient = jax.grad(train_loss)(model, state.decay, train, None)
-        updates, opt_state = INNER.update(gradient, opt_state)
-        return (optax.apply_updates(model, updates), opt_state), None
-
-    carry: tuple[Any, Any] = (state.model, state.opt_state)
-    carry, _ = jax.lax.scan(step, carry, length=INNER_STEPS)
-    return Plain(*carry, state.decay)
-
-
 def make_methods() -> dict[str, Method]:
     args = (hpo.Problem(train_loss, val_loss), INNER, OUTER)
     algorithms = {
@@ -92,7 +63,7 @@ def make_methods() -> dict[str, Method]:
         GREEDY: hpo.Greedy(*args, inner_steps=INNER_STEPS),
         DISTILL: hpo.HyperDistill(*args, inner_steps=INNER_STEPS, **ONE_FIT),
     }
-    return {PLAIN: Method(start_plain, train_plain)} | {
+    return {PLAIN: plain_training(train_loss, INNER, INNER_STEPS)} | {
         name: Method(wrap_init(algorithm), wrap_step(algorithm))
         for name, algorithm in algorithms.items()
     }
@@ -174,8 +145,7 @@ def print_head() -> None:
 
 
 def draw(rows: list[Row], path: str) -> None:
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
-    times, memory = figure.subplots(1, 2)
+    figure, (times, memory) = subplots((10, 4.4), 1, 2)
     counts = np.array([row.decays for row in rows])
     for name in rows[0].seconds:
         seconds = [np.median(row.seconds[name]) for row in rows]
@@ -186,11 +156,13 @@ def draw(rows: list[Row], path: str) -> None:
         line = counts / counts[-1] * np.median(last[PLAIN])
         axes.plot(counts, line, ":", color="grey", label="in proportion to H")
         axes.set(xscale="log", yscale="log", xlabel="hyperparameters H")
-        axes.grid(alpha=0.3)
     times.set(ylabel="CPU seconds for an inner step")
     memory.set(ylabel="MB for a step")
-    times.legend(frameon=False)
-    figure.savefig(path, dpi=100)
+    times.legend()
+    save(figure, path, times, memory)
+
+
+QUICK = dict(smallest=1e4, largest=1e5, rounds=1)
 
 
 def main(
@@ -213,10 +185,12 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smallest", type=float, default=1e3, help="number of decays")
-    parser.add_argument("--largest", type=float, default=1e6, help="number of decays")
-    parser.add_argument("--batch", type=int, default=16, help="examples in each part")
-    parser.add_argument("--rounds", type=int, default=9, help="of which the median is")
-    parser.add_argument("--figure", default="scale.png", help="file to write")
-    main(**vars(parser.parse_args()))
+    command(
+        main,
+        __doc__,
+        QUICK,
+        smallest="number of decays",
+        largest="number of decays",
+        batch="examples in each part",
+        rounds="of which the median is",
+    )

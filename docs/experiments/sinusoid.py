@@ -19,7 +19,6 @@ with the exact hypergradient some inner steps after the start of an episode, wit
 hyperparameters that HyperDistill has reached.
 """
 
-import argparse
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -33,7 +32,8 @@ import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
-from matplotlib.figure import Figure
+
+from .common import command, mean_and_error, save, subplots
 
 
 TASKS, TEST_TASKS, POINTS, WIDTH, HORIZON, DISCOUNT = 10, 1000, 10, 100, 30, 0.8
@@ -204,8 +204,8 @@ def compare(
 
 
 def mean_and_interval(values: np.ndarray) -> tuple[float, float]:
-    std = np.std(values, ddof=min(1, len(values) - 1))
-    return float(np.mean(values)), float(1.96 * std / len(values) ** 0.5)
+    mean, error = mean_and_error(values)
+    return mean, 1.96 * error
 
 
 def print_table(rows: dict[str, Row]) -> None:
@@ -234,8 +234,7 @@ def compute_cosines(course: Course, tests: Tasks) -> dict[int, dict[str, list[fl
 
 
 def draw_figure(rows: dict[str, Row], stages: dict[int, Any], path: str) -> None:
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    errors, *others = figure.subplots(1, 3, width_ratios=[1.5, 1, 1])
+    figure, (errors, *others) = subplots((11, 3.8), 1, 3, width_ratios=[1.5, 1, 1])
     places = np.arange(len(rows))
     means = np.array([mean_and_interval(row.errors) for row in rows.values()]).T
     errors.errorbar(means[0], places, xerr=means[1], fmt="o", label="here")
@@ -247,7 +246,7 @@ def draw_figure(rows: dict[str, Row], stages: dict[int, Any], path: str) -> None
     errors.set_yticks(places, list(rows))
     errors.invert_yaxis()
     errors.set(xlabel="mean squared error on new tasks", xlim=(0, 1.5))
-    errors.legend(frameon=False, loc="upper right")
+    errors.legend(loc="upper right")
     for axes, stage in zip(others, (min(stages), max(stages))):
         for name, values in stages[stage].items():
             axes.plot(COSINE_STEPS, values, "o-", label=name)
@@ -255,9 +254,11 @@ def draw_figure(rows: dict[str, Row], stages: dict[int, Any], path: str) -> None
         axes.set_xticks(COSINE_STEPS, [str(x) for x in COSINE_STEPS])
         axes.set(xlabel="inner steps", ylabel="cosine with the exact hypergradient")
         axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    others[0].legend(frameon=False, fontsize="small")
-    figure.savefig(path, dpi=100)
+    others[0].legend(fontsize="small")
+    save(figure, path, *others)
+
+
+QUICK = dict(seeds=2, episodes=1)
 
 
 def main(
@@ -295,11 +296,8 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--episodes", type=int, default=30)
-    parser.add_argument("--gammas", type=float, nargs="+", default=(DISCOUNT,))
-    parser.add_argument("--greedy-steps", type=int, nargs="+", default=(3,))
-    parser.add_argument("--figure", default="sinusoid.png", help="file to write")
-    main(**vars(parser.parse_args()))
+    command(
+        main,
+        __doc__,
+        QUICK,
+    )

@@ -8,7 +8,6 @@ tuned loop, resumes it from its files, and checks that nothing has changed.
     python -m docs.experiments.training_loop --seeds 5
 """
 
-import argparse
 import collections
 import functools
 import itertools
@@ -16,7 +15,7 @@ import math
 import pathlib
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -27,9 +26,9 @@ import jax.random as jr
 import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
-from matplotlib.figure import Figure
 
 from . import image_data
+from .common import command, cross_entropy, describe, mean_and_std, save, subplots
 from .image_data import Images, Splits
 
 
@@ -70,9 +69,7 @@ def compute_logits(model: eqx.nn.MLP, images: Any) -> Float[Array, "n classes"]:
 
 
 def val_loss(model: eqx.nn.MLP, values: Any, batch: Images, key: Any) -> Scalar:
-    logits = compute_logits(model, batch.images)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-    return jnp.mean(losses)
+    return cross_entropy(compute_logits(model, batch.images), batch.labels)
 
 
 def train_loss(
@@ -274,12 +271,6 @@ def run_seed(
     }
 
 
-def describe(values: Sequence[float], digits: int = 2) -> str:
-    """Mean and standard deviation."""
-    spread = np.std(values, ddof=1) if values[1:] else 0.0
-    return f"{np.mean(values):.{digits}f} ± {spread:.{digits}f}"
-
-
 def print_log(run: Run) -> None:
     print("  step   train    val.   |grad|   noise   decay of each layer")
     for row in run.log[:: max(1, len(run.log) // 10)]:
@@ -293,10 +284,11 @@ def print_table(results: dict[Any, list[Run]], seconds: dict[Any, np.ndarray]) -
     print(f"{'last step':>16}{'CPU ms':>11}{'ratio':>7}")
     for name, runs in results.items():
         losses = [min(row.val_loss for row in run.log) for run in runs]
-        steps = describe([run.step for run in runs], 0)
-        last = describe([run.log[-1].step for run in runs], 0)
-        print(f"{label(name):10}{describe([run.test for run in runs]):>16}", end="")
-        print(f"{describe(losses, 3):>18}{steps:>16}{last:>16}", end="")
+        steps = describe([run.step for run in runs], ".0f")
+        last = describe([run.log[-1].step for run in runs], ".0f")
+        test = describe([run.test for run in runs], ".2f")
+        print(f"{label(name):10}{test:>16}{describe(losses):>18}", end="")
+        print(f"{steps:>16}{last:>16}", end="")
         ratio = np.median(seconds[name] / seconds[PLAIN])
         print(f"{1000 * np.median(seconds[name]):11.3f}{ratio:7.2f}")
 
@@ -308,8 +300,7 @@ def label(name: Any) -> str:
 def draw(
     results: dict[Any, list[Run]], seconds: dict[Any, np.ndarray], path: str
 ) -> None:
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    losses, trajectories, costs = figure.subplots(1, 3)
+    figure, (losses, trajectories, costs) = subplots((12, 4.2), 1, 3)
     for colour, (name, (run, *_)) in enumerate(results.items()):
         look = dict(color=f"C{colour}", label=label(name))
         steps = [row.step for row in run.log]
@@ -319,18 +310,18 @@ def draw(
         trajectories.plot(steps, [row.values.noise for row in run.log], **look)
         decay = [row.values.decay[0] for row in run.log]
         trajectories.plot(steps, decay, "--", color=f"C{colour}")
-        tests = [x.test for x in results[name]]
+        test = mean_and_std([x.test for x in results[name]])
         ratio = np.median(seconds[name] / seconds[PLAIN])
-        spread = np.std(tests, ddof=min(1, len(tests) - 1))
-        costs.errorbar(ratio, np.mean(tests), spread, fmt="o", capsize=4, **look)
+        costs.errorbar(ratio, *test, fmt="o", capsize=4, **look)
     losses.set(ylabel="validation loss", xlabel="training step", yscale="log")
     title = "noise (solid), decay of layer 1 (dashed)"
     trajectories.set(title=title, xlabel="training step", yscale="log")
     costs.set(ylabel="test accuracy, %", xlabel="CPU time of a step / plain")
-    for axes in (losses, trajectories, costs):
-        axes.grid(alpha=0.3)
-    costs.legend(frameon=False)
-    figure.savefig(path, dpi=100)
+    costs.legend()
+    save(figure, path, losses, trajectories, costs)
+
+
+QUICK = dict(size=200, width=32, steps=800)
 
 
 def main(
@@ -364,16 +355,11 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", choices=image_data.NAMES, default="digits")
-    parser.add_argument("--folder", help="with the data; else they are downloaded")
-    parser.add_argument("--size", type=int, default=300, help="of the train set")
-    parser.add_argument("--width", type=int, default=128, help="of the hidden layers")
-    parser.add_argument(
-        "--steps", type=int, default=4000, help="training steps at most"
+    command(
+        main,
+        __doc__,
+        QUICK,
+        width="of the hidden layers",
+        steps="training steps at most",
+        patience="in training steps",
     )
-    parser.add_argument("--patience", type=int, default=1000, help="in training steps")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--first", type=int, default=0, help="seed")
-    parser.add_argument("--figure", default="training_loop.png", help="file to write")
-    main(**vars(parser.parse_args()))

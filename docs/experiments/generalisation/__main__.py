@@ -19,8 +19,6 @@ Positive is better for ours; a sign after it tells of more than two standard err
 is the second recipe, for weights of examples, on seeds that the first has not seen.
 """
 
-import argparse
-import json
 import pathlib
 import time
 import warnings
@@ -30,25 +28,33 @@ import jax
 import jax.tree_util as jtu
 import numpy as np
 
-from . import recipe, rivals
+from ..common import command, mean_and_error, write_json
+from . import rivals
 from .figures import differences
 from .problems import load
+from .recipe import SETTINGS, Settings, values
 from .task import final, over_seeds, stack, Task
 
 
 OTHER_SEEDS = range(100, 105)  # of the reference, and of all development
 REFERENCE = 36  # points of its grid
+# Options that the commands of this folder share.
+FILES: dict[str, Any] = {
+    "folder": {"type": pathlib.Path},
+    "json": "a file for all figures",
+    "figure": "a file for a picture",
+}
 RIVALS = ("shared", "random", "tpe", "early", "default", "reference")
 
 
-def choose(task: Task, settings, data, keys, seeds, other: tuple[Any, Any]):
+def choose(task: Task, settings: Settings, data, keys, seeds, other: tuple[Any, Any]):
     """Functions that return the hyperparameters of each method, one for each seed."""
     count = len(seeds)
     budget = round(settings.cost(task))
     same = lambda x: np.broadcast_to(x, (count, *x.shape))
     trials = (task, data, keys, seeds, budget)
     return {
-        "ours": lambda: recipe.values(task, settings, data, keys),
+        "ours": lambda: values(task, settings, data, keys),
         "shared": lambda: rivals.shared(task, data, keys, budget),
         "random": lambda: rivals.best_of(rivals.random_trials(*trials)),
         "tpe": lambda: rivals.best_of(rivals.tpe_trials(*trials)),
@@ -63,7 +69,7 @@ def draw(task: Task, seeds):
     return stack([task.make(seed) for seed in seeds]), rivals.keys(seeds)
 
 
-def run(task: Task, settings: recipe.Settings, seeds):
+def run(task: Task, settings: Settings, seeds):
     """The reports of each method, an array over seeds and the two figures."""
     budget = round(settings.cost(task))
     row = {"problem": task.name, "metric": task.metric, "budget": budget}
@@ -88,7 +94,7 @@ def difference(row, rival: str):
     """The mean of the paired differences, and its standard error."""
     ours, other = (np.array(row["figures"][x])[:, 0] for x in ("ours", rival))
     gain = 100 * np.log(other / ours) if row["metric"] == "error" else ours - other
-    return gain.mean(), gain.std(ddof=1) / len(gain) ** 0.5
+    return mean_and_error(gain)
 
 
 def show(row) -> str:
@@ -120,35 +126,32 @@ def verdict(rows) -> str:
     )
 
 
-def main(folder: pathlib.Path, seeds, names: str | None, version, path, picture):
-    tasks = load(folder)
-    chosen = names.split(",") if names else list(tasks)
+def main(
+    *,
+    folder: pathlib.Path,
+    seeds: int = 10,
+    first: int = 0,
+    recipe: str = "first",
+    problems: str | None = None,
+    json: str | None = None,
+    figure: str | None = None,
+) -> None:
+    warnings.simplefilter("ignore")
+    tasks, chosen_seeds = load(folder), range(first, first + seeds)
+    chosen = problems.split(",") if problems else list(tasks)
     print(f"{'':18}{'hyper':>6}{'cost':>5}{'ours':>9}{'':8}", end="")
     print("".join(f"{x:>14} " for x in RIVALS))
     rows = []
     for name in chosen:
-        rows.append(run(tasks[name], recipe.SETTINGS[version], seeds))
+        rows.append(run(tasks[name], SETTINGS[recipe], chosen_seeds))
         print(show(rows[-1]), flush=True)
-        if path is not None:
-            pathlib.Path(path).write_text(json.dumps(rows, indent=1))
+        write_json(json, rows)
     print(verdict(rows))
-    if picture is not None:
+    if figure is not None:
         of = lambda row, x: difference(row, x) if x in row["figures"] else None
         found = {row["problem"]: [of(row, x) for x in RIVALS] for row in rows}
-        differences(found, RIVALS, picture)
+        differences(found, RIVALS, figure)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=pathlib.Path, required=True)
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--recipe", choices=recipe.SETTINGS, default="first")
-    parser.add_argument("--problems", help="names, with commas between them")
-    parser.add_argument("--json", help="a file for all figures")
-    parser.add_argument("--figure", help="a file for a picture of the differences")
-    args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    seeds = range(args.first, args.first + args.seeds)
-    paths = (args.json, args.figure)
-    main(args.folder, seeds, args.problems, args.recipe, *paths)
+    command(main, __doc__, **FILES, recipe={"choices": SETTINGS}, problems="by commas")

@@ -9,9 +9,7 @@ mean of the second half. Random search and TPE take the best of as many trials; 
 is a grid of as many points, of one value for each group.
 """
 
-import argparse
 import dataclasses
-import json
 import pathlib
 import warnings
 
@@ -20,8 +18,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
+from ..common import command, write_json
 from . import recipe, rivals
-from .__main__ import draw
+from .__main__ import draw, FILES
 from .figures import curves
 from .problems import kernel, one_length, softmax
 from .task import final, over_seeds, Task
@@ -77,7 +76,14 @@ def show(row) -> None:
         print(f"{name:>9}" + "".join(f"{np.mean(x):9.4f}" for x in figures), flush=True)
 
 
-def main(folder: pathlib.Path, count: int, path, picture) -> None:
+def main(
+    *,
+    folder: pathlib.Path,
+    seeds: int = 10,
+    json: str | None = None,
+    figure: str | None = None,
+) -> None:
+    warnings.simplefilter("ignore")
     tasks = [
         one_length(folder, "concrete"),
         kernel(folder, "concrete"),
@@ -85,20 +91,12 @@ def main(folder: pathlib.Path, count: int, path, picture) -> None:
     ]
     rows = []
     for task in tasks:
-        rows.append(run(task, range(count)))
+        rows.append(run(task, range(seeds)))
         show(rows[-1])
-        if path is not None:
-            pathlib.Path(path).write_text(json.dumps(rows, indent=1))
-    if picture is not None:
-        curves(rows, picture)
+        write_json(json, rows)
+    if figure is not None:
+        curves(rows, figure)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=pathlib.Path, required=True)
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--json", help="a file for all figures")
-    parser.add_argument("--figure", help="a file for a picture of the curves")
-    args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    main(args.folder, args.seeds, args.json, args.figure)
+    command(main, __doc__, **FILES)

@@ -1,16 +1,15 @@
-"""Pictures of the table and of the curves. Need Matplotlib."""
+"""Pictures of the table and of the curves."""
 
 import numpy as np
+
+from ..common import mean_and_error, save, subplots
 
 
 def differences(rows, rivals, path: str) -> None:
     """A panel for each rival: the mean difference of each problem, two errors wide, in
     units of its own standard error, beyond which all bars are cut."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, len(rivals), sharey=True, figsize=(2 * len(rivals), 0.3 * len(rows) + 1.2)
-    )
+    size = 2 * len(rivals), 0.3 * len(rows) + 1.2
+    figure, axes = subplots(size, 1, len(rivals), sharey=True)
     for i, (axis, rival) in enumerate(zip(np.atleast_1d(axes), rivals)):
         for j, values in enumerate(rows.values()):
             if values[i] is None:
@@ -24,23 +23,18 @@ def differences(rows, rivals, path: str) -> None:
         axis.set(title=rival, xlim=(-8, 8), xlabel="standard errors")
         axis.set_yticks(range(len(rows)), list(rows))
     figure.axes[0].invert_yaxis()  # shared
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    save(figure, path, dpi=150)
 
 
 def curves(rows, path: str) -> None:
     """A panel for each problem: the figure of each method against the budget."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(rows), figsize=(4.5 * len(rows), 3.4))
+    figure, axes = subplots((4.5 * len(rows), 3.4), 1, len(rows))
     for axis, row in zip(np.atleast_1d(axes), rows):
         for name, figures in row["figures"].items():
-            figures = np.array(figures)
-            error = figures.std(axis=1, ddof=1) / figures.shape[1] ** 0.5
-            axis.errorbar(row["budgets"], figures.mean(axis=1), error, label=name)
+            means, errors = zip(*map(mean_and_error, figures))
+            axis.errorbar(row["budgets"], means, errors, label=name)
         count = row["hyperparameters"]
         axis.set(xscale="log", xlabel="trainings", ylabel=f"test {row['metric']}")
         axis.set_title(f"{row['problem']} ({count} hyperparameters)", fontsize=9)
         axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    save(figure, path, dpi=150)

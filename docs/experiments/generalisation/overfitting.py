@@ -10,10 +10,8 @@ the decay 1e-4 and of 3e-3, trained on all of them too. The validation loss is w
 tuning sees: that of the hold-out set, or the mean over the folds.
 """
 
-import argparse
 import dataclasses
 import functools as ft
-import json
 import math
 import pathlib
 import warnings
@@ -26,8 +24,9 @@ import numpy as np
 import optax
 from jax import lax
 
+from ..common import command, mean_and_error, save, subplots, write_json
 from . import problems
-from .__main__ import draw
+from .__main__ import draw, FILES
 from .task import Data, final, FOLDS, over_seeds, Task
 
 
@@ -115,43 +114,41 @@ def show(name: str, way, fixed) -> None:
     text = f"{name:28}"
     for accuracy, loss in zip(np.array(way["accuracy"]), np.array(way["loss"])):
         gain = accuracy - best
-        error = gain.std(ddof=1) / len(gain) ** 0.5
-        text += f"  {gain.mean():+.2f} ± {error:.2f} ({loss.mean():.3f})"
+        mean, error = mean_and_error(gain)
+        text += f"  {mean:+.2f} ± {error:.2f} ({loss.mean():.3f})"
     print(text, flush=True)
 
 
 def draw_course(row, path: str) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = subplots((9, 3.6), 1, 2)
     best = np.array(row["fixed"][str(START)])
     for number, (name, way) in enumerate(row["ways"].items()):
         gains = np.array(way["accuracy"]) - best
-        error = gains.std(axis=1, ddof=1) / gains.shape[1] ** 0.5
+        means, errors = zip(*map(mean_and_error, gains))
         look = dict(color=f"C{number % 2}", ls="-" if number < 2 else "--", label=name)
         left.plot(row["marks"], np.mean(way["loss"], axis=1), marker=".", **look)
-        right.errorbar(row["marks"], gains.mean(axis=1), error, marker=".", **look)
+        right.errorbar(row["marks"], means, errors, marker=".", **look)
     right.axhline(0, color="black", lw=0.8)
     left.set(xlabel="updates", ylabel="validation loss, which tuning sees")
     right.set(xlabel="updates", ylabel=f"test accuracy, points over decay {START:g}")
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    figure.legend(handles, labels, loc="outside upper center", ncols=4)
+    save(figure, path, left, right, dpi=150)
+
+
+def main(
+    *,
+    folder: pathlib.Path,
+    seeds: int = 10,
+    json: str | None = None,
+    figure: str | None = None,
+) -> None:
+    warnings.simplefilter("ignore")
+    found = run(make_task(folder), range(seeds))
+    write_json(json, found)
+    if figure is not None:
+        draw_course(found, figure)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=pathlib.Path, required=True)
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--json", help="a file for all figures")
-    parser.add_argument("--figure", help="a file for a picture")
-    args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    found = run(make_task(args.folder), range(args.seeds))
-    if args.json is not None:
-        pathlib.Path(args.json).write_text(json.dumps(found, indent=1))
-    if args.figure is not None:
-        draw_course(found, args.figure)
+    command(main, __doc__, **FILES)

@@ -1,4 +1,5 @@
-"""Experiments of papers, repeated with the library. `docs/published.md` has the tables.
+"""Experiments of papers, repeated with the library. `docs/experiments/published.md`
+has the tables.
 
     python -m docs.experiments.published unbiased
     python -m docs.experiments.published regression --folder DATA

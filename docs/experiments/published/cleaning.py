@@ -8,7 +8,6 @@ that starts at 0. All batches are full.
 `published` are their settings; `tuned` are settings under which the weights move.
 """
 
-import json
 import pathlib
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ import optax
 from jax import lax
 from sklearn.metrics import roc_auc_score
 
-from .table import mean_and_error
+from ..common import mean_and_error, write_json
 
 
 class Data(NamedTuple):
@@ -248,7 +247,7 @@ def summarise(rows) -> list[str]:
         line = f"{part}, {name}" + ("" if steps is None else f", {steps:.0f} steps")
         for figure in [x for x in group[0] if x not in LABELS]:
             values = [row[figure] for row in group]
-            mean, error = mean_and_error(values) if len(values) > 1 else (values[0], 0)
+            mean, error = mean_and_error(values)
             line += f" | {figure} {mean:.5g} ± {error:.2g}"
         lines.append(line)
     return lines
@@ -263,8 +262,7 @@ def main(args):
             row = {"part": part, "seed": seed, "name": name}
             rows.append(row | {k: float(v) for k, v in figures.items()})
             print(rows[-1], flush=True)
-            if args.json is not None:
-                args.json.write_text(json.dumps(rows, indent=1))
+            write_json(args.json, rows)
 
         return note
 

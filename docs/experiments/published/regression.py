@@ -8,7 +8,6 @@ end, over the random starts. Splits, ranges and settings are those of the author
 """
 
 import functools as ft
-import json
 import pathlib
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from .table import bootstrap, mean_and_error
+from ..common import bootstrap, mean_and_error, write_json
 
 
 TRAINING, WINDOW = 4000, 10
@@ -236,8 +235,7 @@ def main(args):
             row = {"set": name, "method": method} | found | {"hyperparams": rates}
             rows.append(row)
             print(show(row), flush=True)
-            if args.json is not None:
-                args.json.write_text(json.dumps(rows, indent=1))
+            write_json(args.json, rows)
         of = {row["method"]: row for row in rows[first:]}
         for method in [x for x in of if x != REFERENCE and REFERENCE in of]:
             mean, error = against(of[method], of[REFERENCE])

@@ -12,7 +12,6 @@ end of which f is low.
 """
 
 import functools as ft
-import json
 from typing import Any
 
 import equinox as eqx
@@ -24,7 +23,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from .table import mean_and_error
+from ..common import describe, mean_and_error, save, subplots, write_json
 
 
 STEPS, WINDOW = 100, 10
@@ -160,8 +159,7 @@ def main(args):
             rows.append(row)
             first, last = np.exp(path[:, -1].mean(0))
             print(f"{name:24}{show(losses):18} rates {first:.3f} {last:.3f}")
-            if args.json is not None:
-                args.json.write_text(json.dumps(rows, indent=1))
+            write_json(args.json, rows)
     if args.figure is not None:
         draw(axis, values, best, drawn, args.figure)
 
@@ -169,8 +167,7 @@ def main(args):
 def show(losses) -> str:
     if len(losses) == 1:
         return f"{losses[0]:.1f}"
-    mean, error = mean_and_error(losses)
-    return f"{mean:.1f} ± {error:.1f}"
+    return describe(losses, ".1f", of=mean_and_error)
 
 
 LINES = {
@@ -187,10 +184,8 @@ LINES = {
 def draw(axis, values, best, drawn, path):
     """The objective, and the ways of one seed through it."""
     from matplotlib import colors
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = subplots((8, 5))
     norm = colors.LogNorm(values.min() / 2, values.max())
     mesh = axes.pcolormesh(axis, axis, values.T, norm=norm, cmap="Greys")
     figure.colorbar(mesh, label="sum of f over 100 steps", pad=0.01)
@@ -203,4 +198,4 @@ def draw(axis, values, best, drawn, path):
     axes.set(xlabel="log of the first rate", ylabel="log of the last rate")
     axes.set(xlim=(-5, 4), ylim=(-6, 3))
     figure.legend(loc="outside right upper")
-    figure.savefig(path, dpi=120)
+    save(figure, path, dpi=120)
