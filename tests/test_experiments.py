@@ -194,8 +194,7 @@ def training_loop(module: Any, found: Any):
     decay = {name: run.log[-1].values.decay for name, (run,) in results.items()}
     assert np.allclose(decay["plain"], module.DECAY)
     assert np.all(decay[5] < module.DECAY)
-    # That the resumed bits are equal is asserted in the run; and here, that it could
-    # have failed.
+    # The run asserts that the resumed bits are equal. It could have failed:
     run = results[5][0]
     double = lambda x: 2 * x if isinstance(x, jax.Array) else x
     with pytest.raises(AssertionError):
