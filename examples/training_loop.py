@@ -1,8 +1,5 @@
 """How does a training loop of your own, with its own batches, log and Orbax
-checkpoints, tune hyperparameters, and go on after a break with the same bits?
-
-    pip install 'eqx_hpo[examples,orbax]'
-"""
+checkpoints, tune hyperparameters, and go on after a break with the same bits?"""
 
 import json
 import pathlib

@@ -158,7 +158,7 @@ def test_mirror_step_is_the_exponentiated_gradient():
 )
 def test_other_placeholders_raise(make):
     tree = {"a": hpo.Positive(1.0), "b": hpo.Real(START)}
-    with pytest.raises(ValueError, match=r"\['a'\].* is a Positive"):
+    with pytest.raises(ValueError, match=r"\['a'\].* is of class Positive"):
         make(None).init(tree)
     make(lambda h: h["b"]).init(tree)
 

@@ -93,7 +93,7 @@ def test_bad_input_raises():
         hpo.GroupLasso(-0.1)
     with pytest.raises(ValueError, match="needs `lower` <= `upper`; got 1.0 and 0.0"):
         hpo.Box(1.0, 0.0)
-    with pytest.raises(ValueError, match="is a Positive"):
+    with pytest.raises(ValueError, match="is of class Positive"):
         positive: Any = {"b": hpo.Positive(2.0)}
         hpo.proximal(hpo.L1(0.1), 0.1).init(positive)
 
