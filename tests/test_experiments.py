@@ -101,6 +101,23 @@ def test_hyper_cleaning(example, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_minibatch_cleaning(example, tmp_path, capsys, monkeypatch):
+    cleaning = example("minibatch_cleaning")
+    each, none = cleaning.T1T2_EACH, cleaning.NONE
+    monkeypatch.setattr(cleaning, "RATES", {each: 0.1})
+    figure, record = tmp_path / "figure.png", tmp_path / "record.json"
+    results = cleaning.main(steps=500, figure=str(figure), record=str(record))
+    assert figure.stat().st_size > 10_000 and record.stat().st_size > 1000
+    assert cleaning.CLEANED in capsys.readouterr().out
+    rows = {name: row for name, (row,) in results.items()}
+    assert rows[each].auc > 0.7 and rows[none].auc == 0.5
+    assert rows[each].test[-1] > rows[none].test[-1] + 0.05
+    # The validation images are trained on here, and only here.
+    assert rows[cleaning.VALIDATION].val[-1] > 0.98 > rows[none].val[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_feature_selection(example, tmp_path, monkeypatch):
     feature_selection = example("feature_selection")
     make = feature_selection.make_methods
@@ -412,6 +429,27 @@ def test_learning_rates(example, tmp_path, capsys, monkeypatch):
     assert np.asarray(online.course.rates).max() > 2 * rates.START
     # What was learned beats the start on an order of batches not seen before.
     assert learned.course.val_losses[-1] < 0.8 * fixed.course.val_losses[-1]
+
+
+@pytest.mark.slow
+def test_schedule_free_is_read_at_its_average(example):
+    rates = example("learning_rates")
+    train, val, _ = rates.load_data("digits", None, 200, 0)
+    model, steps = rates.make_model(train.x.shape[1], 0), rates.POINTS
+    batches = rates.make_batches(train, 0)
+    course = rates.train_free(rates.FREE_SGD, 0.3, model, batches, val, steps)
+    mix = lambda share, x, y: jax.tree_util.tree_map(
+        lambda x, y: (1 - share) * x + share * y, x, y
+    )
+    fast = average = model
+    for t in range(steps):
+        batch = batches.draw(jax.numpy.array(t), jax.numpy.array(t), None)
+        gradient = jax.grad(rates.loss)(mix(0.9, fast, average), None, batch, None)
+        fast = jax.tree_util.tree_map(lambda z, g: z - 0.3 * g, fast, gradient)
+        average = mix(1 / (t + 1), average, fast)
+    pairs = zip(*map(jax.tree_util.tree_leaves, (course.model, average)))
+    for found, expected in pairs:
+        np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 @pytest.mark.slow

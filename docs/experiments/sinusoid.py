@@ -131,7 +131,7 @@ def name_distill(gamma: float, period: int) -> str:
 def make_neumann() -> hpo.Implicit:
     """The hyperparameters move after the last inner steps of an episode alone."""
     problem, inner, outer = ARGS
-    late = lambda step: step % HORIZON >= HORIZON - SOLVES
+    late = lambda step, **_: step % HORIZON >= HORIZON - SOLVES
     outer, solver = optax.conditionally_mask(outer, late), hpo.Neumann(TERMS, 0.01)
     options: dict[str, Any] = dict(inner_steps=1, warm_start=False)
     return hpo.Implicit(problem, inner, outer, linear_solver=solver, **options)
@@ -294,8 +294,9 @@ def main(
         course = learn(method, nets, train)
         last = jtu.tree_map(lambda x: x[:, -1], course.nets)
         scale = course.memory.lasting
+        errors = np.asarray(evaluate(last, test))
         rows[name] = Row(
-            errors=np.asarray(evaluate(last, test)),
+            errors=np.where(np.isfinite(errors), errors, np.inf),
             skipped=int(jnp.sum(course.skipped)),
             scale=np.nan if scale is None else float(jnp.mean(scale)),
         )
