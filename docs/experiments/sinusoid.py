@@ -5,12 +5,13 @@ initialisation that Reptile learns.
 
     python -m docs.experiments.sinusoid
     python -m docs.experiments.sinusoid --seeds 20 --first 100 \
-        --gammas 0.8 0.9 0.99 0.9999 --periods 1 5
-    python -m docs.experiments.sinusoid --seeds 20
+        --gammas 0.8 0.9 0.99 --periods 1 5
+    python -m docs.experiments.sinusoid --seeds 20 --gammas 0.8 0.9 --periods 1 5
 
 An episode is thirty inner steps on each of ten new tasks. The hyperparameters move
-after each step, or after as many as the name of a method says. All methods see the same
-networks and tasks.
+after each step, or after as many as the name of a method says, or, by Neumann series,
+after the last three. All methods see the same networks and tasks. The number behind
+HyperDistill's discount is of the episodes between two fits of its scale, if not 1.
 
 The first table holds the mean squared error on new tasks after the last episode: mean
 and 95% interval over the seeds, median, difference to `T1-T2` with its interval, how
