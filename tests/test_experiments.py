@@ -53,6 +53,14 @@ def hyper_cleaning_cosines(module: Any, means: Any):
     assert means["DrMAD"][0] > means["T1-T2"][0]
 
 
+def minibatch_cleaning(module: Any, results: Any):
+    rows = {name: row for name, (row,) in results.items()}
+    each, none = rows[module.T1T2_EACH], rows[module.NONE]
+    assert each.auc > 0.7 and none.auc == 0.5
+    # The validation images are trained on here, and only here.
+    assert rows[module.VALIDATION].val[-1] > 0.98 > none.val[-1]
+
+
 def feature_selection(module: Any, rows: Any):
     dense, top_k = (rows[name][0] for name in (module.DENSE, module.TOP_K))
     assert top_k.found >= 19 and top_k.test < dense.test
@@ -224,8 +232,9 @@ def cifar10(module: Any, results: Any):
 
 EXPERIMENTS = """architecture audit augmentation cifar10 compare contour darts
 feature_selection greedy_cosines greedy_toy hyper_cleaning hyper_cleaning_cosines
-inner_solver kernel_ridge learning_rates million_decays neural_ode quickstart
-random_search regularisation scale sinusoid training_loop""".split()
+inner_solver kernel_ridge learning_rates million_decays minibatch_cleaning
+neural_ode quickstart random_search regularisation scale sinusoid
+training_loop""".split()
 
 
 @pytest.mark.slow
@@ -240,6 +249,26 @@ def test_experiment(experiment, tmp_path, capsys, name):
     methods = found if isinstance(found, dict) else ()
     assert all(x in printed for x in methods if isinstance(x, str))
     globals()[name](module, found)
+
+
+@pytest.mark.slow
+def test_schedule_free_is_read_at_its_average(experiment):
+    rates = experiment("learning_rates")
+    train, val, _ = rates.load_data("digits", None, 200, 0)
+    model, steps = rates.make_model(train.x.shape[1], 0), rates.POINTS
+    batches = rates.make_batches(train, 0)
+    course = rates.train_free(rates.FREE_SGD, 0.3, model, batches, val, steps)
+    mix = lambda share, x, y: jax.tree.map(
+        lambda x, y: (1 - share) * x + share * y, x, y
+    )
+    fast = average = model
+    for t in range(steps):
+        batch = batches.draw(jax.numpy.array(t), jax.numpy.array(t), None)
+        gradient = jax.grad(rates.loss)(mix(0.9, fast, average), None, batch, None)
+        fast = jax.tree.map(lambda z, g: z - 0.3 * g, fast, gradient)
+        average = mix(1 / (t + 1), average, fast)
+    for x, y in zip(*map(jax.tree.leaves, (course.model, average))):
+        np.testing.assert_allclose(x, y, atol=2e-5)
 
 
 @pytest.mark.slow

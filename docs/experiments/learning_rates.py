@@ -5,13 +5,15 @@ The first is cheap and short-sighted: within one step, a small rate looks better
 is (Wu et al., "Understanding Short-Horizon Bias in Stochastic Meta-Optimization", ICLR
 2018). The second is that of Micaelli and Storkey, "Gradient-based Hyperparameter
 Optimization Over Long Horizons", NeurIPS 2021. Constant rates and cosine decay, chosen
-from a grid, stand beside them.
+from a grid, stand beside them, and so do optimisers that promise to need no rate or no
+schedule: Prodigy and the schedule-free ones of Optax.
 
     python -m docs.experiments.learning_rates
     python -m docs.experiments.learning_rates --dataset fashion_mnist --size 3000 \
         --steps 2000 --seeds 5
 """
 
+import functools as ft
 import time
 from typing import Any, NamedTuple
 
@@ -24,6 +26,7 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Scalar
+from optax import contrib
 
 from . import image_data
 from .common import (
@@ -51,6 +54,11 @@ CONSTANT, COSINE = "best constant rate", "best cosine decay"
 ONLINE, LEARNED = "online, greedy", "schedule, non-greedy"
 OTHER_START = "the same, other first weights"
 FIXED, FIXED_SEEN = "schedule, one order", "the same, on that order"
+PRODIGY, PRODIGY_COSINE = "Prodigy", "Prodigy, cosine decay"
+FREE_SGD, FREE_ADAM = "schedule-free SGD", "schedule-free AdamW"
+BEST_SGD, BEST_ADAM = f"best {FREE_SGD}", f"best {FREE_ADAM}"
+FREE = (PRODIGY, PRODIGY_COSINE, FREE_SGD, BEST_SGD, FREE_ADAM, BEST_ADAM)
+MULTIPLES = (0.1, 0.3, 1.0, 3.0, 10.0)  # of Optax's rate, for the best ones
 SHOWN = (CONSTANT, COSINE, ONLINE, LEARNED)  # in the figure
 
 
@@ -69,7 +77,8 @@ class Row(NamedTuple):
     course: Course
     losses: list[float]  # train, validation, test
     accuracy: float  # on test, in percent
-    seconds: float  # of the CPU, to find the rates; for `ONLINE` with the training
+    seconds: float  # of the CPU, to find the rates; where they are found in the
+    # training, with it
 
 
 def load_data(dataset: str, folder: str | None, size: int | None, seed: int):
@@ -109,6 +118,19 @@ def make_inner(rates: Float[Array, " layers"]) -> optax.GradientTransformation:
     return optax.chain(optax.trace(MOMENTUM), scale_layers(rates))
 
 
+def make_free(name: str, multiple: Scalar | float, steps: int) -> Any:
+    """Optimisers as Optax makes them, at a multiple of Optax's own rate."""
+    makers = {
+        PRODIGY: lambda: contrib.prodigy(multiple),
+        PRODIGY_COSINE: lambda: contrib.prodigy(
+            optax.cosine_decay_schedule(multiple, steps)
+        ),
+        FREE_SGD: lambda: contrib.schedule_free_sgd(multiple),
+        FREE_ADAM: lambda: contrib.schedule_free_adamw(0.0025 * multiple),
+    }
+    return makers[name]()
+
+
 def make_batches(train: Data, order: int) -> hpo.Minibatch:
     """Shuffled epochs: batch number `i` follows from `order` and `i` alone."""
     return hpo.Minibatch(train, BATCH, replacement=False, seed=order)
@@ -127,15 +149,62 @@ def train_with(
         updates, opt_state = make_inner(rates).update(gradient, opt_state)
         return (optax.apply_updates(model, updates), opt_state), None
 
+    numbers, carry = jnp.arange(len(rates)), (model, make_inner(rates[0]).init(model))
+    model, val_losses = follow(step, carry, (numbers, rates), lambda x: x[0], val)
+    return Course(rates, val_losses, model)
+
+
+@ft.partial(jax.jit, static_argnames=("name", "steps"))
+def train_free(
+    name: str,
+    multiple: Scalar | float,
+    model: Any,
+    batches: hpo.Minibatch,
+    val: Data,
+    steps: int,
+) -> Course:
+    """A training by an optimiser that promises to need no schedule."""
+    optimiser, averages = (
+        make_free(name, multiple, steps),
+        name in (FREE_SGD, FREE_ADAM),
+    )
+
+    def step(carry, number):
+        model, opt_state = carry
+        gradient = jax.grad(loss)(model, None, batches.draw(number, number, None), None)
+        updates, opt_state = optimiser.update(gradient, opt_state, model)
+        return (optax.apply_updates(model, updates), opt_state), None
+
+    def read(carry):
+        model, opt_state = carry
+        return (
+            contrib.schedule_free_eval_params(opt_state, model) if averages else model
+        )
+
+    carry = (model, optimiser.init(model))
+    model, val_losses = follow(step, carry, jnp.arange(steps), read, val)
+    return Course(jnp.full((steps, LAYERS), jnp.nan), val_losses, model)
+
+
+def follow(step: Any, carry: Any, inputs: Any, read: Any, val: Data) -> Any:
+    """Runs all steps. Returns the model at the end and its losses on the way there."""
+
     def part(carry, now):
         carry, _ = jax.lax.scan(step, carry, now)
-        return carry, loss(carry[0], None, val, None)
+        return carry, loss(read(carry), None, val, None)
 
-    numbers = jnp.arange(len(rates)).reshape(POINTS, -1)
-    carry = (model, make_inner(rates[0]).init(model))
-    now = (numbers, rates.reshape(*numbers.shape, LAYERS))
-    (model, _), val_losses = jax.lax.scan(part, carry, now)
-    return Course(rates, val_losses, model)
+    split = lambda x: x.reshape(POINTS, -1, *x.shape[1:])
+    carry, val_losses = jax.lax.scan(part, carry, jtu.tree_map(split, inputs))
+    return read(carry), val_losses
+
+
+def find_multiple(
+    name: str, model: Any, batches: hpo.Minibatch, val: Data, steps: int
+) -> Scalar:
+    """The multiple of Optax's rate with the lowest validation loss at the end."""
+    train = lambda multiple: train_free(name, multiple, model, batches, val, steps)
+    courses = jax.vmap(train)(jnp.array(MULTIPLES))
+    return jnp.array(MULTIPLES)[jnp.nanargmin(courses.val_losses[:, -1])]
 
 
 def choose_from_grid(
@@ -207,7 +276,33 @@ def compare(
         rates = rows[source].course.rates
         course = train_with(rates, start_model, batches, val)
         rows[name] = assess(course, data, rows[source].seconds)
-    return {name: rows[name] for name in (*SHOWN, OTHER_START, FIXED, FIXED_SEEN)}
+    rows |= compare_free(data, steps, model, search, final)
+    return {
+        name: rows[name] for name in (*SHOWN, OTHER_START, FIXED, FIXED_SEEN, *FREE)
+    }
+
+
+def compare_free(
+    data: list[Data],
+    steps: int,
+    model: Any,
+    search: hpo.Minibatch,
+    final: hpo.Minibatch,
+) -> dict[str, Row]:
+    """Trainings without a rate to choose, and with one that is chosen on `search`."""
+    rows, best = {}, {BEST_SGD: FREE_SGD, BEST_ADAM: FREE_ADAM}
+    for name in FREE:
+        start, multiple = time.process_time(), 1.0
+        if name in best:
+            multiple = find_multiple(best[name], model, search, data[1], steps)
+            multiple = jax.block_until_ready(multiple)
+        seconds = time.process_time() - start
+        args = (best.get(name, name), multiple, model, final, data[1], steps)
+        course = jax.block_until_ready(train_free(*args))
+        if name not in best:
+            seconds = time.process_time() - start
+        rows[name] = assess(course, data, seconds)
+    return rows
 
 
 def assess(course: Course, data: list[Data], seconds: float) -> Row:
