@@ -171,8 +171,8 @@ def check_parts(parts: list[Any], name: str) -> None:
         if is_placeholder(node) and not isinstance(node, Real):
             raise ValueError(
                 f"`{name}` acts on `Real` and on plain arrays, but "
-                f"`{jtu.keystr(path) or 'where'}` is of class {type(node).__name__}: the "
-                "optimiser moves its `raw`, not its value. Use `where` to leave it "
+                f"`{jtu.keystr(path) or 'where'}` is of class {type(node).__name__}: "
+                "the optimiser moves its `raw`, not its value. Use `where` to leave it "
                 "out."
             )
 
