@@ -19,23 +19,24 @@ from .memoryless import AbstractMemoryless
 
 
 class FixedPoint(AbstractMemoryless):
-    r"""The hypergradient at a fixed point of the update map $\Phi$, by the first terms
-    of a Neumann series:
+    r"""Computes the hypergradient at a fixed point of the update map $\Phi$, by the
+    first terms of a Neumann series:
 
     $$\frac{dC_2}{d\lambda} \approx \frac{\partial C_2}{\partial \lambda} + \alpha
     \sum_{j=0}^{J} A^j B, \qquad
     A = \frac{\partial \Phi}{\partial \theta}, \quad
     B = \frac{\partial \Phi}{\partial \lambda},$$
 
-    with the state of the optimiser as a part of $\theta$, and both derivatives taken at
-    the last of the `inner_steps` updates alone. So hyperparameters of the optimiser (a
-    learning rate, a momentum, a decoupled decay) get a hypergradient as well, which
-    [`eqx_hpo.Implicit`][] has none for: in the middle of training, that of the steps to
-    come. At a fixed point a learning rate that does not move it gets zero, as it
-    should. With the derivatives of the last $J + 1$ updates in place of those of the
-    last one it is [`eqx_hpo.Unrolled`][] with a `truncation` of $J + 1$.
+    Here $\theta$ includes the state of the optimiser. Both derivatives are taken at the
+    last of the `inner_steps` updates. So hyperparameters of the optimiser (a learning
+    rate, a momentum, a decoupled decay) get a hypergradient as well;
+    [`eqx_hpo.Implicit`][] has none for them. In the middle of training, this is the
+    hypergradient of the steps to come. At a fixed point, a learning rate that does not
+    move this point gets zero, which is right. If the derivatives of the last $J + 1$
+    updates replaced those of the last one, the result would be that of
+    [`eqx_hpo.Unrolled`][] with a `truncation` of $J + 1$.
 
-    Memory is $O(P + H)$ whatever the number of terms. A call costs its inner steps, a
+    Memory is $O(P + H)$ for any number of terms. A call costs its inner steps, a
     validation gradient, and about two training gradients for each of the $J + 1$
     products.
 
@@ -88,6 +89,6 @@ class FixedPoint(AbstractMemoryless):
 FixedPoint.__init__.__doc__ = r"""**Arguments:** besides those of
 [`eqx_hpo.AbstractAlgorithm`][],
 
-- `terms`: the number $J$ of products with $A$, at least 0. With 0 it is
-    [`eqx_hpo.T1T2`][].
+- `terms`: the number $J$ of products with $A$, at least 0. With 0 the estimate is that
+    of [`eqx_hpo.T1T2`][].
 """
