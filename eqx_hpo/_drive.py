@@ -65,8 +65,8 @@ class Companions:
         self._watch_every = 0 if monitor is None else monitor.every
 
     def check(self, start: int, steps: int) -> None:
-        """Refuses a fresh run in which the monitor would read the start alone, and the
-        solution be the model as it was given."""
+        """Refuses a fresh run in which the monitor would only read the start. Its
+        solution would be the model that was given."""
         if start == 0 and steps < self._watch_every:
             raise ValueError(
                 f"`monitor` reads every {self._watch_every} steps, and the run has "
@@ -80,7 +80,7 @@ class Companions:
         return self.keeper.settings.signals
 
     def events(self, run: Run) -> list[Event]:
-        """Makes what is done after steps of `run`."""
+        """Lists the events that follow steps of `run`."""
         events: list[Event] = []
         if self.watcher is not None:
             events.append((self._watch_every, lambda: self.watch(run)))
