@@ -96,6 +96,7 @@ def folds(
     first = held_out * jnp.arange(count)[:, None]
     val = first + jnp.arange(held_out)
     train = jnp.arange(size - held_out)
+    # Jumps over the rows that each fold holds out.
     train = jnp.where(train < first, train, train + held_out)
     data = as_device_arrays(data)
     return _take(data, orders[:, train]), _take(data, orders[:, val])

@@ -75,6 +75,7 @@ class ReverseOverReverse(AbstractSecondOrder):
 
     def differentiate(self, loss: LossFn) -> GradientFn:
         def gradient(params, rest, args):
+            # `args` has no derivative under the other rules either.
             return _gradient(loss, params, rest, lax.stop_gradient(args))
 
         return gradient
@@ -181,6 +182,7 @@ def _central_difference(gradients, params, rest, v, epsilon):
         return gradients(jtu.tree_map(move, args[0], v), args[1])
 
     up, down = at(epsilon), at(-epsilon)
+    # The points lie epsilon / ||v|| along v to both sides.
     scale = norm / (2 * epsilon)
     slope = lambda u, d, x: times(u - d, scale).astype(x.dtype)
     return jtu.tree_map(slope, up, down, (params, rest))
@@ -236,6 +238,7 @@ def _with_product(loss: LossFn, product: _Product, settings: Any = None) -> Grad
             return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, rest, args)[0]
 
         out = product(gradients, params, rest, v, settings)
+        # What the loss carries, the model state, has a derivative beside the gradient.
         if len(jtu.tree_leaves(carried_cotangent)) > 0:
             carried = lambda params, rest: loss(params, rest, args)[1][0]
             _, pullback = jax.vjp(carried, params, rest)

@@ -133,5 +133,6 @@ def tune(
     del state  # the run donates it
     before = []
     if restart_every is not None:
+        # Before a step, not after one: the solution holds a trained model.
         before.append((restart_every, lambda: run.restart(model, model_state)))
     return conduct(run, steps, companions, before, True, (algorithm, key))

@@ -105,6 +105,7 @@ def run_on_line(
         return (state, report, index + 1), discrete
 
     zero = jnp.zeros((), int)
+    # The scan carries the last report, and needs its structure beforehand.
     empty = eqx.filter_eval_shape(levels.evaluate, first, hyperparams, zero)
     carry = (first, tree_zeros(empty), zero)
     (last, report, _), discrete = lax.scan(

@@ -70,6 +70,7 @@ class FixedPoint(AbstractMemoryless):
         last = jnp.asarray(self.inner_steps - 1)
         if self.inner_steps > 1:
             inner, _ = levels.run(inner, hyperparams, 0, self.inner_steps - 1)
+        # All terms go back through this one step, so its batch is drawn once.
         levels = levels.with_batch_drawn(last)
         inner, pull_back, train = linearise_update(levels, inner, hyperparams, last)
         val, alpha, direct = levels.validation_gradient(inner, hyperparams, last)
@@ -82,6 +83,7 @@ class FixedPoint(AbstractMemoryless):
         carry = (end_cotangent(inner, alpha), direct)
         carry, _ = lax.scan(add_term, carry, length=self.terms, unroll=levels.unroll)
         cotangent, total = carry
+        # Outside the scan, since no cotangent is needed after the last product.
         _, product = pull_back(cotangent)
         return Estimate(inner, memory, tree_add(total, product), train, val)
 

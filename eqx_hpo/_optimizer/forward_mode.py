@@ -74,6 +74,7 @@ class ForwardMode(AbstractAlgorithm):
         hyperparams: Hyperparams,
         memory: Memory,
     ) -> Estimate:
+        # The scan carries the last report, and needs its structure beforehand.
         empty = eqx.filter_eval_shape(
             levels.evaluate, inner, hyperparams, jnp.zeros((), int)
         )
@@ -117,6 +118,7 @@ def _push_forward(update: Any, inner: InnerState, hyperparams: Any, tangents: An
     def push(tangent, unit):
         return jax.jvp(fn, (arrays, numbers), (tangent, unit), has_aux=True)
 
+    # The new state is the same for all tangents, so only these are mapped.
     arrays, tangents, (fixed, report) = jax.vmap(push, out_axes=(None, 0, None))(
         tangents, _units(hyperparams)
     )
@@ -149,6 +151,7 @@ def _contract(alpha: PyTree, tangents: PyTree) -> Float[Array, " size"]:
     dtype = jnp.result_type(float)
 
     def dot(a, z):
+        # Complex numbers pair by the real part of their product.
         products = jnp.tensordot(z, a, axes=a.ndim, out_sharding=whole_like(a))
         return jnp.real(products).astype(dtype)
 

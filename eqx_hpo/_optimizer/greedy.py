@@ -79,6 +79,7 @@ class Greedy(AbstractMemoryless):
         last = jnp.asarray(self.inner_steps - 1)
         final = None
         if self.final_gradient:
+            # Only the last gradient is kept: the sum below takes the steps again.
             end, _ = levels.run(inner, hyperparams, 0, self.inner_steps)
             final = levels.validation_gradient(end, hyperparams, last)
 
@@ -111,6 +112,7 @@ class Greedy(AbstractMemoryless):
         if self.momentum is None:
             return total, None
         total = tree_add(total, tree_scale(self.momentum, velocity))
+        # The velocity is the last change of the sum.
         return total, jtu.tree_map(jnp.subtract, total, old)
 
 

@@ -155,6 +155,7 @@ def _update_outer(
         ]
         is_good = lax.cond(
             _all_finite(lambda pairs: pairs, pairs),
+            # The update in this branch is only checked, and not kept.
             lambda *operands: _all_finite(again, *operands),
             lambda *operands: jnp.array(False),
             given_leaves,

@@ -135,6 +135,7 @@ class HyperDistill(AbstractAlgorithm):
         old = memory.lasting
         # A scale of 0 means that the fit saw no product at all: it is repeated soon.
         period = self.horizon * jnp.where(old == 0, 1, self.estimation_period)
+        # A call may step over a multiple of the period.
         due = jnp.isnan(old) | (levels.position % period < self.inner_steps)
 
         def fit():

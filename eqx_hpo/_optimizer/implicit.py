@@ -150,6 +150,7 @@ class Implicit(AbstractAlgorithm):
         options = {"y0": memory.episode} if self.warm_start else {}
         if _has_absolute_test(self.linear_solver):
             options["preconditioner"] = _scaling(hessian, alpha)
+        # A solve that fails is reported and does not end the run.
         solved = lx.linear_solve(
             hessian, alpha, self.linear_solver, options=options, throw=False
         )
@@ -181,6 +182,7 @@ class Implicit(AbstractAlgorithm):
             along = _divide(tree_dot(solved.value, product), square)
             smallest, largest = _ritz_values(hessian, alpha, self.curvature_steps)
             curvature = jnp.fmin(along, smallest)
+            # Rounding alone can push a curvature of zero below zero.
             rounding = 100 * jnp.finfo(curvature.dtype).eps
             indefinite = curvature < -rounding * jnp.fmax(jnp.abs(along), largest)
             indefinite &= result == RESULTS.successful
