@@ -49,7 +49,7 @@ def load(path: str | os.PathLike[str], like: BilevelState) -> BilevelState:
 
     **Arguments:**
 
-    - `path`: of the file.
+    - `path`: the path of the file.
     - `like`: a state of the same structure, shapes, dtypes and placeholders. Make it by
         `init` of the same algorithm with the same arguments.
 

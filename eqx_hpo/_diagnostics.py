@@ -158,7 +158,7 @@ def compare_hypergradients(
         themselves.
     - `repeats`: the number of further calls over which the time is taken.
 
-    **Returns:** a [`eqx_hpo.Comparison`][]. `print` it, or `draw` it.
+    **Returns:** an [`eqx_hpo.Comparison`][]. `print` it, or `draw` it.
 
     **Raises:** a `ValueError` if the numbers of inner steps do not fit together, or if
     an algorithm is an [`eqx_hpo.MetaLearner`][] (compare the algorithm that it wraps).

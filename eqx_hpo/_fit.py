@@ -75,7 +75,7 @@ def fit(
     - `record_every`, `monitor`, `checkpoint`, `checkpoint_every`: as for `tune`.
     - `callback`, `progress`, `model_state`, `max_skipped`: as for `tune`.
 
-    **Returns:** a [`eqx_hpo.Solution`][], as `tune` does.
+    **Returns:** an [`eqx_hpo.Solution`][], as `tune` does.
 
     **Raises:** what `tune` raises.
     """

@@ -41,7 +41,8 @@ class AbstractHyperparameter(paramax.AbstractUnwrappable[Array]):
 class Real(AbstractHyperparameter):
     """A hyperparameter without a constraint. It unwraps to `raw` itself.
 
-    Wrap an array inside a model in it, and [`eqx_hpo.partition`][] finds the array.
+    Wrap an array of a model in it to mark the array as a hyperparameter.
+    [`eqx_hpo.partition`][] then finds it.
     """
 
     raw: Float[Array, "..."]

@@ -126,7 +126,7 @@ def search(
         the round. A list of functions calls them all.
     - `model_state`: an `eqx.nn.State`, for losses that take and return one.
 
-    **Returns:** a [`eqx_hpo.Solution`][] with the model, the hyperparameters and the
+    **Returns:** an [`eqx_hpo.Solution`][] with the model, the hyperparameters and the
     `state` of the best trial. `tune` can continue from this state. The validation loss
     of the best trial is `state.metrics.val_loss`. Discrete hyperparameters in it are
     straight-through, and `discretised` is `None`.

@@ -141,7 +141,7 @@ class Solution(eqx.Module):
         `values`.
     - `hyperparams`: the tuned hyperparameters, with their placeholders.
     - `values`: the constrained values of the hyperparameters.
-    - `history`: a [`eqx_hpo.History`][].
+    - `history`: an [`eqx_hpo.History`][].
     - `result`: an item of [`eqx_hpo.RESULTS`][]. Compare it by `==`.
     - `state`: the last state. Pass it to `tune` to continue the run.
     - `message`: the result in words, with the number of the last step.

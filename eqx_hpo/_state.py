@@ -44,7 +44,7 @@ class TaskReport(eqx.Module):
     The hypergradient is the mean over the tasks. Its standard error is $s / \sqrt{n}$,
     where $s$ is the standard deviation over the $n$ tasks. A coordinate whose
     hypergradient is no larger than this error may have the wrong sign.
-    [`eqx_hpo.gate`][] does not move such a coordinate.
+    [`eqx_hpo.gate`][] can hold such a coordinate in place.
 
     The error is right if the tasks are independent. [`eqx_hpo.folds`][] share most of
     their train data, so for them it is an approximation. Repeated folds share all of

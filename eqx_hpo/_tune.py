@@ -95,7 +95,7 @@ def tune(
     - `model_state`: an `eqx.nn.State`, for losses that take and return one.
     - `max_skipped`: the number of consecutive non-finite steps that ends the run.
 
-    **Returns:** a [`eqx_hpo.Solution`][] of the last state, or of the best state if
+    **Returns:** an [`eqx_hpo.Solution`][] of the last state, or of the best state if
     there is a `monitor`. Its `result` says how the run ended:
 
     - `RESULTS.successful`: all steps were made.

@@ -119,7 +119,7 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
             unless these lie on a mesh. It is `None` if the batch is always the same, or
             if `init` was given no data.
 
-        **Returns:** a [`eqx_hpo.Memory`][].
+        **Returns:** an [`eqx_hpo.Memory`][].
         """
 
     @abc.abstractmethod

@@ -25,7 +25,7 @@ class FixedPoint(AbstractMemoryless):
     $$\frac{dC_2}{d\lambda} \approx \frac{\partial C_2}{\partial \lambda} + \alpha
     \sum_{j=0}^{J} A^j B, \qquad
     A = \frac{\partial \Phi}{\partial \theta}, \quad
-    B = \frac{\partial \Phi}{\partial \lambda},$$
+    B = \frac{\partial \Phi}{\partial \lambda}.$$
 
     Here $\theta$ includes the state of the optimiser. Both derivatives are taken at the
     last of the `inner_steps` updates. So hyperparameters of the optimiser (a learning

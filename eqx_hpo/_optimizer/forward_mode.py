@@ -21,8 +21,8 @@ from .base import AbstractAlgorithm
 
 
 class ForwardMode(AbstractAlgorithm):
-    r"""Computes the exact hypergradient of all inner steps since the episode began by
-    forward mode, through the state of the optimiser too:
+    r"""Computes, by forward mode, the exact hypergradient of all inner steps since the
+    episode began. The state of the optimiser is differentiated too:
 
     $$Z_t = A_t Z_{t-1} + B_t, \qquad
     \frac{dC_2}{d\lambda} = \frac{\partial C_2}{\partial \lambda} + \alpha_t Z_t, \qquad

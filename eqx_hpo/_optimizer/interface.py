@@ -21,8 +21,8 @@ class AbstractBilevelOptimizer(eqx.Module):
 
     - `problem`: the two losses.
     - `inner`: an `optax.GradientTransformation` that trains the model. To tune its
-        settings, such as the learning rate, pass a function from the unwrapped
-        hyperparameters to one: `inner=lambda h: optax.sgd(h.learning_rate)`.
+        settings, such as the learning rate, pass a function that makes it from the
+        unwrapped hyperparameters: `inner=lambda h: optax.sgd(h.learning_rate)`.
     - `outer`: an `optax.GradientTransformation` that moves the `raw` arrays of the
         hyperparameters.
     - `inner_steps`: the number of inner steps in a call of `step`.
@@ -63,7 +63,7 @@ class AbstractBilevelOptimizer(eqx.Module):
         - `model_state`: an `eqx.nn.State`, for losses that take and return one.
         - `key`: a PRNG key, if the losses need one.
 
-        **Returns:** a [`eqx_hpo.BilevelState`][].
+        **Returns:** an [`eqx_hpo.BilevelState`][].
 
         **Raises:** a `ValueError` if `model` has nothing to train or still holds
         placeholders, or if a hyperparameter is not floating point.

@@ -37,7 +37,7 @@ class SOBA(AbstractAlgorithm):
     $$\theta \leftarrow \Phi(\theta, \lambda), \qquad
     v \leftarrow v - \rho \, \Big( H v + \frac{\partial C_2}{\partial \theta} \Big),
     \qquad \frac{dC_2}{d\lambda} \approx \frac{\partial C_2}{\partial \lambda} +
-    v^\top \frac{\partial^2 C_1}{\partial \theta \partial \lambda},$$
+    v^\top \frac{\partial^2 C_1}{\partial \theta \partial \lambda}.$$
 
     Here $H$ is the Hessian of the train loss in $\theta$. So $v$ tends to
     $-H^{-1} \partial C_2 / \partial \theta$, and the hypergradient to that of

@@ -21,7 +21,7 @@ class T1T2(AbstractMemoryless):
     $$\frac{dC_2}{d\lambda} \approx \frac{\partial C_2}{\partial \lambda} +
     \alpha_T B_T, \qquad
     \alpha_T = \frac{\partial C_2(\theta_T, \lambda)}{\partial \theta_T}, \quad
-    B_T = \frac{\partial \Phi(\theta_{T-1}, \lambda)}{\partial \lambda}$$
+    B_T = \frac{\partial \Phi(\theta_{T-1}, \lambda)}{\partial \lambda}.$$
 
     Here $\theta_{T-1}$ is held fixed. This is the cheapest estimate that sees how the
     hyperparameters act on training. Memory is $O(P + H)$, and a step costs about one

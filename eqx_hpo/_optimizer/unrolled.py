@@ -17,8 +17,8 @@ from .memoryless import AbstractMemoryless
 
 
 class Unrolled(AbstractMemoryless):
-    r"""Computes the exact hypergradient of the last `inner_steps` steps by reverse
-    mode, through the state of the optimiser too:
+    r"""Computes, by reverse mode, the exact hypergradient of the last `inner_steps`
+    steps. The state of the optimiser is differentiated too:
 
     $$\frac{dC_2}{d\lambda} = \frac{\partial C_2}{\partial \lambda} + \alpha_K
     \sum_{t} \Big( \prod_{s>t} A_s \Big) B_t, \qquad

@@ -12,8 +12,8 @@ from .update import beside_updates
 def gate(
     threshold: float | Float[Array, ""],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Holds each hyperparameter whose hypergradient $g$ does not stand out from its
-    noise. Where $\lvert g \rvert \leq c\, \sigma$, the update is set to zero. Here
+    r"""Does not move hyperparameters whose hypergradient $g$ does not stand out from
+    its noise. Where $\lvert g \rvert \leq c\, \sigma$, the update is set to zero. Here
     $\sigma$ is the standard error of $g$ over tasks or folds. It comes from
     [`eqx_hpo.MetaLearner`][] or [`eqx_hpo.Evolution`][].
 

@@ -176,8 +176,8 @@ def proximal(
 
     - `penalty`: [`eqx_hpo.L1`][], [`eqx_hpo.ElasticNet`][], [`eqx_hpo.GroupLasso`][],
         [`eqx_hpo.Box`][], or any [`eqx_hpo.AbstractPenalty`][].
-    - `learning_rate`: the rate $\eta$, above zero. It is a number, or a function that
-        maps the number of updates so far to one. For the strength to have its true
+    - `learning_rate`: the rate $\eta$, above zero. It is a number, or a function from
+        the number of updates so far to a number. For the strength to have its true
         meaning, $\eta$ must be the length of the step that the optimiser before it
         takes along a constant gradient of one. For `optax.sgd` this is its learning
         rate, divided by `1 - momentum` if there is momentum. After Adam, whose steps do
