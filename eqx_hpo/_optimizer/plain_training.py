@@ -47,9 +47,9 @@ class PlainTraining(AbstractAlgorithm):
     """Trains the model and leaves the hyperparameters unchanged.
 
     The validation loss is taken in each call of `step` whose number differs from `due`
-    by a multiple of `validate_every`. It is also taken in call number `last`, if there
-    is one, and in each call until one was taken. In between, the last one that was
-    taken is reported again. With `validate_every=None` none is taken.
+    by a multiple of `validate_every`. If `last` is given, it is also taken in call
+    number `last`, and in each call until one was taken. In between, the last one that
+    was taken is reported again. With `validate_every=None` none is taken.
 
     `state.memory.lasting` holds this loss, and whether it was taken.
     """
