@@ -1,5 +1,5 @@
-"""The compiled functions that a run calls: many steps, or one, and the rows of the
-history that belong to them."""
+"""The compiled functions that a run calls. They take one step or many, and write the
+rows of the history that belong to them."""
 
 from typing import Any, TypeAlias
 
@@ -24,7 +24,7 @@ Carry: TypeAlias = tuple[BilevelState, Record, Course]
 
 
 class Inputs(eqx.Module):
-    """What the calls read and do not change."""
+    """Holds what the calls read and do not change."""
 
     algorithm: AbstractBilevelOptimizer
     train: Any
@@ -38,7 +38,7 @@ class Inputs(eqx.Module):
 
 
 def _advance(carry: Carry, inputs: Inputs):
-    """Takes `limit` steps, or one; returns the carry and `[step, skipped]`."""
+    """Takes `limit` steps, or one. Returns the carry and `[step, skipped]`."""
     state, rows, course = carry
     arrays, static = eqx.partition(state, eqx.is_array)
 
@@ -64,8 +64,8 @@ def _advance(carry: Carry, inputs: Inputs):
 
 
 def _leap(carry: Carry, inputs: Inputs):
-    """Takes `limit` steps of plain training, in stretches up to the next record. Stops
-    before the first stretch in which something is not finite."""
+    """Takes `limit` steps of plain training, in stretches up to the next record. It
+    stops before the first stretch with numbers that are not finite."""
     state, rows, course = carry
     arrays, static = eqx.partition(state, eqx.is_array)
     trainer = inputs.algorithm

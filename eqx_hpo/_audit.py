@@ -1,4 +1,4 @@
-"""The hypergradient of a run, at any time beside the exact one of a longer horizon."""
+"""Compares the hypergradient of a run with the exact one of a longer horizon."""
 
 import equinox as eqx
 import jax.random as jr
@@ -16,16 +16,16 @@ from ._state import BilevelState, check_state
 
 
 class Audit(eqx.Module):
-    """The hypergradient that an algorithm estimates, beside the exact one.
+    """Compares the hypergradient that an algorithm estimates with the exact one.
 
     **Attributes:**
 
-    - `cosine`: of the angle between the two, over all `raw` arrays. At 1 the direction
-        is right, below 0 the hyperparameters move the wrong way.
-    - `norm_ratio`: the norm of the estimate over that of the exact one.
-    - `cosines`, `norm_ratios`: the same for each `raw` array by itself, in its place.
-        The cosine over all hides a learning rate among thousands of decays. Of a single
-        number the cosine is 1 or -1.
+    - `cosine`: the cosine of the angle between the two, over all `raw` arrays. At 1 the
+        direction is right. Below 0 the hyperparameters move the wrong way.
+    - `norm_ratio`: the norm of the estimate divided by that of the exact one.
+    - `cosines`, `norm_ratios`: the same for each `raw` array by itself, in its place in
+        the tree. The cosine over all arrays can hide a learning rate among thousands of
+        decays. For a single number the cosine is 1 or -1.
 
     They are NaN where a hypergradient is zero or not finite.
     """
@@ -45,9 +45,9 @@ def audit(
     horizon: int,
     key: Key,
 ) -> Audit:
-    r"""Puts the hypergradient that `algorithm` estimates at `state` beside the exact
-    one over `horizon` inner steps from there. An algorithm that looks a few steps ahead
-    prefers what pays at once: this tells, in the course of a run, by how much.
+    r"""Compares the hypergradient that `algorithm` estimates at `state` with the exact
+    one over the next `horizon` inner steps. An algorithm with a short horizon prefers
+    what pays at once. In the course of a run, this shows how strong the effect is.
 
     ```python
     log = []
@@ -61,29 +61,30 @@ def audit(
     ```
 
     The exact one is the derivative of the validation loss after `horizon` more inner
-    steps, with the hyperparameters held where they are, by reverse mode through all of
-    these steps. It is $\partial C_2 / \partial \lambda$ at the weights that they reach,
-    and what the hyperparameters do to these weights from `state` on. What they did
-    before does not count. Each call of `step` draws its own batches and its own noise,
-    so with small validation batches the two differ by their noise too: give a large one
-    as `val`. With episodes, none ends within the horizon.
+    steps, with the hyperparameters held fixed. It is computed by reverse mode through
+    all of these steps. It contains $\partial C_2 / \partial \lambda$ at the weights
+    that they reach, and the effect of the hyperparameters on these weights from `state`
+    on. Earlier effects do not count. Each call of `step` draws its own batches and its
+    own noise. With small validation batches, the two therefore also differ by noise:
+    pass a large batch as `val`. If there are episodes, none ends within the horizon.
 
-    `state` is not changed. Memory grows with the square root of `horizon`, time in
-    proportion. It is compiled once for all calls, and may be called within `jax.jit`.
+    `state` is not changed. Memory grows with the square root of `horizon`, and time in
+    proportion to it. The function compiles once for all calls, and may be called within
+    `jax.jit`.
 
     **Arguments:**
 
-    - `algorithm`: the algorithm, or a [`eqx_hpo.MetaLearner`][], for which both are
-        means over its tasks.
+    - `algorithm`: the algorithm. For an [`eqx_hpo.MetaLearner`][], both hypergradients
+        are means over its tasks.
     - `state`: from `init` or `step` of the same algorithm.
     - `train`, `val`: as for `step`.
     - `horizon`: the number of inner steps, a multiple of the `inner_steps` of the
-        algorithm. Good ones reach to the end of training.
+        algorithm. It should reach to the end of training.
     - `key`: a PRNG key, or `None` if nothing is random.
 
     **Returns:** an [`eqx_hpo.Audit`][].
 
-    **Raises:** a `ValueError` if an argument is of the wrong kind.
+    **Raises:** a `ValueError` if an argument has the wrong type or is out of range.
     """
     kinds = (AbstractAlgorithm, MetaLearner)
     check_type("algorithm", algorithm, kinds, "an algorithm, such as `T1T2`")

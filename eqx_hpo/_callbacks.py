@@ -14,7 +14,8 @@ CallbackArgument: TypeAlias = Callback | Sequence[Callback] | None
 
 
 class Callbacks:
-    """One function, or several. `exception` is what one of them has raised."""
+    """Holds one function or several. `exception` is what one of them has raised, or
+    `None`."""
 
     def __init__(self, callback: CallbackArgument):
         several = isinstance(callback, (list, tuple))
@@ -29,7 +30,7 @@ class Callbacks:
         return len(self._functions) > 0
 
     def call(self, state: BilevelState) -> Any:
-        """Calls all; returns an item of `RESULTS` if that ends the run."""
+        """Calls all functions. Returns an item of `RESULTS` if the run is to end."""
         try:
             answers = [function(state) for function in self._functions]
         except Exception as e:
@@ -38,7 +39,8 @@ class Callbacks:
         return RESULTS.stopped if any([*map(_as_flag, answers)]) else None
 
     def describe(self) -> str:
-        """Tells what was raised, in the message and in a warning; empty if nothing."""
+        """Describes what was raised, and warns of it. Returns an empty string if
+        nothing was raised."""
         error = self.exception
         if error is None:
             return ""

@@ -1,4 +1,4 @@
-"""Saving a state to a file, and loading it back."""
+"""Saves a state to a file, and loads it back."""
 
 import os
 import pathlib
@@ -24,17 +24,18 @@ _NUMBERS = (bool, int, float, complex)
 def save(path: str | os.PathLike[str], state: BilevelState) -> None:
     """Writes a state to a file.
 
-    The file is first written under another name, with a checksum for each array, put on
-    disk and then moved in place. A run that dies meanwhile leaves the last good file.
+    The file is first written under another name, with a checksum for each array. When
+    it is on disk, it is moved in place. A run that dies meanwhile leaves the last good
+    file.
 
     **Arguments:**
 
-    - `path`: of the file. An existing one is replaced.
-    - `state`: a [`eqx_hpo.BilevelState`][]. Arrays that are split over devices are put
-        together, one at a time, in the memory of the host.
+    - `path`: the path of the file. An existing file is replaced.
+    - `state`: an [`eqx_hpo.BilevelState`][]. Arrays that are split over devices are put
+        together in the memory of the host, one at a time.
 
-    **Raises:** an `OSError` if the file cannot be written; a `ValueError` if `state` is
-    something else, or split over the devices of several processes.
+    **Raises:** an `OSError` if the file cannot be written. A `ValueError` if `state` is
+    something else, or is split over the devices of several processes.
     """
     check_state("state", state)
     check_path("path", path)
@@ -43,19 +44,20 @@ def save(path: str | os.PathLike[str], state: BilevelState) -> None:
 
 
 def load(path: str | os.PathLike[str], like: BilevelState) -> BilevelState:
-    """Reads a state that [`eqx_hpo.save`][], or a run with `checkpoint`, wrote.
+    """Reads a state from a file that [`eqx_hpo.save`][] or a run with `checkpoint`
+    wrote.
 
     **Arguments:**
 
-    - `path`: of the file.
-    - `like`: a state of the same structure, shapes, dtypes and placeholders: make it by
+    - `path`: the path of the file.
+    - `like`: a state of the same structure, shapes, dtypes and placeholders. Make it by
         `init` of the same algorithm with the same arguments.
 
-    **Returns:** the saved state, bit for bit. Each array is on the device of that in
-    `like`, or split over devices as that is.
+    **Returns:** the saved state, bit for bit. Each array is placed like the one in
+    `like`: on the same device, or split over devices in the same way.
 
-    **Raises:** a `ValueError` if the file is not such a state, is damaged, or is of
-    another structure; an `OSError` if it cannot be read.
+    **Raises:** a `ValueError` if the file holds no such state, is damaged, or has
+    another structure. An `OSError` if it cannot be read.
     """
     check_path("path", path)
     check_state("like", like)
@@ -77,8 +79,8 @@ def read_state(file: Container, like: BilevelState, prefix: str = "") -> Bilevel
 def fill(
     like: BilevelState, header: Mapping[str, Any], read: Callable[[str], Any]
 ) -> BilevelState:
-    """Puts saved arrays, by their names, and the numbers in the header of a file in the
-    places of those in `like`."""
+    """Replaces the arrays in `like` by saved ones of the same names, and its Python
+    numbers by those in the header of the file."""
     numbers = header.get("numbers", {})
 
     def saved(path, x):
@@ -93,8 +95,8 @@ def fill(
 def check_match(
     saved: dict[str, str], header: dict[str, Any], like: BilevelState, source: str
 ) -> None:
-    """Compares the specs of saved arrays, and the classes in the header of a file, with
-    those of a state."""
+    """Checks that the specs of saved arrays, and the classes in the header of a file,
+    match those of a state."""
     expected = {k: f"{x.dtype}{list(x.shape)}" for k, x in arrays_of(like).items()}
     there, here = {**header.get("classes", {})}, _classes_of(like)
     for got, wanted in ((there, here), (saved, expected)):
@@ -110,7 +112,8 @@ def check_match(
 
 
 def arrays_of(tree: PyTree, root: str = "state") -> dict[str, Any]:
-    """Lists the arrays of a pytree by their places, keys by their data."""
+    """Lists the arrays of a pytree by their paths. PRNG keys are given by their
+    data."""
     return {
         _name(path, root): jr.key_data(x) if is_typed_key(x) else x
         for path, x in jtu.tree_leaves_with_path(tree)
@@ -119,8 +122,8 @@ def arrays_of(tree: PyTree, root: str = "state") -> dict[str, Any]:
 
 
 def facts_of(state: BilevelState) -> dict[str, Any]:
-    """Makes what the header of a file says of a state: its step, the classes in it, and
-    the Python numbers among its leaves."""
+    """Lists what the header of a file says about a state: its step, the classes in it,
+    and the Python numbers among its leaves."""
     numbers = {
         _name(path): [x.real, x.imag] if isinstance(x, complex) else x
         for path, x in jtu.tree_leaves_with_path(state)
@@ -131,8 +134,8 @@ def facts_of(state: BilevelState) -> dict[str, Any]:
 
 
 def _classes_of(state: BilevelState) -> dict[str, str]:
-    """Names what gives the numbers of a state their meaning: the class of each
-    placeholder, and the kind of each PRNG key."""
+    """Lists the class of each placeholder and the kind of each PRNG key, which give the
+    numbers of a state their meaning."""
     nodes = jtu.tree_leaves_with_path(state, is_leaf=is_placeholder)
     names = {
         _name(path): type(x).__qualname__ for path, x in nodes if is_placeholder(x)
@@ -142,7 +145,7 @@ def _classes_of(state: BilevelState) -> dict[str, str]:
 
 
 def check_addressable(state: BilevelState) -> None:
-    """Refuses a state that no process has as a whole."""
+    """Refuses a state that no process holds as a whole."""
     for name, x in arrays_of(state).items():
         whole = not isinstance(x, jax.Array) or (
             x.is_fully_addressable or x.is_fully_replicated
@@ -155,8 +158,8 @@ def check_addressable(state: BilevelState) -> None:
 
 
 def place(array: Any, like: Any) -> Any:
-    """Puts an array where that in `like` is: on a device, or on several. An array of
-    JAX is there already."""
+    """Places an array like the one in `like`: on a device, or on several. An array of
+    JAX is already there."""
     if is_typed_key(like):
         data = place(array, jr.key_data(like))
         return jr.wrap_key_data(data, impl=jr.key_impl(like))

@@ -1,5 +1,5 @@
-"""The checkpoints of a run: when they are made, what is in them, and how the same call
-goes on from them."""
+"""The checkpoints of a run: when they are made, what they hold, and how the same call
+continues from them."""
 
 import concurrent.futures
 import contextlib
@@ -34,23 +34,24 @@ _PACKAGES = ("eqx_hpo", "jax", "equinox", "optax", "numpy")
 
 
 class Checkpoints(eqx.Module):
-    """Saves a run of [`eqx_hpo.tune`][] or [`eqx_hpo.fit`][] as it goes, so that the
-    same script, started again, goes on where the last one ended.
+    """Saves a run of [`eqx_hpo.tune`][] or [`eqx_hpo.fit`][] as it goes. The same
+    script, started again, continues where the last one ended.
 
     ```python
     checkpoint = hpo.Checkpoints("runs/decay", every=500)
     solution = hpo.tune(..., steps=10_000, checkpoint=checkpoint)
     ```
 
-    It then has the result of a run that nobody interrupted, bit for bit, with its whole
-    history. A run that had ended returns its solution at once.
+    The result then equals that of an uninterrupted run bit for bit, with the whole
+    history. If the earlier run had finished, the call returns its solution at once.
 
-    A checkpoint holds the state, the best state of a monitor and what it has read, the
-    position of the data, and, to be compared, the key, the class of the algorithm and
-    of each placeholder. The history is a file of its own. Nothing is ever unpickled.
+    A checkpoint holds the state, the best state and the readings of a monitor, and the
+    position of the data. It also holds the key, the class of the algorithm and the
+    class of each placeholder, to be compared with those of the call. The history is
+    kept in a separate file. Nothing is ever unpickled.
 
-    A save that fails is no reason to end a run: it is a warning, the run tries again
-    at the next one, and `solution.message` tells of it.
+    A save that fails does not end the run. There is a warning, the run tries again at
+    the next save, and `solution.message` mentions it.
     """
 
     folder: str = eqx.field(static=True)
@@ -76,27 +77,29 @@ class Checkpoints(eqx.Module):
     ):
         """**Arguments:**
 
-        - `folder`: where the checkpoints go; it is made if it is not there. A folder
-            belongs to one run.
-        - `every`: save after each step whose number is a multiple of this. The run does
-            not wait for the disk: what falls due while the last save is still under way
-            is left out.
-        - `minutes`: save also when so many minutes have passed since the last save.
-        - `keep_last`: how many checkpoints to keep. If the newest cannot be read, the
-            run goes on from the one before.
-        - `keep_best`: how many states to keep, of those that were the best by a
-            `monitor` when they came.
-        - `backend`: `"file"`, for arrays that one process has as a whole; `"orbax"`,
-            for arrays that are split over the devices of several (the extra `orbax`),
-            which must all see the folder.
-        - `resume`: whether to go on from what is there. `False` begins anew, and
-            removes the checkpoints in the folder.
-        - `signals`: names or numbers of the signals at which the run saves, and returns
-            with `RESULTS.preempted`. A scheduler sends SIGTERM before it kills, and
-            SIGUSR1 where it is asked to (`sbatch --signal=USR1@60`).
+        - `folder`: the folder of the checkpoints. It is created if it does not exist. A
+            folder belongs to one run.
+        - `every`: the number of steps between two saves. The run is saved after each
+            step whose number is a multiple of it. The run does not wait for the disk: a
+            save that falls due while the last one is still being written is left out.
+        - `minutes`: the run is also saved when this many minutes have passed since the
+            last save. `None` means that time does not count.
+        - `keep_last`: the number of checkpoints to keep. If the newest cannot be read,
+            the run continues from the one before.
+        - `keep_best`: the number of best states to keep, of those that were the best by
+            a `monitor` when they came.
+        - `backend`: how arrays are written. Use `"file"` if one process holds each
+            array as a whole. Use `"orbax"` if arrays are split over the devices of
+            several processes. It needs the extra `orbax`, and all processes must see
+            the folder.
+        - `resume`: whether to continue from the checkpoints in the folder. `False`
+            begins anew and removes them.
+        - `signals`: the names or numbers of the signals at which the run saves and
+            returns with `RESULTS.preempted`. A scheduler sends SIGTERM before it kills.
+            It sends SIGUSR1 if asked to (`sbatch --signal=USR1@60`).
 
-        **Raises:** a `ValueError` if an argument is out of range, and from the run if
-        the folder cannot be written, or holds another run.
+        **Raises:** a `ValueError` if an argument is out of range. The run raises one if
+        the folder cannot be written or holds another run.
         """
         check_path("folder", folder)
         check_one_of("backend", backend, _BACKENDS)
@@ -132,8 +135,8 @@ class Keeper:
     def begin(
         self, run: Run, watcher: Watcher | None, algorithm: Any, key: Any
     ) -> bool:
-        """Tries the place out, and goes on from what is there; returns whether the
-        callback had ended that run."""
+        """Checks that the place can be written, and continues from a checkpoint if
+        there is one. Returns whether the callback had ended that run."""
         self._facts = {
             "algorithm": _name(algorithm),
             "key": _numbers_of(key),
@@ -163,14 +166,14 @@ class Keeper:
         return agree(time.monotonic() - self._saved_at >= 60 * minutes) == 1
 
     def save(self, run: Run, watcher: Watcher | None) -> None:
-        """Begins to save a run, unless the last save is still under way."""
+        """Starts to save a run, unless the last save is still under way."""
         is_busy = self._writing is not None and not self._writing[2].done()
         if agree(is_busy) == 0:
             self._collect()
             self._try(run, watcher, stopped=False)
 
     def finish(self, run: Run, watcher: Watcher | None, stopped: bool) -> None:
-        """Saves the end of a run, and waits for it."""
+        """Saves the end of a run, and waits until it is written."""
         self._collect()
         if self._is_ready and run.has_begun() and run.is_alive():
             self._try(run, watcher, stopped)
@@ -179,7 +182,8 @@ class Keeper:
         self._store.close()
 
     def describe(self) -> str:
-        """Tells of the saves that failed; empty if there are none."""
+        """Describes the saves that failed. Returns an empty string if there are
+        none."""
         if len(self._failures) == 0:
             return ""
         step, reason = self._failures[-1]
@@ -189,7 +193,7 @@ class Keeper:
         )
 
     def _newest(self, run: Run) -> Snapshot | None:
-        """Reads the newest checkpoint that can be read, if it is of this run."""
+        """Reads the newest readable checkpoint, if it belongs to this run."""
         steps, reasons = self._store.steps(), []
         for number in reversed(steps):
             try:
@@ -212,8 +216,8 @@ class Keeper:
         return None
 
     def _is_ours(self, header: dict[str, Any], began: int) -> bool:
-        """Tells whether a checkpoint is of this very run, and not of the one before,
-        whose last state was given to go on from."""
+        """Tells whether a checkpoint belongs to this run, and not to an earlier one
+        whose last state this run continues from."""
         if header.get("began") != began and header["step"] == began:
             return False
         for name, what in (
@@ -236,7 +240,8 @@ class Keeper:
                 self._needs[step] = self._store.header(step).get("best")
 
     def _restore(self, run: Run, watcher: Watcher | None, snapshot: Snapshot) -> int:
-        """Goes over to a snapshot; returns how many rows the history has."""
+        """Continues the run from a snapshot. Returns the number of rows of the
+        history."""
         extra, header = snapshot.extra, snapshot.header
         if self._store.history is None:
             count = run.rows.restore(extra["history"], snapshot.step)
@@ -298,7 +303,7 @@ class Keeper:
         return Snapshot(run.step, run.state, extra, header, best)
 
     def _keep(self, snapshot: Snapshot) -> Keep:
-        """Finds what is to be kept once `snapshot` is there."""
+        """Chooses what to keep once `snapshot` is written."""
         needs = {**self._needs, snapshot.step: snapshot.best and snapshot.best[0]}
         steps = sorted(needs)[-self.settings.keep_last :]
         bests = {best for x in steps if (best := needs[x]) is not None}
@@ -329,8 +334,9 @@ class Keeper:
 
 
 def make_keeper(checkpoint: Any, every: int) -> Keeper | None:
-    """Makes what saves a run, of the argument `checkpoint` of a driver: `Checkpoints`,
-    or the path of a folder or of a file, which is saved `every` so many steps."""
+    """Makes the object that saves a run, from the argument `checkpoint` of a driver.
+    This is a `Checkpoints`, or the path of a folder or of a file. With a path, the run
+    is saved after every `every` steps."""
     if checkpoint is None:
         return None
     if not isinstance(checkpoint, Checkpoints):

@@ -1,7 +1,7 @@
 """Checks of what users pass in. Each raises a `ValueError` that names the argument.
 
-A function `as_...` returns what it checked, in one form. What is traced has no values
-to look at yet, and passes.
+A function `as_...` returns what it checked, in one form. Traced arrays have no values
+yet, so they pass.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ def as_int(name: str, value: Any, least: int | None = None) -> int:
 
 
 def as_count(name: str, value: Any) -> int:
-    """Converts a number of steps. What is too large to be counted stands for never."""
+    """Converts a number of steps. A number too large to be counted stands for never."""
     return min(as_int(name, value, 1), MOST_STEPS)
 
 
@@ -90,7 +90,7 @@ def as_share(name: str, value: Any) -> Float[Array, ""]:
 
 
 def as_number(name: str, value: Any, zero: bool = True) -> Float[Array, ""]:
-    """Converts a finite number above zero to a scalar array; `zero` allows zero too."""
+    """Converts a finite number above zero to a scalar array. `zero` allows zero too."""
     what = f"a number {'of at least' if zero else 'above'} zero, and finite"
     valid = lambda x: (x >= 0 if zero else x > 0) and x < float("inf")
     return _as_scalar(name, value, what, valid)
@@ -106,7 +106,7 @@ def _as_scalar(
 
 
 def as_real(name: str, value: Any, what: str = _REAL) -> Array:
-    """Converts integers or floating-point numbers, one at least, to an array."""
+    """Converts at least one integer or floating-point number to an array."""
     traced = any(isinstance(x, Tracer) for x in jtu.tree_leaves(value))
     try:
         # Within `jit` a constant would be traced too, and pass all checks.
@@ -131,7 +131,7 @@ def as_finite(name: str, value: Any) -> Array:
 def check_all(
     name: str, array: Array, valid: Callable[[np.ndarray], Any], what: str
 ) -> None:
-    """Checks that all entries are `valid`. On the host: nothing is compiled."""
+    """Checks on the host that all entries are `valid`. Nothing is compiled."""
     if isinstance(array, Tracer) or not array.is_fully_addressable:
         return
     values = np.asarray(array)
@@ -140,7 +140,7 @@ def check_all(
 
 
 def check_leaves(name: str, tree: PyTree) -> None:
-    """Refuses arrays that JAX does not take."""
+    """Refuses arrays that JAX cannot use."""
     for path, x in jtu.tree_leaves_with_path(tree):
         problem = _foreign(x)
         if problem is not None:
@@ -173,7 +173,7 @@ def kind(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """Describes a value in a sentence: numbers and short text as they are."""
+    """Describes a value in a sentence. Numbers and short text are shown in full."""
     if isinstance(value, (bool, int, float, complex, str, np.number, np.bool_)):
         return repr(value)
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):

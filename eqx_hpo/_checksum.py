@@ -1,4 +1,4 @@
-"""A checksum of an array that the devices compute where its parts are."""
+"""Computes a checksum of an array on the devices that hold its parts."""
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,11 @@ from jaxtyping import Array, UInt32
 
 @jax.jit
 def checksum(array: Array) -> UInt32[Array, ""]:
-    """Adds up a mixture of each entry and its place, modulo 2^32.
+    """Computes the sum over a mixture of each entry and its place, modulo 2^32.
 
-    The order does not matter, so it is the same however the array is split over
-    devices. For a given place the mixture is one to one: a change of one number of 32
-    bits always changes the sum, and any other change but once in 2^32.
+    The order does not matter, so the checksum is the same however the array is split
+    over devices. For a given place the mixture is one to one. So a change of one 32-bit
+    number always changes the sum. Any other change goes unnoticed only once in 2^32.
     """
     place = jnp.uint32(0)
     for axis, size in enumerate(array.shape):
@@ -42,8 +42,8 @@ def _bits(array: Array) -> list[UInt32[Array, "..."]]:
 
 
 def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """Permutes the numbers of 32 bits, so that each bit depends on all (the end of
-    MurmurHash3)."""
+    """Permutes the 32-bit numbers. Each bit of the result depends on all bits (the end
+    of MurmurHash3)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

@@ -1,9 +1,10 @@
-"""A file of named arrays with a checksum each, and a header.
+"""A file of named arrays, each with a checksum, and a header.
 
-The arrays stand first, one behind the other; then the header, as JSON, with the name,
-dtype, shape and checksum of each array; then the header's own length and checksum. So
-an array at a time is in memory, nothing is ever unpickled, and a file that was cut
-short, changed or made by something else is found out before it is believed.
+The arrays come first, one after the other. Then comes the header as JSON, with the
+name, dtype, shape and checksum of each array. Last comes the length and the checksum of
+the header itself. So only one array at a time is in memory, and nothing is ever
+unpickled. A file that was cut short, changed or made by something else is detected
+before it is used.
 """
 
 import contextlib
@@ -30,11 +31,11 @@ _LONGEST_HEADER = 2**28
 
 
 class DamagedFile(ValueError):
-    """A file that is none of ours, or not whole any more."""
+    """A file that this package did not write, or that is no longer whole."""
 
 
 class Entry(NamedTuple):
-    """An array in a file."""
+    """Describes an array in a file."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -51,10 +52,10 @@ class Entry(NamedTuple):
 def write_file(
     path: pathlib.Path, header: Mapping[str, Any], arrays: Mapping[str, Any]
 ) -> None:
-    """Writes a file under another name and moves it in place, so that a process which
-    dies meanwhile leaves the last good one.
+    """Writes a file under another name and moves it in place. A process that dies
+    meanwhile leaves the last good file.
 
-    **Raises:** an `OSError`; nothing is left behind then.
+    **Raises:** an `OSError`. Nothing is left behind then.
     """
     remove_partial(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -79,14 +80,14 @@ def write_file(
 
 
 def remove_partial(path: pathlib.Path) -> None:
-    """Removes what a killed process left of `path`."""
+    """Removes the remains that a killed process left of `path`."""
     for stray in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         with contextlib.suppress(OSError):
             stray.unlink()
 
 
 def sync_folder(folder: pathlib.Path) -> None:
-    """Puts the names in a folder on disk, where the system can."""
+    """Forces the names in a folder to disk, if the system can do so."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -103,9 +104,11 @@ def _write_array(file: Any, array: Any) -> list[Any]:
 
 
 class Container:
-    """A file that `write_file` wrote, open for reading. Making one reads the header.
+    """Holds a file that `write_file` wrote, open for reading. The constructor reads the
+    header.
 
-    **Raises:** a `DamagedFile` if it is no such file, or not whole; an `OSError`.
+    **Raises:** a `DamagedFile` if the file is not of this kind or is not whole. An
+    `OSError` if it cannot be read.
     """
 
     def __init__(self, path: Any):

@@ -1,5 +1,5 @@
-"""What `step` takes as data: one batch for all inner steps, batches drawn on the
-device, or batches made on the host."""
+"""Defines the data that `step` takes: one batch for all inner steps, batches drawn on
+the device, or batches made on the host."""
 
 import abc
 import math
@@ -26,7 +26,7 @@ _ROUNDS = 24  # of the shuffle; each leaves half of the points where they are
 
 
 class AbstractBatches(eqx.Module):
-    """A batch for each inner step."""
+    """A source of one batch for each inner step."""
 
     @abc.abstractmethod
     def draw(self, index: IntScalar, position: IntScalar, key: Key) -> Batch:
@@ -53,8 +53,8 @@ class SameBatch(AbstractBatches):
 
 
 class Minibatch(AbstractBatches):
-    """A fresh random batch at each inner step, drawn on the device from arrays that
-    are held there as a whole."""
+    """Draws a fresh random batch at each inner step. The device holds the whole data
+    and draws from them."""
 
     data: PyTree[Array]
     seed: UInt32[Array, ""]
@@ -74,11 +74,11 @@ class Minibatch(AbstractBatches):
         - `data`: a pytree of arrays with the same leading axis, of length `n`.
         - `batch_size`: the number of examples in a batch, from 1 to `n`.
         - `replacement`: `True` draws each example independently, with the `key` given
-            to `step`. `False` walks through shuffled epochs: each example comes once
-            an epoch, in a new order each time; the last, incomplete batch of an epoch
-            is left out. An epoch is a function of `seed` and of the step counter
-            alone, so no permutation is ever stored.
-        - `seed`: of the shuffled epochs.
+            to `step`. `False` walks through shuffled epochs. Each example then comes
+            once an epoch, in a new order each time. The last, incomplete batch of an
+            epoch is left out. The order depends only on `seed` and on the step counter,
+            so no permutation is ever stored.
+        - `seed`: the seed of the shuffled epochs, an integer.
 
         **Raises:** a `ValueError` if `data` is empty, its leading axes differ, or
         `batch_size` is out of range.
@@ -108,16 +108,16 @@ class Minibatch(AbstractBatches):
 
 
 class Stacked(AbstractBatches):
-    """Batches made on the host, one for each inner step of a call of `step`. Beyond
-    these, where an algorithm looks further ahead, they come again from the first."""
+    """Holds batches made on the host, one for each inner step of a call of `step`. If
+    an algorithm looks further ahead, the batches repeat from the first one."""
 
     batches: PyTree[Array]
 
     def __init__(self, batches: PyTree[Any]):
         """**Arguments:**
 
-        - `batches`: a pytree of arrays whose leading axis runs over the inner steps;
-            its length is the `inner_steps` of the algorithm.
+        - `batches`: a pytree of arrays whose leading axis runs over the inner steps.
+            The length of this axis is the `inner_steps` of the algorithm.
 
         **Raises:** a `ValueError` if it is empty or the leading axes differ.
         """
@@ -130,8 +130,8 @@ class Stacked(AbstractBatches):
 
 
 def as_batches(data: Any, name: str, inner_steps: int | None) -> AbstractBatches:
-    """Brings what the user gave as `train` or `val` to one form, or says what is wrong
-    with it."""
+    """Converts what the user gave as `train` or `val` to one form. Raises a
+    `ValueError` if something is wrong with it."""
     if isinstance(data, Stacked) and inner_steps is not None:
         length = jtu.tree_leaves(data.batches)[0].shape[0]
         if length != inner_steps:
@@ -152,9 +152,9 @@ def as_batches(data: Any, name: str, inner_steps: int | None) -> AbstractBatches
 
 
 def first_batch(data: AbstractBatches, key: Key, mesh: Mesh | None) -> Batch:
-    """Makes the first batch, where a state has to hold one: its shapes, as
-    `jax.ShapeDtypeStruct`s, or on a mesh the batch, which alone tells how batches lie
-    there. `None` where the batch is always the same."""
+    """Makes the first batch, for a state that has to hold one. It consists of
+    `jax.ShapeDtypeStruct`s. On a mesh it is a real batch, since only that shows how
+    batches lie on the mesh. It is `None` if the batch is always the same."""
     if isinstance(data, SameBatch):
         return None
     first = jnp.array(0)
@@ -165,7 +165,7 @@ def first_batch(data: AbstractBatches, key: Key, mesh: Mesh | None) -> Batch:
 
 
 def leading_axis(name: str, data: PyTree[Any]) -> int:
-    """Finds the length of the leading axis that all arrays of `data` must have."""
+    """Finds the length of the leading axis, which all arrays of `data` must share."""
     check_leaves(name, data)
     leaves = jtu.tree_leaves(data)
     shapes = [getattr(x, "shape", None) for x in leaves]
@@ -184,13 +184,14 @@ def leading_axis(name: str, data: PyTree[Any]) -> int:
 
 
 def holds_numbers(data: PyTree) -> bool:
-    """Tells whether a leaf of `data` is a Python number, and not a flag."""
+    """Tells whether a leaf of `data` is a Python number other than a boolean."""
     return not _NUMBERS.isdisjoint(map(type, jtu.tree_leaves(data)))
 
 
 def numbers_as_arrays(data: PyTree) -> PyTree:
-    """Makes arrays of the Python numbers in plain data: static, each other number would
-    compile anew. Flags stay as they are, for a loss that branches on one."""
+    """Turns the Python numbers in plain data into arrays. As static values, each new
+    number would compile again. Booleans stay Python booleans, since a loss may branch
+    on one."""
     if not holds_numbers(data):
         return data
 
@@ -203,7 +204,7 @@ def numbers_as_arrays(data: PyTree) -> PyTree:
 
 
 def examples(batch: Batch) -> Batch:
-    """Takes the part of a batch that `mix_batches` can mix: its arrays, or their
+    """Selects the part of a batch that `mix_batches` can mix: its arrays, or their
     shapes, without PRNG keys."""
     return eqx.filter(batch, _is_number)
 
@@ -211,13 +212,13 @@ def examples(batch: Batch) -> Batch:
 def mix_batches(
     old: Batch, new: Batch, keep: Float[Array, ""], key: PRNGKeyArray
 ) -> Batch:
-    """Keeps a share of the examples of `old`, at random places, and puts those of `new`
-    in all other places.
+    """Keeps a share of the examples of `old` at random places. All other places get the
+    examples of `new`.
 
     The number of examples stays the same, and a batch that is mixed with itself does
-    not change. A number that is not whole is rounded up or down at random, which is
-    right on average. Batches whose arrays have no leading axis in common are one
-    example each.
+    not change. A fractional number of kept examples is rounded up or down at random,
+    which is right on average. A batch whose arrays have no common leading axis counts
+    as one example.
     """
     shapes = [x.shape for x in jtu.tree_leaves(new)]
     lengths = {shape[:1] for shape in shapes}
@@ -261,8 +262,9 @@ def _as_seed(seed: Any) -> UInt32[Array, ""]:
 
 
 def take_rows(x: Array, rows: Int[Array, "... batch"]) -> Array:
-    """Indexes the leading axis. On a mesh with explicit axes the batches are split as
-    the data are, if their length allows that, and else whole on each device."""
+    """Indexes the leading axis. On a mesh with explicit axes, the batches are split as
+    the data are, if their length allows it. Otherwise each device holds them as a
+    whole."""
     sharding = jax.typeof(x).sharding
     if sharding.mesh.empty or not sharding.mesh.explicit_axes:
         return x[rows]
@@ -279,9 +281,9 @@ def _shuffle(
 ) -> Int[Array, " batch"]:
     """Sends `rows` through a pseudo-random permutation of `range(size)`.
 
-    A swap-or-not network (Hoang, Morris, Rogaway, CRYPTO 2012): each round pairs the
-    points by reflection at a random centre and swaps each pair or not by a hash. It
-    costs the same for any `size`, unlike sorting random numbers.
+    This is a swap-or-not network (Hoang, Morris, Rogaway, CRYPTO 2012). Each round
+    pairs the points by reflection at a random centre, and a hash decides whether to
+    swap each pair. It costs the same for any `size`, unlike sorting random numbers.
     """
 
     def swap(rows, bits):

@@ -1,4 +1,5 @@
-"""The hypergradients of several algorithms beside the exact one, and what they cost."""
+"""Compares the hypergradients of several algorithms with the exact one, and their
+costs."""
 
 import statistics
 import time
@@ -37,18 +38,21 @@ _LARGEST_UNROLL = 32  # inner steps; more take long to compile
 
 
 class ComparisonRow(eqx.Module):
-    """A hypergradient beside the exact one, and its cost.
+    """Compares a hypergradient with the exact one, and holds its cost.
 
     **Attributes:**
 
-    - `name`: of the algorithm.
-    - `cosine`: of the angle to the exact hypergradient, over all `raw` arrays.
-    - `relative_error`: the norm of the difference, over that of the exact one.
-    - `seconds`: for each inner step, the median over calls of `step`.
-    - `flops`: of the estimate, for each inner step, as XLA counts them with the loops
-        over inner steps unrolled: NaN for more than 32 inner steps. The loop of a
-        linear solver counts as one pass.
-    - `temporaries`: the temporary memory of a step in bytes, as XLA plans it.
+    - `name`: the name of the algorithm.
+    - `cosine`: the cosine of the angle to the exact hypergradient, over all `raw`
+        arrays.
+    - `relative_error`: the norm of the difference, divided by the norm of the exact
+        hypergradient.
+    - `seconds`: the time for each inner step in seconds, as the median over calls of
+        `step`.
+    - `flops`: the operations of the estimate for each inner step, as XLA counts them
+        with the loops over inner steps unrolled. It is NaN for more than 32 inner
+        steps. The loop of a linear solver counts as one pass.
+    - `temporaries`: the temporary memory of a step in bytes, as planned by XLA.
 
     `cosine` and `relative_error` are NaN if the step was skipped.
     """
@@ -62,14 +66,14 @@ class ComparisonRow(eqx.Module):
 
 
 class Comparison(eqx.Module):
-    """The result of [`eqx_hpo.compare_hypergradients`][]. It prints as a table.
+    """Holds the result of [`eqx_hpo.compare_hypergradients`][]. It prints as a table.
 
     **Attributes:**
 
-    - `rows`: a [`eqx_hpo.ComparisonRow`][] for each algorithm.
-    - `inner_steps`: the length of the training.
-    - `exact`: the exact hypergradient, shaped like the hyperparameters; that of the
-        last algorithm where keys or batches differ with the calls.
+    - `rows`: an [`eqx_hpo.ComparisonRow`][] for each algorithm.
+    - `inner_steps`: the number of inner steps of the training.
+    - `exact`: the exact hypergradient, in the structure of the hyperparameters. If keys
+        or batches differ with the calls, it is the one for the last algorithm.
     """
 
     rows: tuple[ComparisonRow, ...]
@@ -89,7 +93,7 @@ class Comparison(eqx.Module):
         return "\n".join(lines)
 
     def draw(self) -> Any:
-        """Draws cosine, relative error, time and memory; returns a
+        """Draws cosine, relative error, time and memory. Returns a
         `matplotlib.figure.Figure`."""
         from matplotlib.figure import Figure
 
@@ -125,36 +129,39 @@ def compare_hypergradients(
     reference: Reference = "unrolled",
     repeats: int = 5,
 ) -> Comparison:
-    """Puts hypergradients beside the exact one of the same training.
+    """Compares the hypergradients of algorithms with the exact one of the same
+    training.
 
-    All algorithms train from the same start with the same hyperparameters, which do
-    not move, for as many inner steps as the one with the most of them takes in a call
-    of `step`; one with fewer takes several calls, and its last hypergradient counts.
-    The exact one is that of the last validation loss in the hyperparameters, through
-    all those inner steps, with the batches and the keys that the algorithm had.
+    All algorithms train from the same start with the same hyperparameters, which do not
+    move. The training has as many inner steps as the largest number that an algorithm
+    takes in a call of `step`. An algorithm with fewer takes several calls, and its last
+    hypergradient counts. The exact hypergradient is the derivative of the last
+    validation loss through all these inner steps, with the batches and the keys that
+    the algorithm had.
 
-    Compiles each step twice, and runs it a few times more to measure it.
+    Each step is compiled twice, and runs a few more times to measure it.
 
     **Arguments:**
 
-    - `algorithms`: the algorithms, by name or in a sequence.
-    - `model`, `hyperparams`: as for `init`: where to compare.
+    - `algorithms`: the algorithms, in a dictionary by name or in a sequence.
+    - `model`, `hyperparams`: as for `init`. The comparison starts from them.
     - `train`, `val`: as for `step`.
     - `key`: a PRNG key, or `None` if nothing is random.
     - `inner_opt_state`: the state of the inner optimiser, to start in the middle of a
-        training; a fresh one by default.
+        training. By default it is fresh.
     - `model_state`: an `eqx.nn.State`, for losses that take one.
-    - `reference`: `"unrolled"`, by reverse mode through the whole training; or
-        `"differences"`, central differences of the whole training, two for each number
-        among the hyperparameters, where reverse mode does not fit in memory or the loss
-        has no second derivatives. In single precision these have an error of about
-        1e-3 themselves.
-    - `repeats`: over how many further calls the time is taken.
+    - `reference`: how the exact hypergradient is computed. `"unrolled"` means reverse
+        mode through the whole training. `"differences"` means central differences of
+        the whole training, with two trainings for each number among the
+        hyperparameters. Use them if reverse mode does not fit in memory or the loss has
+        no second derivatives. In single precision they have an error of about 1e-3
+        themselves.
+    - `repeats`: the number of further calls over which the time is taken.
 
-    **Returns:** a [`eqx_hpo.Comparison`][]. `print` it, or `draw` it.
+    **Returns:** an [`eqx_hpo.Comparison`][]. `print` it, or `draw` it.
 
-    **Raises:** a `ValueError` if inner steps do not fit together, or for a
-    [`eqx_hpo.MetaLearner`][] (compare the algorithm that it wraps).
+    **Raises:** a `ValueError` if the numbers of inner steps do not fit together, or if
+    an algorithm is an [`eqx_hpo.MetaLearner`][] (compare the algorithm that it wraps).
     """
     named = _with_names(algorithms)
     check_key(key)
@@ -259,7 +266,8 @@ _RECORD = optax.GradientTransformation(_init_record, _update_record)
 
 
 class _Step:
-    """A step of an algorithm, compiled, as a function of the state and its number."""
+    """Holds the compiled step of an algorithm, as a function of the state and its
+    number."""
 
     def __init__(self, algorithm, state, data, key):
         arrays, self.static = eqx.partition(state, eqx.is_array)
@@ -282,8 +290,8 @@ class _Step:
 
 
 def _flops(algorithm, state, data, key) -> float:
-    """Counts the operations of an estimate, with all loops over inner steps unrolled:
-    XLA counts the body of a loop once."""
+    """Counts the operations of an estimate with all loops over inner steps unrolled,
+    since XLA counts the body of a loop only once."""
     steps = algorithm.inner_steps
     if steps > _LARGEST_UNROLL:
         return float("nan")

@@ -1,9 +1,9 @@
-"""Discrete hyperparameters, relaxed: placeholders that are tuned by gradient as
-continuous values, and become discrete at the end by `discretise`.
+"""Relaxed discrete hyperparameters. Their placeholders are tuned by gradient as
+continuous values, and `discretise` makes them discrete at the end.
 
-The `noise` that is drawn at random and the `temperature` that follows a schedule are
-constants of the placeholder. `refresh` renews them once before a step, and everything
-that the step evaluates sees the same values.
+The random `noise` and the scheduled `temperature` are constants of the placeholder.
+`refresh` renews them once before a step, and everything in the step sees the same
+values.
 """
 
 import abc
@@ -35,16 +35,15 @@ Temperature: TypeAlias = ArrayLike | Callable[[IntScalar], Any]
 
 
 class AbstractDiscrete(AbstractHyperparameter):
-    """A placeholder for discrete values, which unwraps to a relaxation of them."""
+    """A placeholder for discrete values. It unwraps to a relaxation of them."""
 
     @abc.abstractmethod
     def discretise(self) -> Float[Array, "..."]:
-        """Returns the discrete value that is meant, in the shape and dtype of the
-        relaxed one."""
+        """Returns the discrete value, in the shape and dtype of the relaxed one."""
 
 
 class AbstractRelaxed(AbstractDiscrete):
-    """A relaxation with a temperature, at zero of which it is discrete, and with noise
+    """A relaxation with a temperature. At temperature zero it is discrete. It has noise
     on `raw` if it is a random sample."""
 
     temperature: eqx.AbstractVar[Float[Array, ""]]
@@ -57,14 +56,16 @@ class AbstractRelaxed(AbstractDiscrete):
 
 
 class Choice(AbstractRelaxed):
-    r"""One of `n` options: unwraps to weights that sum to one along the last axis,
+    r"""A choice of one among `n` options. It unwraps to weights that sum to one along
+    the last axis,
 
     $$w = \mathrm{softmax}\Big( \frac{\text{raw} + \text{noise}}{\text{temperature}}
     \Big).$$
 
-    Use them to mix the outputs of the options, `jnp.tensordot(w, outputs, axes=1)`, or
-    to average their values, `w @ jnp.array([16.0, 32.0, 64.0])`. [`eqx_hpo.discretise`]
-    [] makes them a one at the largest logit and zeros.
+    Use the weights to mix the outputs of the options,
+    `jnp.tensordot(w, outputs, axes=1)`, or to average their values,
+    `w @ jnp.array([16.0, 32.0, 64.0])`. [`eqx_hpo.discretise`][] turns them into a one
+    at the largest logit and zeros elsewhere.
 
     ??? cite "References"
 
@@ -90,15 +91,15 @@ class Choice(AbstractRelaxed):
     ):
         """**Arguments:**
 
-        - `logits`: the starting logits, of shape `(..., n)`, floating point; or the
-            number `n` of options, for equal weights.
-        - `temperature`: above zero; a number, or a function of the step to one, such as
-            a schedule of Optax, starting at step 0.
-        - `sample`: whether Gumbel noise is added to the logits, new for each step: then
-            the weights are a sample of the relaxed categorical distribution. Needs the
-            `key` of `step`.
-        - `straight_through`: whether the weights are discrete already, with the
-            derivative of the relaxed ones.
+        - `logits`: the starting logits, of shape `(..., n)`, floating point. The number
+            `n` of options stands for equal weights.
+        - `temperature`: the temperature, above zero. It is a number, or a function from
+            the step (counted from 0) to a number, such as a schedule of Optax.
+        - `sample`: whether to add Gumbel noise to the logits, with new noise for each
+            step. The weights are then a sample of the relaxed categorical distribution.
+            This needs the `key` of `step`.
+        - `straight_through`: whether the weights are discrete already while training,
+            with the derivative of the relaxed ones.
 
         **Raises:** a `ValueError` if `temperature` is not above zero, a logit is not
         finite, or there are no options.
@@ -128,10 +129,10 @@ class Choice(AbstractRelaxed):
 
 
 class Switch(AbstractRelaxed):
-    """Off or on: unwraps to a number between 0 and 1, `sigmoid((raw + noise) /
-    temperature)`, to multiply with what is switched. [`eqx_hpo.discretise`][] makes it
-    1 if `raw` is above zero, else 0. The case of two options of [`eqx_hpo.Choice`][];
-    see there."""
+    """A switch that is off or on. It unwraps to a number between 0 and 1,
+    `sigmoid((raw + noise) / temperature)`. Multiply what it switches by this number.
+    [`eqx_hpo.discretise`][] turns it into 1 if `raw` is above zero, else into 0. It is
+    an [`eqx_hpo.Choice`][] with two options."""
 
     raw: Float[Array, "..."]
     temperature: Float[Array, ""]
@@ -149,8 +150,9 @@ class Switch(AbstractRelaxed):
     ):
         """**Arguments:**
 
-        - `logits`: the starting logits, of any shape, floating point: above zero is on.
-        - `temperature`, `sample`, `straight_through`: those of [`eqx_hpo.Choice`][],
+        - `logits`: the starting logits, of any shape, floating point. A logit above
+            zero means on.
+        - `temperature`, `sample`, `straight_through`: as for [`eqx_hpo.Choice`][], but
             with logistic noise.
 
         **Raises:** a `ValueError` if `temperature` is not above zero, or a logit is not
@@ -175,8 +177,8 @@ class Switch(AbstractRelaxed):
 
 
 class Integer(AbstractDiscrete):
-    """A whole number of a range: unwraps to a real number, from half below `lower` to
-    half above `upper`. [`eqx_hpo.discretise`][] rounds it."""
+    """A whole number in a range. It unwraps to a real number between `lower - 0.5` and
+    `upper + 0.5`. [`eqx_hpo.discretise`][] rounds it."""
 
     raw: Float[Array, "..."]
     lower: Float[Array, "..."]
@@ -194,9 +196,9 @@ class Integer(AbstractDiscrete):
         """**Arguments:**
 
         - `value`: the starting value, of any shape, from `lower` to `upper`.
-        - `lower`, `upper`: the bounds, which belong to the range.
-        - `straight_through`: whether the number is rounded already, with the derivative
-            of the real one.
+        - `lower`, `upper`: the bounds, both included in the range.
+        - `straight_through`: whether the number is rounded already while training, with
+            the derivative of the real one.
 
         **Raises:** a `ValueError` unless `lower <= value <= upper` everywhere.
         """
@@ -228,15 +230,15 @@ class Integer(AbstractDiscrete):
 
 
 def discretise(hyperparams: Hyperparams) -> Hyperparams:
-    """Replaces each placeholder by its final value: a discrete one by the discrete
-    value that is meant, any other one as [`eqx_hpo.unwrap`][] does.
+    """Replaces each placeholder by its final value. A discrete one becomes a discrete
+    value. Any other one is unwrapped, as by [`eqx_hpo.unwrap`][].
 
     **Arguments:**
 
     - `hyperparams`: any pytree.
 
-    **Returns:** the same pytree with plain arrays in place of placeholders, of the
-    shapes and dtypes of the unwrapped ones: both fit a loss.
+    **Returns:** the same pytree with plain arrays in place of placeholders. They have
+    the shapes and dtypes of the unwrapped values, so a loss takes both.
     """
     choose = lambda x: x.discretise() if isinstance(x, AbstractDiscrete) else x
     return unwrap(jtu.tree_map(choose, hyperparams, is_leaf=is_placeholder))
@@ -248,7 +250,7 @@ def has_discrete(hyperparams: Hyperparams) -> bool:
 
 
 def refresh(hyperparams: Hyperparams, key: Key, step: IntScalar) -> Hyperparams:
-    """Renews noise and temperature, as a function of the key and the step alone."""
+    """Renews noise and temperature. They depend only on the key and the step."""
     nodes, treedef = jtu.tree_flatten(hyperparams, is_leaf=is_placeholder)
     relaxed = [i for i, x in enumerate(nodes) if isinstance(x, AbstractRelaxed)]
     for number, i in enumerate(relaxed):
@@ -271,8 +273,7 @@ def refresh(hyperparams: Hyperparams, key: Key, step: IntScalar) -> Hyperparams:
 
 
 def without_noise(hyperparams: Hyperparams) -> Hyperparams:
-    """Moves all placeholders to the centre of their noise, for a report that is not
-    random."""
+    """Removes the noise of all placeholders, for a report that is not random."""
 
     def silence(x):
         if not isinstance(x, AbstractRelaxed) or x.noise is None:

@@ -1,4 +1,4 @@
-"""The figure of a run, for `Solution.draw`."""
+"""Draws the figure of a run, for `Solution.draw`."""
 
 import functools as ft
 import math
@@ -35,7 +35,8 @@ Draw = Callable[[Any], None]
 
 
 class _Course(NamedTuple):
-    """The horizontal axis of all panels: its values and name, and how lines look."""
+    """Holds the horizontal axis of all panels: its values, its name, and the look of
+    lines."""
 
     x: Shaped[np.ndarray, " records"]
     name: str
@@ -43,8 +44,8 @@ class _Course(NamedTuple):
 
 
 class _Trajectory(NamedTuple):
-    """A hyperparameter over the records: an array with its entries in the last axis,
-    each with a label, or with mean, minimum and maximum there if it is a summary."""
+    """Holds a hyperparameter over the records. The last axis of the array holds its
+    entries, each with a label, or its mean, minimum and maximum if it is a summary."""
 
     name: str
     array: Float[np.ndarray, "records entries"]
@@ -53,7 +54,7 @@ class _Trajectory(NamedTuple):
 
 
 def draw_run(history: Any, values: Hyperparams, best: Any) -> Any:
-    """Draws the fields of a `Solution` of these names."""
+    """Draws the fields of a `Solution` that have the names of the arguments."""
     Figure = _import_figure()
     course = _course(history.step)
     panels: list[Draw] = [ft.partial(_draw_losses, history, course)]
@@ -136,7 +137,7 @@ def _mark_skipped(history: Any, course: _Course, ax: Any) -> None:
 
 
 def _newly_skipped(history: Any, course: _Course) -> Shaped[np.ndarray, " records"]:
-    """Counts the steps that were skipped since the record before."""
+    """Counts the steps that were skipped since the last record."""
     if course.name == "trial":
         return history.skipped
     new, gaps = np.diff(history.skipped, prepend=0), np.diff(history.step)
@@ -213,14 +214,15 @@ def _line(ax: Any, course: _Course, y: np.ndarray, **how: Any) -> None:
 
 
 def _finite(*arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Puts NaN in the place of what is not finite; and all finite numbers alone."""
+    """Replaces numbers that are not finite by NaN. Returns this array, and the finite
+    numbers alone."""
     x = np.concatenate([np.asarray(x, float).ravel() for x in arrays])
     is_finite = np.isfinite(x)
     return np.where(is_finite, x, np.nan), x[is_finite]
 
 
 def _set_scale(ax: Any, *arrays: np.ndarray) -> None:
-    """Goes over to a logarithmic scale where positive numbers differ tenfold."""
+    """Switches to a logarithmic scale if positive numbers differ tenfold."""
     _, numbers = _finite(*arrays)
     if numbers.size > 0 and 0 < 10 * numbers.min() < numbers.max():
         ax.set_yscale("log", nonpositive="mask")

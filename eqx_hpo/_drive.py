@@ -1,4 +1,4 @@
-"""The loop of the drivers: steps, and what is done between them."""
+"""The loop of the drivers: it takes the steps, and acts between them."""
 
 import contextlib
 import dataclasses
@@ -41,8 +41,8 @@ Event: TypeAlias = tuple[int, Callable[[], Any]]
 
 
 class Companions:
-    """What goes along with the steps of a run: a monitor, callbacks, checkpoints and a
-    progress bar, as the drivers take them."""
+    """Holds what accompanies the steps of a run: a monitor, callbacks, checkpoints and
+    a progress bar, as the drivers take them."""
 
     def __init__(
         self,
@@ -65,8 +65,8 @@ class Companions:
         self._watch_every = 0 if monitor is None else monitor.every
 
     def check(self, start: int, steps: int) -> None:
-        """Refuses a fresh run in which the monitor would read the start alone, and the
-        solution be the model as it was given."""
+        """Refuses a fresh run in which the monitor would only read the start. Its
+        solution would be the model that was given."""
         if start == 0 and steps < self._watch_every:
             raise ValueError(
                 f"`monitor` reads every {self._watch_every} steps, and the run has "
@@ -80,7 +80,7 @@ class Companions:
         return self.keeper.settings.signals
 
     def events(self, run: Run) -> list[Event]:
-        """Makes what is done after steps of `run`."""
+        """Lists the events that follow steps of `run`."""
         events: list[Event] = []
         if self.watcher is not None:
             events.append((self._watch_every, lambda: self.watch(run)))
@@ -100,8 +100,8 @@ class Companions:
         return RESULTS.patience if self.watcher.is_over() else None
 
     def begin(self, run: Run, algorithm: Any, key: Any) -> Any:
-        """Goes on from a checkpoint, if there is one of this run. Returns an item of
-        `RESULTS` if that was its end."""
+        """Continues from a checkpoint of this run, if there is one. Returns an item of
+        `RESULTS` if the run had ended there."""
         stopped = False
         if self.keeper is not None:
             stopped = self.keeper.begin(run, self.watcher, algorithm, key)
@@ -123,8 +123,8 @@ def conduct(
     tunes: bool,
     identity: tuple[Any, Any],
 ) -> Solution:
-    """Takes `steps` steps, with all that goes along. `identity` are the algorithm and
-    the key, by which a checkpoint is known to be of the same run."""
+    """Takes `steps` steps with their companions. `identity` is the algorithm and the
+    key. They tell whether a checkpoint belongs to the same run."""
     companions.check(run.step, steps)
     watcher, keeper = companions.watcher, companions.keeper
     end, result = run.began + steps, RESULTS.failed
@@ -166,7 +166,8 @@ def conduct(
 
 
 def _with_reports(solution: Solution, run: Run, companions: Companions) -> Solution:
-    """Tells what the run itself does not know, in words and in warnings."""
+    """Adds what the run itself does not know, as text of the message and as
+    warnings."""
     message = solution.message + companions.callbacks.describe()
     if companions.keeper is not None:
         message += companions.keeper.describe()
@@ -186,9 +187,9 @@ def drive(
     asked: Callable[[], Any],
     donate: bool,
 ) -> Any:
-    """Steps until `end`, or until there is a reason to stop; returns an item of
-    `RESULTS`. `tick` is called after each call of the device, and `asked` gives what a
-    signal asks for."""
+    """Takes steps until `end`, or until there is a reason to stop. Returns an item of
+    `RESULTS`. `tick` is called after each call of the device. `asked` returns the
+    result that a signal asks for."""
     periods = [period for period, _ in (*before, *after)]
     with own_error_text():
         while run.step < end:
@@ -240,7 +241,7 @@ def as_interval(record_every: Any, steps: int) -> int:
 
 
 def attach_solution(error: Exception, make: Callable[[], Solution]) -> None:
-    """Saves what was learned before `error`."""
+    """Attaches the solution so far to `error`."""
     try:
         solution = make()
     except Exception:

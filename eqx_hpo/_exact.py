@@ -1,4 +1,4 @@
-"""The exact hypergradient of a training of many calls of `step`, as a reference."""
+"""Computes the exact hypergradient over many calls of `step`, as a reference."""
 
 import dataclasses
 from typing import Any, Literal
@@ -33,7 +33,7 @@ _LONG = 64  # inner steps above which memory counts for more than a second pass
 
 
 def call_keys(key: Key, calls: int) -> Keys:
-    """Makes the keys of so many calls of `step`."""
+    """Makes the keys of `calls` calls of `step`."""
     if key is None:
         return None
     return jax.vmap(lambda call: jr.fold_in(key, call))(jnp.arange(calls))
@@ -48,11 +48,12 @@ def exact_hypergradient(
     calls: int,
     reference: Reference = "unrolled",
 ) -> Hyperparams:
-    """Differentiates the last validation loss of `calls` more calls of `step`, whose
-    inner steps all have the hyperparameters of `state`, by reverse mode or by central
-    differences.
+    """Differentiates the last validation loss of `calls` more calls of `step`, by
+    reverse mode or by central differences. All inner steps use the hyperparameters of
+    `state`.
 
-    `keys` has those of each call: for the noise of placeholders, and for all else."""
+    `keys` holds two keys for each call: one for the noise of placeholders, and one for
+    everything else."""
     raw, _ = partition_raw(state.hyperparams)
     differentiate = _central_differences if reference == "differences" else _by_autodiff
     # The data are arguments: as constants XLA would hold them, and fold them.
@@ -60,8 +61,8 @@ def exact_hypergradient(
 
 
 def cosine(left: PyTree, right: PyTree) -> Float[Array, ""]:
-    """Computes the cosine of the angle between two hypergradients, of any size; NaN if
-    one is zero."""
+    """Computes the cosine of the angle between two hypergradients of any size. It is
+    NaN if one is zero."""
     unit = lambda tree: tree_scale(1 / tree_norm(tree), tree)
     return tree_dot(unit(left), unit(right))
 
@@ -89,8 +90,8 @@ def _final_loss(raw, algorithm, state, train, val, keys, calls) -> Float[Array, 
     steps = calls * inner_steps
 
     def at(step):
-        """Makes the levels, the hyperparameters and the number within the call of a
-        step."""
+        """Makes the levels and the hyperparameters of a step, and its number within the
+        call."""
         call = step // inner_steps
         noise_key, key = jtu.tree_map(lambda x: x[call], keys)
         number = state.step + call

@@ -1,4 +1,4 @@
-"""Clear errors where `inner` is something that Optax or this package cannot use."""
+"""Raises clear errors if `inner` is something that Optax or this package cannot use."""
 
 import contextlib
 import functools as ft
@@ -16,8 +16,8 @@ import optax
 
 @contextlib.contextmanager
 def explain_optax() -> Iterator[None]:
-    """Turns what Optax raises in the making, the `init` or the `update` of `inner` into
-    an error that says how to mend it, where there is a known reason."""
+    """Turns what Optax raises when `inner` is made, started or updated into an error
+    that says how to mend it, if the reason is known."""
     try:
         yield
     except Exception as e:
@@ -38,7 +38,7 @@ def check_lookahead(opt_state: Any) -> None:
 
 
 def uncalled(fn: Any) -> str | None:
-    """Returns the name of the function of Optax that `fn` is, if it is one."""
+    """Returns the name of `fn` if it is a function of Optax, and otherwise `None`."""
     while isinstance(fn, ft.partial):
         fn = fn.func
     module = getattr(fn, "__module__", None) or ""

@@ -1,5 +1,5 @@
-"""Where the driver takes its data from: arrays on the device as they are, Python
-iterators a batch at a time."""
+"""Feeds data to the driver: arrays on the device unchanged, and Python iterators one
+batch at a time."""
 
 import warnings
 from collections.abc import Iterable, Iterator
@@ -18,13 +18,15 @@ from ._optimizer import AbstractBilevelOptimizer
 
 
 class Feed:
-    """The data of one level, for one call of `step` after another.
+    """Feeds the data of one level to one call of `step` after another.
 
-    `is_static` tells whether every call gets the same object. From an iterator a call
-    takes `count` batches as one `Stacked`, or a single plain batch if that is `None`.
+    `is_static` tells whether every call gets the same object. From an iterator, a call
+    takes `count` batches as one `Stacked`, or a single plain batch if `count` is
+    `None`.
 
-    Its position is where the loader says that it is, and how many batches were used
-    since; for a loader that says nothing, since the start.
+    The position of a feed is the position that the loader reports, and the number of
+    batches used since. If the loader reports none, the batches are counted from the
+    start.
     """
 
     def __init__(self, data: Any, name: str, count: int | None):
@@ -76,17 +78,18 @@ class Feed:
             ) from e
 
     def commit(self) -> None:
-        """Takes note that a step was made with what `next` gave last."""
+        """Notes that a step has used the last data of `next`."""
         self._used = self._pulled
 
     def check_position(self) -> None:
-        """Refuses a loader that says what cannot be written, before it matters."""
+        """Refuses a loader whose position cannot be written, before a save needs it."""
         teller = self._teller()
         if teller is not None:
             _loader_state.get_state(self._name, teller)
 
     def position(self) -> dict[str, Any] | None:
-        """Returns the position after the last step, for JSON; `None` for arrays."""
+        """Returns the position after the last step in a form for JSON, or `None` for
+        arrays."""
         if self.is_static:
             return None
         teller = self._teller()
@@ -97,7 +100,7 @@ class Feed:
         return {"loader": self._said, "skip": self._used - self._said_at}
 
     def go_to(self, position: dict[str, Any] | None) -> None:
-        """Goes to a position that a feed of the same data had."""
+        """Moves to a position that a feed of the same data had."""
         if self.is_static or position is None:
             return
         self._said, skip = position["loader"], position["skip"]
@@ -130,7 +133,8 @@ class Feed:
         _loader_state.set_state(teller, said)
 
     def _teller(self) -> Any:
-        """Finds what tells the position: the loader, or else its iterator."""
+        """Finds the object that reports the position: the loader, or else its
+        iterator."""
         for x in (self._loader, self._iterator):
             if _loader_state.has_state(x):
                 return x
@@ -185,7 +189,7 @@ def make_feeds(
 
 
 def is_loader(data: Any) -> bool:
-    """Tells whether `data` is a Python iterator or iterable, and no pytree of
+    """Tells whether `data` is a Python iterator or iterable, and not a pytree of
     arrays."""
     leaf = jtu.all_leaves([data])
     is_array = hasattr(data, "shape") and hasattr(data, "dtype")

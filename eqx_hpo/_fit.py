@@ -1,4 +1,4 @@
-"""Plain training at fixed hyperparameters, by the driver of `tune`."""
+"""Plain training at fixed hyperparameters, with the driver of `tune`."""
 
 from typing import Any
 
@@ -45,8 +45,9 @@ def fit(
     model_state: PyTree = None,
     max_skipped: int = 20,
 ) -> Solution:
-    """Trains a model at fixed hyperparameters, at the cost of plain training: once more
-    on all data at the values that [`eqx_hpo.tune`][] found, or for comparison.
+    """Trains a model at fixed hyperparameters, at the cost of plain training. Use it to
+    train once more on all data with the values that [`eqx_hpo.tune`][] found, or for a
+    comparison.
 
     ```python
     tuned = hpo.tune(algorithm, model, hyperparams, train, val, steps=1000, key=key)
@@ -55,26 +56,26 @@ def fit(
 
     **Arguments:**
 
-    - `algorithm`: any [`eqx_hpo.AbstractBilevelOptimizer`][]. Its problem, `inner` and
-        `inner_steps` are used, so that `steps` means as many inner steps here as in
-        `tune`. Of an [`eqx_hpo.MetaLearner`][] one model is trained.
+    - `algorithm`: any [`eqx_hpo.AbstractBilevelOptimizer`][]. `fit` uses its problem,
+        `inner` and `inner_steps`, so `steps` stands for as many inner steps as in
+        `tune`. With an [`eqx_hpo.MetaLearner`][], `fit` trains a single model.
     - `model`: the starting model.
-    - `hyperparams`: what stays as it is: placeholders, or plain values such as
-        `solution.values`. An [`eqx_hpo.Schedule`][] must be a placeholder: its values
-        alone are an array that does not say which step sees which.
+    - `hyperparams`: the fixed hyperparameters, as placeholders or as plain values such
+        as `solution.values`. An [`eqx_hpo.Schedule`][] must be a placeholder, since its
+        plain values do not say which step uses which entry.
     - `train`: the data to train on, as for `tune`.
     - `steps`: the number of steps, of `inner_steps` training steps each.
-    - `key`: a PRNG key, or `None` if nothing is random. The batches and the keys of the
-        train loss are those that `tune` has with this key.
-    - `val`: data for the validation loss, as for `tune`. It is taken after the first
-        step, at the steps that are recorded and after the last one; in between,
-        `state.metrics` has the one that was taken last, and zeros for its `aux`.
-        Without data it is NaN.
-    - `state`: the `state` of an earlier `fit` to go on from.
+    - `key`: a PRNG key, or `None` if nothing is random. The train loss gets the same
+        batches and keys as in `tune` with this key.
+    - `val`: the data for the validation loss, as for `tune`. The loss is taken after
+        the first step, at the recorded steps and after the last step. In between,
+        `state.metrics` holds the one that was taken last, and zeros for its `aux`.
+        Without data the loss is NaN.
+    - `state`: the `state` of an earlier `fit` to continue from.
     - `record_every`, `monitor`, `checkpoint`, `checkpoint_every`: as for `tune`.
     - `callback`, `progress`, `model_state`, `max_skipped`: as for `tune`.
 
-    **Returns:** a [`eqx_hpo.Solution`][], as `tune` does.
+    **Returns:** an [`eqx_hpo.Solution`][], as `tune` does.
 
     **Raises:** what `tune` raises.
     """
@@ -100,7 +101,8 @@ def fit(
 def _make_trainer(
     algorithm: AbstractBilevelOptimizer, validate_every: int | None, last: int
 ) -> PlainTraining:
-    """Makes what trains one model as `algorithm` does, and validates it."""
+    """Makes the algorithm that trains one model as `algorithm` does, and validates
+    it."""
     single = algorithm.algorithm if isinstance(algorithm, MetaLearner) else algorithm
     problem = single.problem
     if validate_every is None:

@@ -1,20 +1,20 @@
-"""The derivative of an optimiser's update where the chain rule would make 0 * inf of
-it.
+"""The derivative of an optimiser's update where the chain rule would give 0 * inf.
 
-One principle covers all cases: where the slope of an operation is infinite, or its
-value is not finite, it passes no derivative on.
+One principle covers all cases: an operation passes on no derivative where its slope is
+infinite, or its value is not finite.
 
-- Adam and its kin take the root of an average of squared gradients. Where a weight
-  never had a gradient, the slope of that root is infinite while its argument does not
-  move, and 0 * inf is NaN, in reverse and in forward mode. Clipping by a global norm
-  then spreads the NaN over all weights, so a mend after the whole update would come too
-  late.
-- LAMB, and clipping, divide by a norm, and put something else in place of the quotient
-  where the norm is zero. RAdam takes the root of a function of the step that is
-  negative at first, and puts something else in place of what it makes of it. In reverse
-  mode the zero for the piece that was not taken meets the infinite slope before it.
+- Adam and its kin take the root of an average of squared gradients. If a weight never
+    had a gradient, the slope of this root is infinite while its argument does not move.
+    Then 0 * inf gives NaN, in reverse and in forward mode. Clipping by a global norm
+    spreads this NaN over all weights, so a fix after the whole update would come too
+    late.
+- LAMB and clipping divide by a norm, and select another value if the norm is zero.
+    RAdam takes the root of a function of the step that is negative at first, and
+    selects another value then. In reverse mode, the zero for the value that was not
+    selected meets the infinite slope before it.
 
-A value that is not finite stays so, and shows if it is not thrown away.
+A value that is not finite stays as such, and shows in the result unless it is thrown
+away.
 """
 
 import functools as ft
@@ -31,9 +31,9 @@ from jaxtyping import Array, Bool, PyTree
 
 
 def flat_at_zero(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """Makes the derivatives in a function zero where they would be infinite. Its values
-    stay the same. Functions with a derivative rule of their own, and loops, are left as
-    they are."""
+    """Sets the derivatives in a function to zero where they would be infinite. Its
+    values stay the same. Functions with a derivative rule of their own, and loops, are
+    not changed."""
 
     @ft.wraps(fn)
     def flattened(*args):
@@ -48,8 +48,9 @@ def flat_at_zero(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
 
 
 class _Value(NamedTuple):
-    """An array; whether it depends on floating-point inputs, and so has a derivative;
-    and whether it may be NaN, from the root of what depends on counters alone."""
+    """Holds an array, whether it depends on floating-point inputs (and so has a
+    derivative), and whether it may be NaN as the root of something that depends only on
+    counters."""
 
     array: Any
     is_moving: bool
@@ -74,8 +75,8 @@ def _evaluate(closed: ClosedJaxpr, args: list[_Value]) -> list[_Value]:
 
 
 def _is_offset(made_by: dict[Any, JaxprEqn], v: Any) -> bool:
-    """Tells whether a variable is something plus a fixed number, as the denominators
-    of Adam are: those are not zero, and need no selection."""
+    """Tells whether a variable is a sum with a fixed number. The denominators of Adam
+    are such sums: they are not zero, and need no selection."""
     if isinstance(v, Literal) or v not in made_by:
         return False
     eqn = made_by[v]
@@ -108,7 +109,7 @@ def _bad_inputs(
     eqn: JaxprEqn, inputs: list[_Value], is_offset: bool
 ) -> dict[int, Bool[Array, "..."]]:
     """Finds the inputs in which the slope of an operation may be infinite or NaN, and
-    where it is."""
+    the entries where it is."""
     name, bad = eqn.primitive.name, {}
     if name in ("mul", "div"):
         bad = {i: jnp.isnan(x.array) for i, x in enumerate(inputs) if x.is_suspect}

@@ -1,4 +1,4 @@
-"""Folds of cross-validation, for `MetaLearner` to train a model on each."""
+"""Folds of cross-validation. `MetaLearner` trains a model on each."""
 
 from typing import Any
 
@@ -17,10 +17,10 @@ from ._misc import as_device_arrays
 def folds(
     data: PyTree[Any], count: int, *, repeats: int = 1, key: Key = None
 ) -> tuple[PyTree[Array], PyTree[Array]]:
-    """Splits data into the folds of cross-validation. [`eqx_hpo.MetaLearner`][] with
-    `tasks=count * repeats` then trains a model on each, with the same hyperparameters,
-    and moves these by the mean hypergradient. `state.metrics.diagnostics` tells its
-    standard error, see [`eqx_hpo.TaskReport`][].
+    """Splits data into the folds of cross-validation. An [`eqx_hpo.MetaLearner`][] with
+    `tasks=count * repeats` then trains a model on each fold. All models share the
+    hyperparameters, which move by the mean hypergradient. The [`eqx_hpo.TaskReport`][]
+    in `state.metrics.diagnostics` holds the standard error of this mean.
 
     ```python
     import eqx_hpo as hpo
@@ -52,37 +52,37 @@ def folds(
     )
     ```
 
-    A train part for each fold holds the data about `count` times. For large data, fold
-    the indices and let the loss gather the rows of data that it closes over, which are
-    then held once: `train, val = hpo.folds(jnp.arange(len(x)), 5)`, and in the loss
-    `x[index], y[index]`, where `index` is the batch.
+    The train parts of all folds together hold the data about `count` times. With large
+    data, fold the indices instead: `train, val = hpo.folds(jnp.arange(len(x)), 5)`. The
+    batch is then `index`, and the loss takes the rows `x[index], y[index]` of data that
+    it closes over. So the data are held only once.
 
-    All folds train at once, which takes no longer than one after the other, and often
-    half as long. Convolutions on CPUs are the exception: XLA has no quick code there
-    for as many kernels as folds, and they take about twice as long.
+    All folds train at once. This takes no longer than training one after the other, and
+    often half as long. Convolutions on CPUs are the exception and take about twice as
+    long, since XLA has no fast code there for a separate kernel for each fold.
 
-    Minibatches are made for each fold by
+    To make minibatches for each fold, use
     `eqx.filter_vmap(lambda part: hpo.Minibatch(part, 32))(train)`.
 
-    Hyperparameters with an entry for each example need to know which examples a fold
-    has. Put the index among the data, `hpo.folds((x, y, jnp.arange(len(x))), 5)`, and
-    let the loss take `weights[index]`.
+    If hyperparameters have an entry for each example, the loss must know which examples
+    a fold has. Add the index to the data, `hpo.folds((x, y, jnp.arange(len(x))), 5)`,
+    and use `weights[index]` in the loss.
 
     **Arguments:**
 
     - `data`: a pytree of arrays with the same leading axis, of length `n`.
-    - `count`: the number of folds, from 2 to `n`. With `n` of them each holds out a
+    - `count`: the number of folds, from 2 to `n`. With `n` folds, each holds out a
         single row.
-    - `repeats`: how often to split anew. Further splits lower the noise of the mean,
-        but they share their data, so the standard error that is reported comes out too
-        small, by about the square root of `repeats`.
-    - `key`: a PRNG key for the order of the rows; a fixed one by default. The rows are
-        always shuffled, since data often come sorted by class.
+    - `repeats`: the number of splits of the data. Further splits lower the noise of the
+        mean. But they share their data, so the reported standard error is too small by
+        a factor of about the square root of `repeats`.
+    - `key`: a PRNG key for the order of the rows. By default it is a fixed key. The
+        rows are always shuffled, since data often come sorted by class.
 
-    **Returns:** `(train, val)`, shaped like `data` with one more axis at the front, of
-    length `count * repeats`. A validation part has `n // count` rows, a train part has
-    all others. In each repeat a row is held out at most once: the `n % count` rows that
-    are left over stay in every train part.
+    **Returns:** `(train, val)`. Both have the structure of `data`, with one more axis
+    at the front, of length `count * repeats`. A validation part has `n // count` rows.
+    A train part has all others. In each repeat a row is held out at most once: the
+    `n % count` rows that are left over stay in every train part.
 
     **Raises:** a `ValueError` if `data` is empty, its leading axes differ, or an
     argument is out of range.
@@ -96,6 +96,7 @@ def folds(
     first = held_out * jnp.arange(count)[:, None]
     val = first + jnp.arange(held_out)
     train = jnp.arange(size - held_out)
+    # Jumps over the rows that each fold holds out.
     train = jnp.where(train < first, train, train + held_out)
     data = as_device_arrays(data)
     return _take(data, orders[:, train]), _take(data, orders[:, val])

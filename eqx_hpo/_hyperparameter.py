@@ -27,7 +27,8 @@ from ._misc import as_device_arrays, is_array_or_numpy
 class AbstractHyperparameter(paramax.AbstractUnwrappable[Array]):
     """A placeholder for one hyperparameter array.
 
-    A new constraint is a subclass with a field `raw` and a method `unwrap`.
+    To add a constraint of your own, write a subclass with a field `raw` and a method
+    `unwrap`.
     """
 
     raw: eqx.AbstractVar[Float[Array, "..."]]
@@ -38,10 +39,10 @@ class AbstractHyperparameter(paramax.AbstractUnwrappable[Array]):
 
 
 class Real(AbstractHyperparameter):
-    """A hyperparameter without a constraint: unwraps to `raw` itself.
+    """A hyperparameter without a constraint. It unwraps to `raw` itself.
 
-    It marks an array inside a model as a hyperparameter, which
-    [`eqx_hpo.partition`][] then finds.
+    Wrap an array of a model in it to mark the array as a hyperparameter.
+    [`eqx_hpo.partition`][] then finds it.
     """
 
     raw: Float[Array, "..."]
@@ -60,10 +61,10 @@ class Real(AbstractHyperparameter):
 
 
 class Positive(AbstractHyperparameter):
-    """A hyperparameter above zero: unwraps to `exp(raw)`.
+    """A hyperparameter above zero. It unwraps to `exp(raw)`.
 
-    It suits everything that is tuned by its order of magnitude: weight decay, noise
-    levels, learning rates, length scales.
+    Use it where the order of magnitude matters: for weight decay, noise levels,
+    learning rates and length scales.
     """
 
     raw: Float[Array, "..."]
@@ -84,7 +85,7 @@ class Positive(AbstractHyperparameter):
 
 
 class Interval(AbstractHyperparameter):
-    """A hyperparameter between two bounds: unwraps to
+    """A hyperparameter between two bounds. It unwraps to
     `lower + (upper - lower) * sigmoid(raw)`. The bounds are constants."""
 
     raw: Float[Array, "..."]
@@ -98,8 +99,8 @@ class Interval(AbstractHyperparameter):
         - `lower`: the lower bound, broadcastable to `value`.
         - `upper`: the upper bound, broadcastable to `value`.
 
-        **Raises:** a `ValueError` unless `lower < value < upper` everywhere, and all
-        are finite. A value on a bound has no finite `raw` and no gradient.
+        **Raises:** a `ValueError` unless `lower < value < upper` everywhere and all
+        three are finite. A value on a bound has no finite `raw` and no gradient.
         """
         value = as_float("Interval(value)", value)
         self.lower = _as_bound("lower", lower, value)
@@ -115,7 +116,7 @@ class Interval(AbstractHyperparameter):
 
 
 class Simplex(AbstractHyperparameter):
-    """Non-negative weights that sum to one along the last axis: unwraps to
+    """Non-negative weights that sum to one along the last axis. They unwrap to
     `softmax(raw)`."""
 
     raw: Float[Array, "... n"]
@@ -126,7 +127,7 @@ class Simplex(AbstractHyperparameter):
         - `value`: the starting weights, of shape `(..., n)`. Floating point.
 
         **Raises:** a `ValueError` unless all entries are above zero and sum to one
-        along the last axis, to the square root of the machine precision.
+        along the last axis. The tolerance is the square root of the machine precision.
         """
         value = as_float("Simplex(value)", value)
         if value.ndim == 0:
@@ -142,19 +143,19 @@ class Simplex(AbstractHyperparameter):
 
 
 class Schedule(paramax.AbstractUnwrappable[Array]):
-    r"""A hyperparameter that changes in the course of an episode: inner step $t$ uses
-    entry `t // every` of `value`, and all steps after the last window use the last
-    entry. The losses and `inner` see that entry alone, without the leading axis, and
-    the validation loss sees the one of the last inner step.
+    r"""A hyperparameter that changes in the course of an episode. Inner step $t$ uses
+    entry `t // every` of `value`. All steps after the last window use the last entry.
+    The losses and `inner` see only this entry, without the leading axis. The validation
+    loss sees the entry of the last inner step.
 
     ```python
     rate = hpo.Schedule(hpo.Positive(jnp.full(10, 0.1)), every=50)
     ```
 
     An episode begins with `init` and with each `restart`. An algorithm moves the
-    entries of the windows that its hypergradient reaches: [`eqx_hpo.ForwardMode`][] all
-    windows of the episode so far, [`eqx_hpo.Unrolled`][] those of its inner steps, and
-    [`eqx_hpo.T1T2`][] the present one.
+    entries of the windows that its hypergradient reaches. [`eqx_hpo.ForwardMode`][]
+    moves all windows of the episode so far, [`eqx_hpo.Unrolled`][] moves those of its
+    inner steps, and [`eqx_hpo.T1T2`][] moves the present one.
 
     ??? cite "Reference"
 
@@ -170,7 +171,7 @@ class Schedule(paramax.AbstractUnwrappable[Array]):
 
         - `value`: a placeholder or a plain array, floating point, whose leading axis
             runs over the windows.
-        - `every`: how many inner steps in a row share an entry.
+        - `every`: the number of consecutive inner steps that share an entry.
 
         **Raises:** a `ValueError` if `value` has no leading axis, or if `every` is not
         a positive integer.
@@ -197,13 +198,14 @@ class Schedule(paramax.AbstractUnwrappable[Array]):
 
 
 def is_hyperparameter(x: Any) -> bool:
-    """Tells whether `x` is a placeholder: [`eqx_hpo.Real`][], [`eqx_hpo.Positive`][],
-    [`eqx_hpo.Interval`][], [`eqx_hpo.Simplex`][], a discrete one, a
-    [`eqx_hpo.Schedule`][] or a user's own.
+    """Tells whether `x` is a placeholder. Placeholders are [`eqx_hpo.Real`][],
+    [`eqx_hpo.Positive`][], [`eqx_hpo.Interval`][], [`eqx_hpo.Simplex`][], the discrete
+    ones, [`eqx_hpo.Schedule`][] and those that users define.
 
     **Arguments:**
 
-    - `x`: any object. Pass the function as `is_leaf=` too, to stop a tree map there.
+    - `x`: any object. The function can also be passed as `is_leaf=`, to stop a tree map
+        at placeholders.
 
     **Returns:** a `bool`.
     """
@@ -225,17 +227,18 @@ def partition(
     hyperparams, model = hpo.partition(model)
     ```
 
-    The loss puts them together again by `eqx.combine(model, hyperparams)`.
+    The loss puts the two together again by `eqx.combine(model, hyperparams)`.
 
     **Arguments:**
 
     - `model`: any pytree.
-    - `filter_spec`: what to split off: a function of a leaf, for which a placeholder
-        is a leaf, or a pytree of booleans that is a prefix of `model`. By default all
-        placeholders. With another function the placeholders are split off as well.
+    - `filter_spec`: selects what to split off. It is a function of a leaf, for which a
+        placeholder is a leaf, or a pytree of booleans that is a prefix of `model`. By
+        default it selects all placeholders. A function of your own selects further
+        leaves: the placeholders are split off in any case.
 
-    **Returns:** `(hyperparams, rest)`, both of the structure of `model`, with `None`
-    in place of what the other one holds.
+    **Returns:** `(hyperparams, rest)`. Both have the structure of `model`, with `None`
+    where the other one holds a leaf.
     """
     # A tree of booleans in the form of an Equinox model is callable, but no function.
     if callable(filter_spec) and jtu.all_leaves([filter_spec]):
@@ -261,7 +264,7 @@ def _check_spec(filter_spec: Any, model: Model) -> None:
 
 
 def unwrap(hyperparams: Hyperparams) -> Hyperparams:
-    """Replaces each placeholder by its constrained value; see `paramax.unwrap`.
+    """Replaces each placeholder by its constrained value, as `paramax.unwrap` does.
 
     **Arguments:**
 
@@ -273,7 +276,8 @@ def unwrap(hyperparams: Hyperparams) -> Hyperparams:
 
 
 def unwrap_values(hyperparams: Hyperparams) -> Hyperparams:
-    """Unwraps all but the schedules, which stay as nodes with plain arrays in them."""
+    """Unwraps all placeholders except schedules. These stay as nodes and hold plain
+    arrays."""
     is_leaf = lambda x: (
         isinstance(x, paramax.AbstractUnwrappable) and not isinstance(x, Schedule)
     )
@@ -302,8 +306,8 @@ def partition_raw(hyperparams: Hyperparams) -> tuple[PyTree, PyTree]:
 
 
 def canonical(hyperparams: Hyperparams, name: str = "hyperparams") -> Hyperparams:
-    """Turns Python and NumPy floats into arrays, refuses what has no gradient, and
-    numbers to start from that are not finite."""
+    """Turns Python and NumPy floats into arrays. Refuses leaves that have no gradient,
+    and starting values that are not finite."""
 
     def convert(path, x):
         if isinstance(x, float):
@@ -354,8 +358,8 @@ def _raw_spec(hyperparams: Hyperparams) -> PyTree[bool]:
 
 
 def as_float(name: str, value: Any) -> Float[Array, "..."]:
-    """Converts finite numbers to a floating-point array. An array of integers is none:
-    where it was meant, its dtype would be a guess."""
+    """Converts finite numbers to a floating-point array. An array of integers is
+    refused, since any dtype for it would be a guess."""
     array = as_finite(name, float(value) if _is_whole(value) else value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(

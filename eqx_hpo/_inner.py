@@ -1,4 +1,4 @@
-"""The inner optimiser: where it starts, and one update by it."""
+"""The inner optimiser: its starting state, and one update by it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def start_inner(
 def inner_transformation(
     inner: InnerOptimiser, hyperparams: Hyperparams
 ) -> optax.GradientTransformation:
-    """Returns the Optax transformation that `inner` is, or makes of the
+    """Returns the Optax transformation that `inner` is, or that it makes from the
     hyperparameters."""
     made: Any = inner
     if is_function(inner):
@@ -92,13 +92,13 @@ def _follow_init(
     hyperparams: Hyperparams,
     is_first: Bool[Array, ""],
 ) -> PyTree:
-    """Puts what `inner(hyperparams).init` makes of the hyperparameters into the state
-    of the optimiser, so that the update depends on them.
+    """Puts the numbers that `inner(hyperparams).init` makes from the hyperparameters
+    into the state of the optimiser. The update then depends on them.
 
-    A number that `update` hands on as it is, such as the learning rate that
-    `optax.inject_hyperparams` keeps, is a setting: it is put in at every step. Any
-    other, such as the first accumulator of AdaGrad, is where training starts: it is put
-    in at the first step of an episode.
+    A number that `update` returns unchanged, such as the learning rate that
+    `optax.inject_hyperparams` keeps, is a setting. It is put in at every step. Any
+    other number, such as the first accumulator of AdaGrad, belongs to the start of
+    training. It is put in at the first step of an episode.
     """
     if not is_function(inner):
         return state.opt_state

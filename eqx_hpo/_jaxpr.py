@@ -1,7 +1,6 @@
-"""Questions that are answered by looking at what a function does, primitive by
-primitive, without running it: does it hold a convolution, which of its inputs have a
-derivative that is not zero whatever the numbers are, which of its outputs depend on the
-inputs, which are inputs."""
+"""Answers questions about a function from its primitives, without running it. Does it
+hold a convolution? For which inputs can the derivative be other than zero? Which
+outputs depend on the inputs, and which are inputs?"""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ _FLAT = {"stop_gradient", "floor", "ceil", "round", "sign", "nextafter"}
 
 
 def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
-    """Walks through all equations, those of inner functions included."""
+    """Yields all equations, including those of inner functions."""
     for eqn in jaxpr.eqns:
         yield eqn
         for inner in _inner_jaxprs(eqn):
@@ -76,7 +75,8 @@ def _live_operands(eqn: JaxprEqn, outputs: list[bool]) -> list[bool]:
 
 
 def _live_through_scan(params: dict[str, Any], outputs: list[bool]) -> list[bool]:
-    """A part of the carry is live if any later step makes a live output of it."""
+    """Finds the live inputs of a scan. A part of the carry is live if any later step
+    turns it into a live output."""
     consts, carries = params["num_consts"], params["num_carry"]
     carry, rest = outputs[:carries], outputs[carries:]
     while True:
@@ -136,8 +136,9 @@ _COPIES = {"convert_element_type", "copy", "copy_p"}
 def _propagate(
     jaxpr: Jaxpr, labels: Sequence[Any], label: Callable[[JaxprEqn, list[Any]], Any]
 ) -> list[Any]:
-    """Labels the outputs, from labels of the inputs, and `None` for constants. `label`
-    makes the label of the outputs of an equation from those of its inputs."""
+    """Labels the outputs from the labels of the inputs. Constants have the label
+    `None`. `label` makes the label of the outputs of an equation from those of its
+    inputs."""
     values = dict(zip(jaxpr.invars, labels, strict=True))
     read = lambda v: None if isinstance(v, Literal) else values.get(v)
     for eqn in jaxpr.eqns:
@@ -154,7 +155,7 @@ def _propagate(
 
 
 def _is_call(eqn: JaxprEqn) -> bool:
-    """Tells whether an equation stands for one function of all of its inputs."""
+    """Tells whether an equation calls one function with all of its inputs."""
     inner = _inner_jaxprs(eqn)
     is_loop = eqn.primitive.name in ("while", "scan")
     return not is_loop and len(inner) == 1 and len(inner[0].invars) == len(eqn.invars)

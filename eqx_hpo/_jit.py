@@ -1,8 +1,8 @@
 """Compiled methods, and compiled calls that do not wait for the device.
 
 `eqx.filter_jit` waits for the end of each call, to raise the errors of `eqx.error_if`
-with their own text. The driver prepares the next batch while the device works, so it
-must not wait; it raises those errors where it waits anyhow.
+with their own text. The driver must not wait, since it prepares the next batch while
+the device works. It raises those errors when it has to wait anyway.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _ARRAY = object()  # stands for an array among the static leaves
 
 @jtu.register_static
 class _Static:
-    """The part of a pytree that is no array, to be compared and hashed."""
+    """Holds the part of a pytree that is no array. It can be compared and hashed."""
 
     __slots__ = ("treedef", "leaves")
 
@@ -108,9 +108,9 @@ def jit_method(fn: Callable[P, T]) -> Callable[P, T]:
 
 
 def jit_without_waiting(fn: Callable[..., Any], donate_first: bool) -> Callable:
-    """Compiles a function of pytrees. With `donate_first` it may write its result over
-    its first argument. On a mesh the first part of the result stays where the first
-    argument is."""
+    """Compiles a function of pytrees. With `donate_first` it may overwrite its first
+    argument by its result. On a mesh, the first part of the result has the placement of
+    the first argument."""
 
     def traced(fixed, first, arrays):
         static_first, static, shardings = fixed
@@ -139,8 +139,8 @@ def jit_without_waiting(fn: Callable[..., Any], donate_first: bool) -> Callable:
 
 @contextlib.contextmanager
 def own_error_text() -> Iterator[None]:
-    """Raises the error of an `eqx.error_if` with its own text, where JAX would raise
-    one about a failed callback, and log it."""
+    """Raises the error of an `eqx.error_if` with its own text. JAX alone would raise
+    and log an error about a failed callback."""
     logger, quiet = logging.getLogger("jax._src.callback"), logging.Filter()
     quiet.filter = lambda record: "callback failed" not in record.getMessage()
     logger.addFilter(quiet)

@@ -1,9 +1,9 @@
 """The two levels of a problem within one step, as pure functions of arrays.
 
 An algorithm sees nothing else. It moves the inner level by `update`, by `advance` (one
-update and its pull-back) or by `run` (many updates), and asks for the validation loss
-by `validate`. All are differentiable in the inner state and in the hyperparameters; the
-training gradient is differentiated by the second-order rule.
+update and its pull-back) or by `run` (many updates). It gets the validation loss by
+`validate`. All are differentiable in the inner state and in the hyperparameters. The
+second-order rule differentiates the training gradient.
 """
 
 import dataclasses
@@ -53,23 +53,23 @@ Pullback = Callable[[tuple[PyTree, PyTree]], Hyperparams]
 
 
 class Levels(eqx.Module):
-    """The inner and the outer level of one call of `step`.
+    """Holds the inner and the outer level of one call of `step`.
 
     **Attributes:**
 
-    - `train_loss`, `val_loss`: the two losses as functions of arrays, traced already.
-    - `inner`, `second_order`: those of the algorithm.
-    - `train`, `val`: a batch for each inner step.
+    - `train_loss`, `val_loss`: the two losses, traced as functions of arrays.
+    - `inner`, `second_order`: the settings of the algorithm.
+    - `train`, `val`: the sources of a batch for each inner step.
     - `position`: the number of inner steps of the run before this call, including those
         of skipped calls.
     - `episode_position`: the number of inner steps of the episode before this call.
     - `key`: a PRNG key, or `None`.
-    - `mean`: takes the mean of a pytree over all models that share the hyperparameters;
-        the identity where there is one model. All that an algorithm puts in
-        `Memory.lasting` must have passed through it.
-    - `unroll`: how many updates a scan of `run` holds in its body.
-    - `unwrap`: makes unwrapped hyperparameters of `raw` arrays, for an algorithm with
-        `sees_raw`.
+    - `mean`: a function that takes the mean of a pytree over all models that share the
+        hyperparameters. Everything that an algorithm puts in `Memory.lasting` must have
+        passed through it. For a single model it is the identity.
+    - `unroll`: the number of updates in the body of a scan of `run`.
+    - `unwrap`: a function that makes unwrapped hyperparameters from `raw` arrays. It
+        serves algorithms with `sees_raw`.
     """
 
     train_loss: TracedLoss
@@ -94,9 +94,9 @@ class Levels(eqx.Module):
 
         **Arguments:**
 
-        - `state`: $\theta_{t-1}$ with the optimiser's and the model's state.
-        - `hyperparams`: $\lambda$, unwrapped.
-        - `index`: the number of the inner step within this call, from 0.
+        - `state`: $\theta_{t-1}$, with the states of the optimiser and of the model.
+        - `hyperparams`: the unwrapped hyperparameters $\lambda$.
+        - `index`: the number of the inner step within this call, counted from 0.
 
         **Returns:** the new inner state, and `(train_loss, aux)` at $\theta_{t-1}$,
         which is not differentiated.
@@ -111,9 +111,10 @@ class Levels(eqx.Module):
 
         **Arguments:** those of `update`.
 
-        **Returns:** the new inner state; the pull-back, which maps $\alpha_t = \partial
-        C_2 / \partial (\theta_t, \text{model state})$ to $\alpha_t B_t$ with
-        $\theta_{t-1}$ held fixed; and `(train_loss, aux)` at $\theta_{t-1}$.
+        **Returns:** the new inner state, the pull-back, and `(train_loss, aux)` at
+        $\theta_{t-1}$. The pull-back maps $\alpha_t = \partial C_2 / \partial
+        (\theta_t, \text{model state})$ to $\alpha_t B_t$, with $\theta_{t-1}$ held
+        fixed.
         """
         return with_pullback(
             lambda hyperparams: self.update(state, hyperparams, index), hyperparams
@@ -156,7 +157,7 @@ class Levels(eqx.Module):
         index: IntScalar,
         scale: FloatScalar | None = None,
     ) -> tuple[PyTree, PyTree, tuple[FloatScalar, Any]]:
-        """Computes what `gradient` returns, but of `scale` times the train loss."""
+        """Computes what `gradient` returns, but for `scale` times the train loss."""
         hyperparams = self._at(hyperparams, index)
         levels = self
         if isinstance(rule, FiniteDifference):
@@ -193,12 +194,12 @@ class Levels(eqx.Module):
         model_state: PyTree,
         index: IntScalar,
     ) -> InnerState:
-        """Moves the inner state by the optimiser along a training gradient.
+        """Moves the inner state along a training gradient, by the optimiser.
 
         **Arguments:**
 
         - `gradient`: the training gradient.
-        - `state`, `hyperparams`, `index`: as those of `update`.
+        - `state`, `hyperparams`, `index`: as for `update`.
         - `model_state`: the model's state after the step.
         """
         hyperparams = self._at(hyperparams, index)
@@ -216,16 +217,17 @@ class Levels(eqx.Module):
         stop: int,
         recompute: int = 0,
     ) -> tuple[InnerState, tuple[FloatScalar, Any]]:
-        """Takes the inner steps `start` to `stop` of this call, at least one.
+        """Takes the inner steps from `start` up to `stop - 1` of this call, at least
+        one.
 
         **Arguments:**
 
-        - `state`, `hyperparams`: as those of `update`.
-        - `start`, `stop`: which inner steps.
-        - `recompute`: how often reverse mode may compute an inner step again, as in
+        - `state`, `hyperparams`: as for `update`.
+        - `start`, `stop`: the range of inner steps, without `stop` itself.
+        - `recompute`: how often reverse mode may compute each inner step again, as for
             [`eqx_hpo.Unrolled`][].
 
-        **Returns:** the inner state after them, and the report of the last one.
+        **Returns:** the inner state after these steps, and the report of the last one.
         """
         if stop - start == 1 and recompute == 0:
             return self.update(state, hyperparams, jnp.asarray(start))
@@ -266,7 +268,7 @@ class Levels(eqx.Module):
     ) -> tuple[FloatScalar, Any]:
         r"""Computes the validation loss $C_2(\theta_t, \lambda)$ as `(loss, aux)`.
 
-        **Arguments:** as those of `update`, with `state` the one after inner step
+        **Arguments:** those of `update`. `state` is the inner state after inner step
         `index`.
         """
         batch, key = self._draw(self.val, index, _VAL)
@@ -281,9 +283,8 @@ class Levels(eqx.Module):
 
         **Arguments:** those of `validate`.
 
-        **Returns:** `(loss, aux)`; $\alpha_t = \partial C_2 / \partial (\theta_t,
-        \text{model state})$; and $\partial C_2 / \partial \lambda$ at fixed
-        $\theta_t$.
+        **Returns:** `(loss, aux)`, $\alpha_t = \partial C_2 / \partial (\theta_t,
+        \text{model state})$, and $\partial C_2 / \partial \lambda$ at fixed $\theta_t$.
         """
 
         scale = loss_scale_of(state)
@@ -307,7 +308,7 @@ class Levels(eqx.Module):
 
         **Arguments:** those of `evaluate`.
 
-        **Returns:** the gradient, in single precision at least where the loss can be
+        **Returns:** the gradient. It is at least in single precision if the loss can be
         evaluated so.
         """
         scale, levels = (
@@ -333,8 +334,8 @@ class Levels(eqx.Module):
     def _to_differentiate(
         self, loss: TracedLoss, state: InnerState, hyperparams: Hyperparams
     ) -> tuple[InnerState, Hyperparams]:
-        """Finds what a loss is differentiated at: the masters of a model in half
-        precision, or the model where it cannot be evaluated at these."""
+        """Finds the point at which to differentiate a loss: the masters of a model in
+        half precision, or the model if the loss cannot be evaluated at the masters."""
         if loss.single is not None:
             return state, jtu.tree_map(as_single, hyperparams)
         return in_half(state) or state, hyperparams
@@ -342,8 +343,8 @@ class Levels(eqx.Module):
     def in_single_precision(
         self, state: InnerState, hyperparams: Hyperparams
     ) -> "Levels":
-        """Makes levels whose `gradient` takes parameters and hyperparameters in single
-        precision as well, if these are in half precision.
+        """Makes levels whose `gradient` also takes parameters and hyperparameters in
+        single precision, if these are in half precision.
 
         **Arguments:** those of `evaluate`.
         """
@@ -362,13 +363,13 @@ class Levels(eqx.Module):
         return self._draw(self.train, index, _TRAIN)[0]
 
     def with_batch_drawn(self, index: IntScalar) -> "Levels":
-        """Makes levels for inner step `index` alone, whose train batch is drawn: what
-        goes back through the step at once need not draw it again."""
+        """Makes levels for inner step `index` alone, with its train batch already
+        drawn. Going back through this step then need not draw it again."""
         return dataclasses.replace(self, train=SameBatch(self.train_batch(index)))
 
     def algorithm_key(self, index: IntScalar) -> PRNGKeyArray:
-        """Makes a PRNG key for the random choices of an algorithm itself at inner step
-        `index`. There is one even where `step` was given none."""
+        """Makes a PRNG key for the algorithm's own random choices at inner step
+        `index`. There is one even if `step` was given none."""
         if self.key is None:
             return jr.fold_in(jr.key(_ALGORITHM), self.position + index)
         return jr.fold_in(jr.fold_in(self.key, index), _ALGORITHM)
@@ -396,9 +397,9 @@ def make_levels(
     key: Key,
     mean: Callable[[PyTree], PyTree],
 ) -> Levels:
-    """Traces the two losses, each once, and makes the levels of them.
+    """Traces the two losses, each once, and makes the levels from them.
 
-    `hyperparams` are unwrapped; `inner` and `second_order` are those of the algorithm.
+    `hyperparams` are unwrapped. `inner` and `second_order` belong to the algorithm.
     """
     params, static = eqx.partition(state.model, eqx.is_inexact_array)
     levels = Levels(
@@ -432,10 +433,10 @@ def make_levels(
 def with_pullback(
     reach: Callable[[Hyperparams], tuple[InnerState, Any]], hyperparams: Hyperparams
 ) -> tuple[InnerState, Pullback, Any]:
-    """Differentiates where `reach` leads to in the hyperparameters.
+    """Differentiates the result of `reach` in the hyperparameters.
 
-    **Returns:** the inner state that is reached, the pull-back from its `(params,
-    model_state)` to the hyperparameters, and the report of the last step.
+    **Returns:** the reached inner state, the pull-back from its `(params, model_state)`
+    to the hyperparameters, and the report of the last step.
     """
 
     def fn(hyperparams):

@@ -1,7 +1,8 @@
-"""Two approximate solvers for linear systems, for `lineax.linear_solve`.
+"""Two approximate linear solvers, to be used with `lineax.linear_solve`.
 
-Both see the operator only through its products with vectors. Both are made for the
-systems of `Implicit`: large, symmetric, and well served by a rough answer.
+Both use the operator only through its products with vectors. Both are made for the
+systems of `Implicit`, which are large and symmetric, and for which a rough answer
+suffices.
 """
 
 from typing import Any, NamedTuple
@@ -21,16 +22,17 @@ from ._misc import tree_add, tree_norm, tree_scale
 
 
 class Neumann(lx.AbstractLinearSolver):
-    r"""The first terms of the Neumann series,
+    r"""Solves a linear system by the first terms of the Neumann series,
 
     $$A^{-1} v \approx a \sum_{j=0}^{\text{terms}-1} (I - a A)^j v,$$
 
-    which is as many steps of gradient descent at rate $a$ on the system. It converges
-    where all eigenvalues of $aA$ lie between 0 and 2. A component with eigenvalue $\mu$
-    of $A$ then has the relative error $(1 - a \mu)^\text{terms}$. Where the last term
-    is larger than the first, as for eigenvalues below 0, the result is `breakdown`.
+    which are as many steps of gradient descent at rate $a$ on the system. The series
+    converges if all eigenvalues of $aA$ lie between 0 and 2. A component with
+    eigenvalue $\mu$ of $A$ then has the relative error $(1 - a \mu)^\text{terms}$. If
+    the last term is larger than the first, as with eigenvalues below 0, the result is
+    `breakdown`.
 
-    The option `y0` is a first estimate: the series is then that of the remainder,
+    The option `y0` is a first estimate. The series then applies to the remainder,
     $v - A y_0$.
 
     ??? cite "Reference"
@@ -45,10 +47,10 @@ class Neumann(lx.AbstractLinearSolver):
     def __init__(self, terms: int, learning_rate: float | Float[Array, ""]):
         """**Arguments:**
 
-        - `terms`: the number of terms; one product with the operator for each but the
-            first.
-        - `learning_rate`: the rate $a$, above zero; less than two over the largest
-            eigenvalue.
+        - `terms`: the number of terms. Each term but the first costs one product with
+            the operator.
+        - `learning_rate`: the rate $a$, above zero. It should be less than two over the
+            largest eigenvalue.
         """
         self.terms = as_int("terms", terms, 1)
         self.learning_rate = as_number("learning_rate", learning_rate, zero=False)
@@ -102,7 +104,8 @@ class Neumann(lx.AbstractLinearSolver):
 
 
 class _Spectrum(NamedTuple):
-    """`basis @ diag(values) @ basis.T`; `indefinite` if a negative value is certain."""
+    """Represents `basis @ diag(values) @ basis.T`. `indefinite` tells whether a
+    negative value is certain."""
 
     basis: Float[Array, "size rank"]
     values: Float[Array, " rank"]
@@ -114,14 +117,14 @@ class Nystrom(lx.AbstractLinearSolver):
 
     $$A_k = C W^+ C^\top,$$
 
-    where $C$ are $k$ columns of $A$ drawn at random and $W$ their rows of the same
-    numbers. All else is exact, by the eigendecomposition of $A_k$: Woodbury's formula,
-    with $C^\top C$ in it, would square the condition number. With `rank` at or above
-    the size of $A$ it solves $(A + \rho I) x = v$.
+    where $C$ holds $k$ columns of $A$, drawn at random, and $W$ their rows of the same
+    numbers. The rest is exact and uses the eigendecomposition of $A_k$. (Woodbury's
+    formula contains $C^\top C$ and would square the condition number.) If `rank` is at
+    least the size of $A$, it solves $(A + \rho I) x = v$.
 
-    The operator must be real and symmetric. Holds $k$ vectors of the size of $v$, and
-    takes $k$ products with the operator. Where $W$ has a negative eigenvalue, $A$ has
-    one too, and the result is `breakdown`.
+    The operator must be real and symmetric. The solver holds $k$ vectors of the size of
+    $v$, and takes $k$ products with the operator. If $W$ has a negative eigenvalue, $A$
+    has one too, and the result is `breakdown`.
 
     ??? cite "Reference"
 
@@ -138,8 +141,8 @@ class Nystrom(lx.AbstractLinearSolver):
 
         - `rank`: the number $k$ of columns.
         - `damping`: the number $\rho$, above zero, or zero if `rank` is the size of the
-            operator: what stands for the eigenvalues that the columns do not show.
-        - `seed`: of the choice of the columns.
+            operator. It stands for the eigenvalues that the columns do not show.
+        - `seed`: the seed for the choice of the columns.
         """
         self.rank = as_int("rank", rank, 1)
         self.damping = as_number("damping", damping)

@@ -1,7 +1,7 @@
-"""The position of a data loader, where it tells it, in a form that JSON has.
+"""Reads and sets the position of a data loader that reports it, in a form for JSON.
 
-PyTorch's `StatefulDataLoader` and its like have `state_dict` and `load_state_dict`,
-the iterators of Grain `get_state` and `set_state`.
+PyTorch's `StatefulDataLoader` and similar loaders have `state_dict` and
+`load_state_dict`. The iterators of Grain have `get_state` and `set_state`.
 """
 
 import base64
@@ -17,21 +17,21 @@ _TAG = "eqx_hpo"  # the key of what JSON itself has not
 
 
 def has_state(loader: Any) -> bool:
-    """Tells whether a loader, or an iterator, tells its position."""
+    """Tells whether a loader, or an iterator, reports its position."""
     return any(all(hasattr(loader, x) for x in pair) for pair in _METHODS)
 
 
 def get_state(name: str, loader: Any) -> Any:
     """Asks a loader for its position.
 
-    **Raises:** a `ValueError` if there is something in it that cannot be written.
+    **Raises:** a `ValueError` if it holds something that cannot be written.
     """
     (getter, _) = _methods(loader)
     return _encode(f"{name}.{getter}()", getattr(loader, getter)())
 
 
 def set_state(loader: Any, state: Any) -> None:
-    """Puts a loader to a position."""
+    """Moves a loader to a position."""
     (_, setter) = _methods(loader)
     getattr(loader, setter)(_decode(state))
 

@@ -1,4 +1,4 @@
-"""Learning across tasks: hyperparameters, and an initialisation, that tasks share.
+"""Learning across tasks that share hyperparameters, and possibly an initialisation.
 
 `MetaLearner` gives each task a row of its own in the arrays of a state, and maps the
 estimate of the wrapped algorithm over the rows. The algorithm sees one task at a time.
@@ -54,16 +54,18 @@ from ._tasks import (
 
 
 class MetaLearner(AbstractBilevelOptimizer):
-    r"""Runs an algorithm on many tasks at once, which share the hyperparameters and, if
-    there are episodes, where they start from.
+    r"""Runs an algorithm on many tasks at once. The tasks share the hyperparameters. If
+    there are episodes, they also share the weights from which they start.
 
-    Each task has its own weights, inner optimiser state and batches, with a leading
-    axis for the tasks in `state.model`, in `train` and in `val`. The hypergradient is
-    the mean over the tasks, and `state.metrics.diagnostics` tells its standard error,
-    as a [`eqx_hpo.TaskReport`][]. The tasks may be the folds of one data set, see
-    [`eqx_hpo.folds`][]. The losses are those of a single task, and so is the model
-    that `init` and `restart` take. Make a [`eqx_hpo.Minibatch`][] for each task by
-    `eqx.filter_vmap(lambda x: hpo.Minibatch(x, 8))(data)`; in [`eqx_hpo.Stacked`][] the
+    Each task has its own weights, inner optimiser state and batches. `state.model`,
+    `train` and `val` have a leading axis for the tasks. The hypergradient is the mean
+    over the tasks. `state.metrics.diagnostics` holds its standard error, as a
+    [`eqx_hpo.TaskReport`][]. The tasks may be the folds of one data set (see
+    [`eqx_hpo.folds`][]).
+
+    The losses are written for a single task. `init` and `restart` take a single model
+    too. To make an [`eqx_hpo.Minibatch`][] for each task, use
+    `eqx.filter_vmap(lambda x: hpo.Minibatch(x, 8))(data)`. In [`eqx_hpo.Stacked`][] the
     axis of the tasks comes after that of the inner steps.
 
     ```python
@@ -73,15 +75,16 @@ class MetaLearner(AbstractBilevelOptimizer):
     state = algorithm.init(model, hyperparams, train=train, val=val)
     ```
 
-    Without a `horizon` the tasks train on from step to step. With one, an episode takes
-    `horizon` inner steps from the shared initialisation $\phi$, with an update of the
-    hyperparameters after each `inner_steps` of them. When the next step begins, Reptile
-    moves the initialisation towards the mean of the trained weights, $\phi \leftarrow
-    \phi - \eta (\phi - \bar\theta_T)$, and all tasks start there anew, with a fresh
-    inner optimiser and a fresh memory of the episode. The caller gives new tasks once
-    an episode: `state.step` counts the calls. The outer optimiser goes on.
+    Without a `horizon`, the tasks keep training from step to step. With one, an episode
+    takes `horizon` inner steps from the shared initialisation $\phi$. The
+    hyperparameters are updated after each `inner_steps` of them. At the start of the
+    step after an episode, Reptile moves the initialisation towards the mean of the
+    trained weights, $\phi \leftarrow \phi - \eta (\phi - \bar\theta_T)$. All tasks then
+    start there anew, with a fresh inner optimiser and a fresh memory of the episode.
+    The outer optimiser keeps its state. The caller passes new tasks once an episode,
+    and can tell when from `state.step`, which counts the calls.
 
-    The axis of the tasks may be sharded over devices.
+    The axis of the tasks can be sharded over devices.
 
     ??? cite "References"
 
@@ -114,12 +117,13 @@ class MetaLearner(AbstractBilevelOptimizer):
             optimisers.
         - `tasks`: the number of tasks.
         - `horizon`: the number of inner steps in an episode, a multiple of the
-            `inner_steps` of `algorithm`; `None` for no episodes. With the same number
-            as `inner_steps` the hyperparameters move once an episode.
-        - `reptile`: the rate $\eta$ of the initialisation, from 0 to 1, where there are
-            episodes. With 0 or `None` all episodes start from the model given to
-            `init`: better where tasks have little in common but the hyperparameters, as
-            classes in random order.
+            `inner_steps` of `algorithm`. If it equals `inner_steps`, the
+            hyperparameters move once an episode. `None` means that there are no
+            episodes.
+        - `reptile`: the rate $\eta$ at which the initialisation moves, from 0 to 1. It
+            needs a `horizon`. With 0 or `None`, all episodes start from the model given
+            to `init`. This is better where tasks share little but the hyperparameters,
+            for example when their classes come in random order.
         """
         what = "an algorithm for one model, such as `T1T2`"
         check_type("algorithm", algorithm, AbstractAlgorithm, what)
@@ -147,9 +151,9 @@ class MetaLearner(AbstractBilevelOptimizer):
         self.val_at_each_step = algorithm.val_at_each_step
 
     def initialisation(self, state: BilevelState) -> Model:
-        r"""Returns the shared initialisation $\phi$, a single model: the one from which
-        the next step starts if it starts an episode, and else the one from which this
-        episode started.
+        r"""Returns the shared initialisation $\phi$ as a single model. If the next step
+        starts an episode, this is the model from which it starts. Otherwise it is the
+        model from which the present episode started.
 
         **Arguments:**
 
@@ -253,7 +257,7 @@ class MetaLearner(AbstractBilevelOptimizer):
         return put_like(with_shared(rows, (start, error)), state)
 
     def _first_task(self, name: str, data: Batch | AbstractBatches):
-        """Takes the first task's share of `train` or `val`."""
+        """Selects the first task's part of `train` or `val`."""
         if data is None:
             return None
         batches = as_batches(data, name, self.inner_steps)
@@ -273,8 +277,8 @@ class MetaLearner(AbstractBilevelOptimizer):
                 )
 
     def _next_start(self, state: BilevelState) -> tuple[Start, Bool[Array, ""]]:
-        """Finds where the present episode starts from, after Reptile if one has just
-        ended, and whether a new one begins right now."""
+        """Finds the start of the present episode, and whether a new episode begins now.
+        If one has just ended, Reptile has moved the start."""
         assert self.horizon is not None
         start, _ = state.memory.episode
         trained = dataclasses.replace(inner_state(state), opt_state=None)
@@ -311,7 +315,7 @@ class MetaLearner(AbstractBilevelOptimizer):
     def _restart_rows(
         self, state: BilevelState, model: Model, model_state: PyTree
     ) -> BilevelState:
-        """Restarts each task. `state` is without what the tasks share."""
+        """Restarts each task. `state` must not hold the parts that the tasks share."""
 
         def restart(row):
             single = with_rows(state, row)
@@ -363,8 +367,9 @@ class MetaLearner(AbstractBilevelOptimizer):
         )
 
     def _over_tasks(self, fn: Callable[..., Any], axes: tuple[int, ...]) -> Any:
-        """Maps a function that returns `(what each task has its own of, what they
-        share)`; `axes` are those of the tasks in its arguments."""
+        """Maps a function over the tasks. The function returns `(own, shared)`: a part
+        that each task has for itself, and a part that is the same for all. `axes` are
+        the axes of the tasks in its arguments."""
         if self.tasks > 1:
             in_axes = tuple(eqx.if_array(axis) for axis in axes)
             out_axes = (eqx.if_array(0), None)
@@ -379,7 +384,7 @@ class MetaLearner(AbstractBilevelOptimizer):
         return single
 
     def _task_keys(self, key: Key) -> Shaped[Array, "tasks ..."] | None:
-        """Makes a key for each task; a single task has the key itself."""
+        """Makes a key for each task. A single task gets the key itself."""
         if key is None:
             return None
         return key[None] if self.tasks == 1 else jr.split(key, self.tasks)
@@ -393,8 +398,8 @@ def exact_over_tasks(
     keys: Keys,
     calls: int,
 ) -> Hyperparams:
-    """Computes the mean over tasks of the exact hypergradient, in an episode that does
-    not end within `calls` calls of `step`."""
+    """Computes the mean over tasks of the exact hypergradient of `calls` calls of
+    `step`. No episode ends within them."""
     _, state = without_shared(learner._start_episode_if_due(state))
     own = None if keys is None else jax.vmap(learner._task_keys)(keys)
 
@@ -413,7 +418,8 @@ def exact_over_tasks(
 def discretised_over_tasks(
     learner: MetaLearner, state: BilevelState, val: AbstractBatches, key: Key
 ) -> Discretised:
-    """Evaluates both forms of the hyperparameters as the means over tasks."""
+    """Computes the mean over tasks of the losses with relaxed and with discrete
+    hyperparameters."""
     _, state = without_shared(state)
 
     def compare(row, val, key):

@@ -1,4 +1,4 @@
-"""Tree arithmetic and dtype bookkeeping; nothing here knows about hyperparameters."""
+"""Tree arithmetic and dtype bookkeeping. Nothing here knows about hyperparameters."""
 
 import contextlib
 import functools as ft
@@ -70,8 +70,9 @@ def tree_zeros(tree: PyTree) -> PyTree:
 def tree_norm(tree: PyTree) -> Float[Array, ""]:
     """Computes the Euclidean norm over all leaves, in single precision at least.
 
-    It is finite if all entries are, and zero only if all are, even where their squares
-    overflow or vanish: then all entries are scaled by the largest one first.
+    It is finite if all entries are finite, and zero only if all are zero. This holds
+    even if their squares overflow or vanish: then all entries are first scaled by the
+    largest one.
     """
     leaves = [x for x in jtu.tree_leaves(tree) if x.size > 0]
     if len(leaves) == 0:
@@ -105,8 +106,8 @@ def tree_norm(tree: PyTree) -> Float[Array, ""]:
 
 
 def _common_dtype(arrays: list[Array]) -> Any:
-    """Finds the widest dtype, in single precision at least. Not by promotion, which a
-    strict setting of JAX forbids."""
+    """Finds the widest dtype, at least in single precision. It avoids promotion, which
+    a strict setting of JAX forbids."""
     bits = max([32, *[jnp.finfo(x.dtype).bits for x in arrays]])
     if any(jnp.iscomplexobj(x) for x in arrays):
         return jnp.complex64 if bits == 32 else jnp.complex128
@@ -114,15 +115,14 @@ def _common_dtype(arrays: list[Array]) -> Any:
 
 
 def usual_promotion() -> contextlib.AbstractContextManager[None]:
-    """Promotes dtypes as usual even under the strict setting of JAX, which several
-    optimisers of Optax do not stand (Adam raises a number to the power of a
-    counter)."""
+    """Promotes dtypes as usual even under the strict setting of JAX. Several optimisers
+    of Optax fail under it (Adam raises a number to the power of a counter)."""
     return jax.numpy_dtype_promotion("standard")
 
 
 def as_device_arrays(tree: PyTree) -> PyTree:
-    """Turns NumPy leaves into JAX arrays, and weak dtypes into strong ones: a weak
-    dtype that hardens in the first step would compile it a second time."""
+    """Turns NumPy leaves into JAX arrays, and weak dtypes into strong ones. A weak
+    dtype would become strong in the first step, which would then compile twice."""
 
     def convert(x):
         if is_typed_key(x) or not is_array_or_numpy(x) or x.dtype.kind in NO_NUMBERS:

@@ -1,5 +1,5 @@
-"""A metric that a driver watches: it ends the run once nothing better comes, and the
-best state is the one that the solution is made of."""
+"""A metric that a driver watches. It ends the run once nothing better comes, and the
+solution is made from the best state."""
 
 import math
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from ._state import BilevelState
 
 
 class Best(eqx.Module):
-    """The best state that a [`eqx_hpo.Monitor`][] has seen.
+    """Holds the best state that an [`eqx_hpo.Monitor`][] has seen.
 
     **Attributes:**
 
     - `state`: a copy of the state.
-    - `value`: its metric.
-    - `step`: its `step`.
+    - `value`: the metric of this state.
+    - `step`: the number of its step.
     """
 
     state: BilevelState
@@ -31,12 +31,13 @@ class Best(eqx.Module):
 
 
 class Readings(NamedTuple):
-    """What a [`eqx_hpo.Monitor`][] has read in a run, as NumPy arrays.
+    """Holds the values that an [`eqx_hpo.Monitor`][] has read in a run, as NumPy
+    arrays.
 
     **Attributes:**
 
-    - `step`: the number of the step, the start of the run first.
-    - `value`: the metric after it.
+    - `step`: the number of the step. The first entry belongs to the start of the run.
+    - `value`: the metric after this step.
     """
 
     step: Int[np.ndarray, " readings"]
@@ -54,9 +55,10 @@ class Monitor(eqx.Module):
     print(solution.best.step, solution.best.value, solution.history.monitor)
     ```
 
-    The validation loss falls as long as it is tuned, and tells nothing of data that
-    nobody tuned on. The metric needs no gradient, so it can be an accuracy, and its
-    data may be on the host. It is called as it is: compile what runs on a device.
+    The validation loss falls while it is tuned, so it says nothing about data that
+    nobody tuned on. The metric needs no gradient. It can be an accuracy, and its data
+    may be on the host. It is called without `jit`: compile the parts that run on a
+    device yourself.
     """
 
     metric: Callable[[BilevelState], Any]
@@ -77,17 +79,19 @@ class Monitor(eqx.Module):
         """**Arguments:**
 
         - `metric`: a function of the state that returns one real number, of Python,
-            NumPy or JAX. It must not keep the state, whose memory the next step uses
-            again. NaN is not better than anything.
-        - `every`: it is called at the start of a run, and after each step whose number
-            is a multiple of this.
-        - `patience`: end the run after so many calls without a better value; `None` for
-            never.
+            NumPy or JAX. It must not keep the state, since the next step reuses its
+            memory. NaN is not better than anything.
+        - `every`: the number of steps between two calls of the metric. It is called at
+            the start of a run, and after each step whose number is a multiple of
+            `every`.
+        - `patience`: the number of calls without a better value that ends the run.
+            `None` means that the monitor never ends the run.
         - `mode`: whether a smaller value is better, `"min"`, or a larger one, `"max"`.
-        - `best`: the `best` of an earlier solution, whose `state` the run goes on from.
+        - `best`: the `best` of an earlier solution, if the run continues from its
+            `state`.
 
-        **Raises:** a `ValueError` if an argument is out of range, and in the run if the
-        metric is no real number.
+        **Raises:** a `ValueError` if an argument is out of range. The run raises one if
+        the metric is not a real number.
         """
         what = "a function of the state that returns a number"
         check_function("metric", metric, what)
@@ -103,7 +107,7 @@ class Monitor(eqx.Module):
 
 
 class Watcher:
-    """The readings of a monitor in a run, and the best state so far."""
+    """Holds the readings of a monitor in a run, and the best state so far."""
 
     def __init__(self, monitor: Monitor):
         self._monitor = monitor
@@ -112,7 +116,7 @@ class Watcher:
         self._values: list[float] = []
 
     def look(self, state: BilevelState) -> None:
-        """Reads the metric of a state, which the run may donate afterwards."""
+        """Reads the metric of a state. The run may donate the state afterwards."""
         value = _as_value(self._monitor.metric(state))
         self._steps.append(int(state.step))
         self._values.append(value)
@@ -121,7 +125,7 @@ class Watcher:
             self.best = Best(jtu.tree_map(copy, state), value, self._steps[-1])
 
     def go_on(self, readings: Readings, best: Best | None) -> None:
-        """Goes on behind what the same run has read before."""
+        """Continues after the earlier readings of the same run."""
         self.best = best
         self._steps, self._values = readings.step.tolist(), readings.value.tolist()
 
@@ -129,7 +133,7 @@ class Watcher:
         return len(self._steps) > 0
 
     def is_over(self) -> bool:
-        """Tells whether the patience is."""
+        """Tells whether the patience is over."""
         patience, every = self._monitor.patience, self._monitor.every
         since = self._steps[0] if self.best is None else self.best.step
         waited = self._steps[-1] // every - since // every

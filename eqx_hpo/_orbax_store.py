@@ -1,9 +1,9 @@
-"""The checkpoints of a run by Orbax, whose arrays may be split over processes.
+"""Stores the checkpoints of a run by Orbax. Their arrays may be split over processes.
 
-A checkpoint is a folder: one that Orbax writes, with the arrays, and a file of ours,
-with the header, the checksums, and what Orbax does not take. The folder has another
-name until all is there. Each process calls the same methods in the same order; what is
-to be done once, the first one does.
+A checkpoint is a folder. It holds a folder with the arrays, which Orbax writes, and a
+file of ours with the header, the checksums, and what Orbax does not take. The folder
+has another name until it is complete. Each process calls the same methods in the same
+order. The first process does what is to be done only once.
 """
 
 import contextlib
@@ -43,7 +43,8 @@ def import_orbax() -> Any:
 
 
 class OrbaxStore(AbstractStore):
-    """A folder with a folder for each checkpoint, and one for each best state."""
+    """Stores checkpoints in a folder, with a folder for each checkpoint and for each
+    best state."""
 
     def __init__(self, folder: pathlib.Path):
         self._folder = folder.absolute()
@@ -129,7 +130,7 @@ class OrbaxStore(AbstractStore):
         )
 
     def _check(self, state: BilevelState) -> None:
-        """Refuses, before the run, what cannot be saved."""
+        """Refuses a state that cannot be saved, before the run begins."""
         import tensorstore
 
         if any(self._folder.glob("*.ckpt")):
@@ -154,7 +155,8 @@ class OrbaxStore(AbstractStore):
         extra: Mapping[str, np.ndarray],
         has_arrays: bool,
     ) -> Callable[[], None]:
-        """Begins to save a state; returns what waits for it and puts it in place."""
+        """Begins to save a state. Returns a function that waits for the end and moves
+        the checkpoint in place."""
         split, rest = _divide(arrays_of(state))
         sums = {name: checksum(x) for name, x in split.items()}
         rest, specs = host_copies({**rest, **extra}), _specs(split)
@@ -199,7 +201,8 @@ class OrbaxStore(AbstractStore):
         return state, file.header, extra
 
     def _restore(self, path: pathlib.Path, likes: dict[str, Any]) -> dict[str, Any]:
-        """Reads the arrays that Orbax has, each to the place of that in `likes`."""
+        """Reads the arrays that Orbax saved, and places each like the one in
+        `likes`."""
         if len(likes) == 0:
             return {}
         wanted = {name: self._restore_args(x) for name, x in likes.items()}
@@ -222,7 +225,7 @@ class OrbaxStore(AbstractStore):
         return self._orbax.RestoreArgs(restore_type=np.ndarray)
 
     def _has(self, path: pathlib.Path) -> bool:
-        """Tells whether a folder is there and not one that may be damaged."""
+        """Tells whether a folder exists and is complete."""
         return at_first(lambda: path in self._whole and path.exists())
 
     def _move(self, folder: pathlib.Path, path: pathlib.Path) -> None:
@@ -237,14 +240,14 @@ class OrbaxStore(AbstractStore):
                 self._discard(self._path(kind, number))
 
     def _discard(self, path: pathlib.Path) -> None:
-        """Removes a folder, so that no half of it is ever there under its name."""
+        """Removes a folder. No half of it ever exists under its name."""
         self._whole.discard(path)
         gone = path.with_name(f"{path.name}.gone")
         os.replace(path, gone)
         shutil.rmtree(gone)
 
     def _tidy(self) -> None:
-        """Makes the folder, and removes from it what is not whole."""
+        """Makes the folder, and removes incomplete checkpoints from it."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for path in self._folder.iterdir():
             if re.fullmatch(r"(step|best)-\d+\.(partial|gone)", path.name):
@@ -259,14 +262,15 @@ class OrbaxStore(AbstractStore):
 
 
 def _divide(arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Takes apart what Orbax saves, and the rest, which each process has as a whole."""
+    """Separates the arrays that Orbax saves from the rest, which each process holds as
+    a whole."""
     is_split = lambda x: isinstance(x, jax.Array) and x.size > 0 and _is_global(x)
     split = {name: x for name, x in arrays.items() if is_split(x)}
     return split, {name: x for name, x in arrays.items() if name not in split}
 
 
 def _is_global(array: jax.Array) -> bool:
-    """Tells whether an array is the same one in all processes."""
+    """Tells whether an array is shared by all processes."""
     return jax.process_count() == 1 or not array.is_fully_addressable
 
 
@@ -275,7 +279,7 @@ def _is_of_state(name: str) -> bool:
 
 
 def _numbered(items: Mapping[str, Any]) -> dict[str, Any]:
-    """Gives Orbax numbers for names: it takes a slash in a name for a folder."""
+    """Gives Orbax numbers for names, since it takes a slash in a name for a folder."""
     return {str(i): x for i, x in enumerate(items.values())}
 
 

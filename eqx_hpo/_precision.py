@@ -1,9 +1,9 @@
-"""Models in half precision with masters in single precision, which training moves.
+"""Models in half precision whose masters, in single precision, are what training moves.
 
-A state holds the model in half precision, and its masters with the inner optimiser.
-Within a step the masters are the parameters (`lift`), and the model is a rounding of
-them that the training gradient is evaluated at. So algorithms see single precision
-alone. At the end of the step the two go back to their places (`settle`).
+A state holds the model in half precision, and its masters in the state of the inner
+optimiser. Within a step the masters are the parameters (`lift`). The model is their
+rounding, and the training gradient is evaluated at it. So algorithms see only single
+precision. At the end of the step both go back to their places (`settle`).
 """
 
 import dataclasses
@@ -31,12 +31,14 @@ _LARGEST = 24  # of the powers of two that scale a loss
 class MixedPrecisionState(eqx.Module):
     """The state of [`eqx_hpo.mixed_precision`][].
 
-    - `masters`: the parameters in half precision, in single precision; `None` for all
-        other parameters, and within a step.
+    - `masters`: single-precision copies of the parameters that are in half precision.
+        It is `None` for all other parameters, and within a step.
     - `inner`: the state of the wrapped optimiser.
-    - `log2_scale`: the logarithm of the loss scale; `None` without `float16`.
-    - `good_steps`: how many inner steps it has had this value.
-    - `dtypes`: for each parameter its dtype, if that is in half precision.
+    - `log2_scale`: the logarithm of the loss scale to base 2, or `None` without
+        `float16`.
+    - `good_steps`: the number of inner steps with finite gradients since the loss scale
+        was last halved or due to be doubled.
+    - `dtypes`: the dtype of each parameter that is in half precision.
     """
 
     masters: PyTree
@@ -52,8 +54,9 @@ def mixed_precision(
     loss_scale: float = 2.0**15,
     period: int = 2000,
 ) -> optax.GradientTransformation:
-    """Trains a model in `bfloat16` or `float16` by an optimiser that keeps a master of
-    each parameter in `float32`. To stand outermost in `inner`.
+    """Trains a model in `bfloat16` or `float16`. It wraps an optimiser and keeps a
+    master of each parameter in `float32`. It must be the outermost transformation in
+    `inner`.
 
     ```python
     inner = hpo.mixed_precision(optax.adam(1e-3))
@@ -61,28 +64,29 @@ def mixed_precision(
     ```
 
     Each inner step evaluates the train loss and its gradient with the model in half
-    precision, and moves the masters; the model is their rounding. The derivatives that
+    precision, and moves the masters. The model is their rounding. The derivatives that
     make up a hypergradient are evaluated in `float32` at the masters, and so is the
-    validation loss. Parameters in other precisions are trained as ever.
+    validation loss. Parameters in other precisions are trained as usual.
 
-    With parameters in `float16` the train loss is multiplied by a scale before its
-    gradient is taken, and the gradient divided by it in `float32`, so that small
-    gradients do not vanish. An inner step whose gradient is not finite halves the
-    scale, and leaves model and optimiser as they are.
+    If parameters are in `float16`, the train loss is multiplied by a scale before its
+    gradient is taken, and the gradient is divided by it in `float32`. This keeps small
+    gradients from vanishing. An inner step whose gradient is not finite halves the
+    scale, and does not change the model or the optimiser.
 
     **Arguments:**
 
     - `inner`: any Optax optimiser, such as `optax.adam(1e-3)` or a chain. Its own state
         is in `float32`.
-    - `loss_scale`: the scale that `float16` starts with, a power of two from 2 to
+    - `loss_scale`: the starting scale for `float16`, a power of two from 2 to
         2<sup>24</sup>.
-    - `period`: after so many inner steps with finite gradients the scale is doubled.
+    - `period`: the number of inner steps with finite gradients after which the scale is
+        doubled.
 
-    **Returns:** an `optax.GradientTransformation`. As `inner` of an algorithm it finds
-    all that it needs. Its state has the masters in `masters`, the wrapped optimiser's
-    state in `inner`, and the logarithm of the scale to base 2 in `log2_scale`.
+    **Returns:** an `optax.GradientTransformation`, to be used as `inner` of an
+    algorithm. Its state holds the masters in `masters`, the wrapped optimiser's state
+    in `inner`, and the logarithm of the scale to base 2 in `log2_scale`.
 
-    **Raises:** a `ValueError` if an argument is of no use.
+    **Raises:** a `ValueError` if an argument has the wrong type or is out of range.
     """
     optimiser = _as_transformation(inner)
     first, period = _as_exponent(loss_scale), as_int("period", period, 1)
@@ -118,7 +122,7 @@ def mixed_precision(
 
 
 def lift(inner: InnerState) -> InnerState:
-    """Puts masters, if there are any, in place of the parameters."""
+    """Replaces the parameters by their masters, if there are any."""
     state = inner.opt_state
     if not isinstance(state, MixedPrecisionState):
         return inner
@@ -129,8 +133,8 @@ def lift(inner: InnerState) -> InnerState:
 
 
 def settle(inner: InnerState) -> InnerState:
-    """Undoes `lift`: the parameters are rounded, and their masters go to the
-    optimiser."""
+    """Undoes `lift`. It rounds the parameters and moves their masters back to the
+    optimiser's state."""
     half, state = in_half(inner), inner.opt_state
     if half is None:
         return inner
@@ -140,7 +144,8 @@ def settle(inner: InnerState) -> InnerState:
 
 
 def in_half(inner: InnerState) -> InnerState | None:
-    """Rounds the masters of a lifted state; `None` if nothing is in half precision."""
+    """Rounds the masters of a lifted state. Returns `None` if nothing is in half
+    precision."""
     state = inner.opt_state
     if not is_mixed(state):
         return None
@@ -153,7 +158,7 @@ def in_half(inner: InnerState) -> InnerState | None:
 
 
 def loss_scale_of(inner: InnerState) -> FloatScalar | None:
-    """The factor of the loss, a power of two; `None` if there is none."""
+    """Returns the factor of the loss, a power of two, or `None` if there is none."""
     state = inner.opt_state
     if not isinstance(state, MixedPrecisionState) or state.log2_scale is None:
         return None
@@ -170,7 +175,7 @@ def back_off(opt_state: PyTree, is_good: Bool[Array, ""]) -> PyTree:
 
 
 def is_mixed(opt_state: PyTree) -> bool:
-    """Tells whether an optimiser's state has masters of a model in half precision."""
+    """Tells whether an optimiser's state holds masters of a model in half precision."""
     return isinstance(opt_state, MixedPrecisionState) and any(opt_state.dtypes)
 
 
@@ -207,8 +212,8 @@ def _(primals, tangents):
 
 
 def scaled(x: Any, scale: FloatScalar | None) -> Any:
-    """Multiplies an inexact array by a loss scale, if there is one, in single precision
-    at least."""
+    """Multiplies an inexact array by a loss scale, if there is one, at least in single
+    precision."""
     if scale is None or not eqx.is_inexact_array(x):
         return x
     x = as_single(x)
@@ -216,13 +221,13 @@ def scaled(x: Any, scale: FloatScalar | None) -> Any:
 
 
 def unscaled(x: Any, scale: FloatScalar | None) -> Any:
-    """Divides as `scaled` multiplies."""
+    """Divides by a loss scale, as `scaled` multiplies by it."""
     return scaled(x, None if scale is None else 1 / scale)
 
 
 def shrink(tree: PyTree, scale: FloatScalar | None) -> PyTree:
     """Divides the derivative with respect to `tree` by a loss scale, if there is one.
-    The values stay."""
+    The values do not change."""
     if scale is None:
         return tree
     return with_derivative_of(tree, jtu.tree_map(lambda x: unscaled(x, scale), tree))
@@ -235,7 +240,7 @@ def _update_scaled(
     masters: PyTree,
     period: int,
 ) -> tuple[PyTree, MixedPrecisionState]:
-    """Takes an update of the masters, or none where the loss scale was too large."""
+    """Updates the masters, or skips the update if the loss scale was too large."""
     if state.log2_scale is None or state.good_steps is None:
         moves, inner = optimiser.update(updates, state.inner, masters)
         return moves, dataclasses.replace(state, inner=inner)
@@ -274,7 +279,7 @@ def _only_half(tree: PyTree, dtypes: tuple[str | None, ...]) -> PyTree:
 
 
 def _difference(move: Array, moved: Array, param: Array) -> Array:
-    """The update that leads to the rounded master."""
+    """Computes the update that leads to the rounded master."""
     if not holds_half(param):
         return move
     return as_single(moved.astype(param.dtype)) - as_single(param)

@@ -13,8 +13,8 @@ from ._custom_types import Batch, FloatScalar, Hyperparams, Key, Loss, Model
 
 
 class Problem(eqx.Module):
-    r"""A bilevel problem: the model minimises the train loss, the hyperparameters the
-    validation loss that the trained model reaches.
+    r"""Holds the two losses of a bilevel problem. The model minimises the train loss.
+    The hyperparameters minimise the validation loss of the trained model.
 
     $$\min_\lambda C_2(\theta_T(\lambda), \lambda), \qquad
     \theta_t = \Phi(\theta_{t-1}, \lambda)$$
@@ -24,24 +24,25 @@ class Problem(eqx.Module):
 
     Both losses are called as `loss(model, hyperparams, batch, key)`:
 
-    - `model` is what was given to `init`: the whole model, or what
-        [`eqx_hpo.partition`][] left of it (put it together with
-        `eqx.combine(model, hyperparams)`).
+    - `model` has the structure of the model given to `init`. This is the whole model,
+        or the rest that [`eqx_hpo.partition`][] returned
+        (`eqx.combine(model, hyperparams)` puts the two together again).
     - `hyperparams` arrive unwrapped, as plain arrays that satisfy their constraints.
     - `batch` is one batch of the train or of the validation data.
     - `key` is a PRNG key, or `None` where none was given to `step`.
 
-    and return a floating-point scalar, or `(scalar, aux)` if `has_aux=True`.
+    Each loss returns a floating-point scalar, or `(scalar, aux)` if `has_aux=True`.
 
-    With a model state (`init(..., model_state=state)`, for BatchNorm) the first
-    argument is `(model, model_state)` and the train loss returns `(scalar,
-    model_state)`, or `(scalar, (model_state, aux))`. The validation loss may return the
+    A model with a state, such as one with BatchNorm, is trained with
+    `init(..., model_state=state)`. The first argument of the losses is then
+    `(model, model_state)`, and the train loss returns `(scalar, model_state)`, or
+    `(scalar, (model_state, aux))` if `has_aux=True`. The validation loss may return the
     same; its model state is dropped.
 
-    For [`eqx_hpo.Evolution`][] the validation loss may be any function of the model
-    that JAX can trace, with a derivative or without: an accuracy, a simulator. It is
-    minimised, so take one minus an accuracy. What must leave JAX goes through
-    `jax.pure_callback`.
+    [`eqx_hpo.Evolution`][] needs no derivative of the validation loss. There it may be
+    any function that JAX can trace, such as an accuracy or a simulator. It is
+    minimised, so return one minus the accuracy. Code that runs outside JAX can be
+    called by `jax.pure_callback`.
     """
 
     train_loss: Loss
@@ -60,8 +61,8 @@ Problem.__init__.__doc__ = """**Arguments:**
 
 - `train_loss`: the loss that the inner optimiser minimises over the model.
 - `val_loss`: the loss that the outer optimiser minimises over the hyperparameters.
-- `has_aux`: whether both losses return `(scalar, aux)`, with `aux` any pytree of arrays
-    to be reported in `state.metrics.aux`.
+- `has_aux`: whether both losses return `(scalar, aux)`. `aux` is any pytree of arrays
+    and is reported in `state.metrics.aux`.
 """
 
 

@@ -1,8 +1,9 @@
-"""Several processes that take the same run.
+"""Coordinates several processes that make the same run.
 
-Each makes the same calls at the same time, and each call waits for all. So what one of
-them alone knows, such as a signal, the time or a failure, is told to the others before
-anyone acts on it. The first process writes files and shows progress.
+Each process makes the same calls at the same time, and each call waits for all. Some
+things only one process knows, such as a signal, the time or a failure. These are told
+to the others before any process acts on them. The first process writes files and shows
+progress.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ def is_first() -> bool:
 
 
 def is_alone() -> bool:
-    """Tells whether there are no other processes, which may wait for this one."""
+    """Tells whether this is the only process. Others could wait for it."""
     return jax.process_count() == 1
 
 
@@ -32,7 +33,8 @@ def agree(value: int) -> int:
 
 
 def at_first(action: Callable[[], Any]) -> bool:
-    """Lets the first process do something; returns to all whether it gave a true value.
+    """Lets the first process do something. Returns in all processes whether the result
+    was true.
 
     **Raises:** an `OSError`, in all.
     """

@@ -16,11 +16,11 @@ _LINE = 30.0  # seconds between two lines in a file
 
 
 class ProgressBar:
-    """A line with the losses, the norm of the hypergradient and the rate; without the
-    norm, and without a validation loss that is not taken, where nothing is tuned.
+    """Shows a line with the losses, the norm of the hypergradient and the rate. If
+    nothing is tuned, it leaves out the norm, and a validation loss that is not taken.
 
-    In a terminal or a notebook it is a bar that moves. Where the standard error goes
-    to a file, it is a plain line every half minute.
+    In a terminal or a notebook, it is a bar that moves. If the standard error goes to a
+    file, it is a plain line every half minute.
     """
 
     def __init__(self, total: int, done: int, enabled: bool, tunes: bool = True):
@@ -38,8 +38,8 @@ class ProgressBar:
         self._shown = self._start if self._writes else 0.0
 
     def update(self, done: int, state: BilevelState) -> None:
-        """Shows that so many steps are done. Reads the metrics of `state` from the
-        device only when the line is due."""
+        """Shows the number of finished steps. It reads the metrics of `state` from the
+        device only when a line is due."""
         if not self._bar.disable:
             self._bar.update(done - self._done)
         self._done = done
@@ -71,7 +71,7 @@ class ProgressBar:
 
 
 def _shows_a_bar(stream: Any) -> bool:
-    """Tells whether what is written to `stream` can be written over: in a terminal, and
-    in a notebook, whose streams say that they are none."""
+    """Tells whether text on `stream` can be overwritten. This is so in a terminal, and
+    in a notebook, whose streams do not claim to be terminals."""
     in_notebook = type(stream).__module__.partition(".")[0] == "ipykernel"
     return in_notebook or (stream is not None and stream.isatty())

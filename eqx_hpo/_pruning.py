@@ -1,4 +1,5 @@
-"""Which trials of a round end early: the validation losses at a few steps decide."""
+"""Decides which trials of a round end early, by their validation losses at a few
+steps."""
 
 import abc
 import math
@@ -16,13 +17,14 @@ _FACTOR = 3  # of the successive halving
 
 
 class AbstractPruning(eqx.Module):
-    """A rule to end trials early.
+    """A rule that ends trials early.
 
     **Attributes:**
 
-    - `rungs`: the steps of a trial at which its validation loss is taken. The last one
-        is the end.
-    - `sizes`: how many trials a compiled program may hold, from the most to the least.
+    - `rungs`: the steps of a trial at which its validation loss is taken. The last rung
+        is the end of the trial.
+    - `sizes`: the numbers of trials that compiled programs may hold, from the largest
+        to the smallest.
     """
 
     rungs: eqx.AbstractVar[list[int]]
@@ -30,8 +32,8 @@ class AbstractPruning(eqx.Module):
 
     @abc.abstractmethod
     def go_on(self, trials: list[Any], losses: np.ndarray, step: int) -> list[bool]:
-        """Tells which trials of a round are worth more steps. A trial whose loss is NaN
-        has failed."""
+        """Chooses the trials of a round that are worth more steps. A trial whose loss
+        is NaN has failed."""
 
 
 class NoPruning(AbstractPruning):
@@ -44,7 +46,8 @@ class NoPruning(AbstractPruning):
 
 
 class Halving(AbstractPruning):
-    """Successive halving: the best third, rounded up, takes three times the steps."""
+    """Successive halving. The best third, rounded up, continues for three times the
+    steps."""
 
     rungs: list[int]
     sizes: list[int]
@@ -60,7 +63,7 @@ class Halving(AbstractPruning):
 
 
 class OptunaPruning(AbstractPruning):
-    """What a pruner of Optuna says, which belongs to the study of the trials."""
+    """Asks a pruner of Optuna, which belongs to the study of the trials."""
 
     rungs: list[int]
     sizes: list[int]

@@ -1,5 +1,5 @@
-"""The trainings of a black-box search: rounds of trials that run side by side, as one
-`Run`."""
+"""Runs the trainings of a black-box search. The trials of a round run side by side, as
+one `Run`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from ._state import BilevelState, Memory
 
 
 class Report(eqx.Module):
-    """What the trials of a round have come to, with a leading axis."""
+    """Holds the results of the trials of a round, with a leading axis."""
 
     has_failed: Bool[Any, " trials"]
     val_loss: Float[Any, " trials"]
@@ -34,9 +34,10 @@ class Report(eqx.Module):
 
 
 class Rounds:
-    """The run that all trials share, with its compiled code and its data.
+    """Holds the run that all trials share, with its compiled code and its data.
 
-    - `fresh`: the state that each trial starts from, with the lower ends of the ranges.
+    - `fresh`: the state from which each trial starts, with the lower ends of the
+        ranges.
     """
 
     def __init__(
@@ -63,8 +64,8 @@ class Rounds:
         self._steps_of_each = trainer.validate_every
 
     def begin(self, raw: PyTree[np.ndarray], numbers: list[int]) -> None:
-        """Starts a round. Where it holds fewer trials than fit, the last one fills the
-        other places too."""
+        """Starts a round. If it has fewer trials than places, copies of the last trial
+        fill the other places."""
         left = self._parallel - len(numbers)
         pad = lambda x: np.concatenate([x, np.repeat(x[-1:], left, axis=0)])
         starts = pad(np.array(numbers) * self._steps_of_each)
@@ -77,7 +78,7 @@ class Rounds:
 
     def advance(self, step: int) -> Any:
         """Trains all trials of the round up to that step, and takes the validation
-        loss; returns an item of `RESULTS`."""
+        loss. Returns an item of `RESULTS`."""
         self._put(self._rows(), step)
         end = self._run.step + step - self._taken
         self._taken = step
@@ -92,12 +93,13 @@ class Rounds:
         return _take(self._rows(), np.array(row))
 
     def keep(self, rows: list[int], size: int) -> None:
-        """Goes on with some trials of the round, in a program that holds `size`."""
+        """Continues with some trials of the round, in a program that holds `size`
+        trials."""
         padded = [*rows, *rows[-1:] * (size - len(rows))]
         self._put(_take(self._rows(), np.array(padded)), 0)
 
     def finish(self, result: Any) -> Solution:
-        """Builds a `Solution` whose parts are those of the run, not of a trial."""
+        """Builds a `Solution` from the parts of the run, not of a trial."""
         self._put(None, 0)
         return self._run.finish(result)
 
@@ -146,7 +148,8 @@ def _take(rows: BilevelState, numbers: Int[Any, "..."]) -> BilevelState:
 
 @eqx.filter_jit
 def recorded(fresh: BilevelState, raw: PyTree[Array]) -> Hyperparams:
-    """Unwraps the hyperparameters of many trials, as a history records them."""
+    """Unwraps the hyperparameters of many trials, in the form that a history
+    records."""
     constants = partition_raw(fresh.hyperparams)[1]
 
     def one(raw):

@@ -1,7 +1,7 @@
-"""The rows of a history as bytes, in memory or in a file of their own.
+"""Holds the rows of a history as bytes, in memory or in a file of their own.
 
-All rows have one length and a checksum each. They are written as they come, and a run
-that goes on cuts off those behind its checkpoint.
+All rows have the same length, and each has a checksum. They are written as they come. A
+run that continues cuts off the rows after its checkpoint.
 """
 
 import contextlib
@@ -23,7 +23,8 @@ _CHECKSUM = 4  # bytes at the end of each row
 
 
 class Rows:
-    """Rows of a history. What a file does not take waits in memory."""
+    """Holds rows of a history. Rows that could not be written to the file wait in
+    memory."""
 
     def __init__(self, row: Record):
         """**Arguments:**
@@ -61,7 +62,7 @@ class Rows:
         return np.concatenate([self._read(), *self._waiting])
 
     def restore(self, content: np.ndarray, until: int) -> int:
-        """Takes the rows up to step `until` out of bytes; returns their number."""
+        """Reads the rows up to step `until` from bytes. Returns their number."""
         count = len(content) // self._length
         rows = content[: count * self._length].reshape(count, self._length)
         steps = self._decode(rows).step
@@ -71,8 +72,8 @@ class Rows:
         return count
 
     def restore_file(self, path: pathlib.Path, until: int) -> int:
-        """Takes the rows up to step `until` out of a file; returns their number, which
-        is 0 if it is no such file."""
+        """Reads the rows up to step `until` from a file. Returns their number, which is
+        0 if the file does not hold such rows."""
         try:
             content = path.read_bytes()
         except OSError:
@@ -83,7 +84,8 @@ class Rows:
         return self.restore(rows, until)
 
     def write_to(self, path: pathlib.Path, kept: int) -> None:
-        """Keeps the rows in a file from now on, which holds the first `kept` already.
+        """Keeps the rows in a file from now on. The file already holds the first `kept`
+        rows.
 
         **Raises:** an `OSError`.
         """
@@ -92,9 +94,9 @@ class Rows:
         self._file.truncate(self._end())
 
     def flush(self) -> None:
-        """Hands all rows to the file.
+        """Writes all rows to the file.
 
-        **Raises:** an `OSError`; the rows then wait for another try.
+        **Raises:** an `OSError`. The rows then wait for another try.
         """
         if self._path is None:
             return
@@ -107,7 +109,7 @@ class Rows:
             self._waiting, self._written = [], self._written + len(rows)
 
     def sync(self) -> None:
-        """Puts on disk what the file was handed."""
+        """Forces the written rows to disk."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
@@ -117,7 +119,7 @@ class Rows:
             self._file.close()
 
     def _open(self, mode: str, kept: int) -> None:
-        """Opens a file that holds the first `kept` rows; the others wait."""
+        """Opens a file that holds the first `kept` rows. The others wait."""
         assert self._path is not None
         content = self.content()
         file = open(self._path, mode, buffering=0)
@@ -172,7 +174,7 @@ class Rows:
 
 
 def _write_at(file: Any, start: int, content: bytes) -> None:
-    """Writes to the end of a file, in place of what a failed try has left there."""
+    """Writes to the end of a file, over the remains of a failed try."""
     file.truncate(start)
     file.seek(start)
     left = memoryview(content)

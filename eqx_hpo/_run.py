@@ -1,8 +1,8 @@
-"""A run of an algorithm, cut into calls of one compiled function.
+"""Runs an algorithm as calls of one compiled function.
 
-With data on the device a call is a loop of many steps. With batches from the host, or
-with convolutions on a CPU, it is one step. The rows of the history are written on the
-device, and the host drains them when their block is full.
+With data on the device, a call is a loop of many steps. With batches from the host, or
+with convolutions on a CPU, a call is one step. The device writes the rows of the
+history, and the host drains them when their block is full.
 """
 
 import dataclasses
@@ -62,10 +62,10 @@ _HISTORY_ROWS = 256
 
 
 class Run:
-    """The state and the history of a run, replaced call by call.
+    """Holds the state and the history of a run, which each call replaces.
 
-    `step` and `skipped` are those of `state`, on the host. Where a call is one step,
-    `skipped` lags one step behind.
+    `step` and `skipped` are copies of the counters of `state` on the host. If a call is
+    one step, `skipped` lags one step behind.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Run:
     def go_on(
         self, state: BilevelState, course: Course, positions: dict[str, Any]
     ) -> None:
-        """Goes over to a later state of the same run, whose history is in `rows`."""
+        """Continues from a later state of the same run, whose history is in `rows`."""
         self.state, self.course = state, course
         self.step, self.skipped = int(state.step), int(state.skipped)
         self._recorder.go_on(self.step)
@@ -111,12 +111,12 @@ class Run:
         return {"train": self._train.position(), "val": self._val.position()}
 
     def check_positions(self) -> None:
-        """Refuses loaders whose position cannot be written, by a `ValueError`."""
+        """Raises a `ValueError` if the position of a loader cannot be written."""
         self._train.check_position()
         self._val.check_position()
 
     def record_rows(self) -> None:
-        """Takes the rows of the history so far from the device."""
+        """Copies the rows of the history so far from the device to the host."""
         self._recorder.drain(self.step)
 
     def restart(self, model: Model, model_state: PyTree) -> None:
@@ -183,7 +183,7 @@ class Run:
         return self.skipped >= self._max_skipped
 
     def has_begun(self) -> bool:
-        """Tells whether a step was taken."""
+        """Tells whether the run has taken a step."""
         return self.step > self.began
 
     def share_skipped(self) -> float:
@@ -192,14 +192,14 @@ class Run:
         return skipped / max(1, self.step - self.began)
 
     def is_alive(self) -> bool:
-        """Tells whether the state was not lost to a call that failed after donating
-        it."""
+        """Tells whether the state still exists. A call that fails after donating it
+        loses it."""
         arrays = jtu.tree_leaves(eqx.filter(self.state, eqx.is_array))
         return not any(x.is_deleted() for x in arrays)
 
     def finish(self, result: Any, watcher: Watcher | None = None) -> Solution:
-        """Builds the `Solution` of the run so far: of the best state, if there is a
-        monitor that saw one."""
+        """Builds the `Solution` of the run so far. It holds the best state if a monitor
+        saw one, and otherwise the last state."""
         history = self._recorder.finish(self.state, self.step, watcher)
         self.skipped = int(self.state.skipped)
         solve = failed_solve(self.state.metrics.diagnostics)
@@ -255,8 +255,8 @@ class Run:
 
 
 class _Pace:
-    """How many steps a call takes: one, or in loops as many as fill a short time, so
-    that Ctrl-C is looked at and the progress bar moves."""
+    """Chooses the number of steps of a call. It is one, or as many as fill a short
+    time. Between calls, the host checks for Ctrl-C and moves the progress bar."""
 
     def __init__(self, loops: bool):
         self.loops = loops
@@ -272,7 +272,8 @@ class _Pace:
 
 
 class _Recorder:
-    """The history: a block of rows on the device, and those drained to the host.
+    """Holds the history: a block of rows on the device, and the rows drained to the
+    host.
 
     `drained` counts the multiples of `interval` up to the last drained row, so row
     `step // interval - 1 - drained` of the block belongs to `step`.
@@ -289,11 +290,11 @@ class _Recorder:
         self.rows_so_far = Rows(row)
 
     def go_on(self, step: int) -> None:
-        """Goes on behind `step`, whose rows are there."""
+        """Continues after `step`. The rows up to it are there already."""
         self.drained = step // self.interval
 
     def room(self, step: int) -> int:
-        """Counts the steps that may be taken until the block must be drained."""
+        """Counts the steps that fit before the block must be drained."""
         return (self.drained + self._capacity) * self.interval - step
 
     def drain_if_full(self, step: int) -> None:
@@ -303,7 +304,8 @@ class _Recorder:
     def finish(
         self, state: BilevelState, step: int, watcher: Watcher | None
     ) -> History:
-        """Joins all rows, with that of the last step, and what a monitor read."""
+        """Joins all rows, including that of the last step, with the readings of a
+        monitor."""
         self.drain(step)
         rows = self.rows_so_far.load()
         last = jtu.tree_map(lambda x: np.asarray(x)[None], fetch(record(state)))
@@ -312,7 +314,7 @@ class _Recorder:
         return as_history([rows] if is_there else [rows, last], readings)
 
     def drain(self, step: int) -> None:
-        """Takes the rows from the device."""
+        """Moves the rows from the device to the host."""
         count = step // self.interval - self.drained
         if count > 0:
             rows = fetch(self.rows)
@@ -330,8 +332,8 @@ def start(
     state: BilevelState | None,
     model_state: PyTree,
 ) -> BilevelState:
-    """Makes the state that a run may donate: a fresh start, or a copy of the one given
-    if it has that structure."""
+    """Makes the state that a run may donate. It is a fresh state, or a copy of the
+    given one if this has the right structure."""
 
     def init(model, hyperparams, model_state, train, val):
         return algorithm.init(
@@ -357,8 +359,8 @@ def start(
 
 
 def own_copy(state: BilevelState, theirs: PyTree) -> BilevelState:
-    """Copies what a state shares with `theirs`, or holds twice, since the run will
-    donate it. All else is the run's own already."""
+    """Copies the arrays that a state shares with `theirs`, or holds twice, since the
+    run will donate them. All other arrays belong to the run already."""
     seen = {_buffer(x) for x in jtu.tree_leaves(theirs) if is_array_or_numpy(x)}
 
     def copy(x):
@@ -373,8 +375,8 @@ def own_copy(state: BilevelState, theirs: PyTree) -> BilevelState:
 
 
 def _buffer(x: Any) -> Any:
-    """Identifies the memory that an array lies in. A NumPy array and a JAX array made
-    of it may share theirs."""
+    """Identifies the memory of an array. A NumPy array and a JAX array made from it may
+    share theirs."""
     if isinstance(x, np.ndarray):
         return x.ctypes.data
     try:

@@ -1,9 +1,9 @@
-"""Black-box baselines: `search` trains afresh with what an Optuna sampler proposes, and
-gives the `Solution` that `tune` gives.
+"""Black-box baselines: `search` trains models at hyperparameters that an Optuna sampler
+proposes, and returns a `Solution` as `tune` does.
 
-Trials run in rounds, all trials of a round side by side. All rounds share compiled code
-and data. Optuna's study holds what was tried; of the states only that of the best trial
-is kept.
+Trials run in rounds, and all trials of a round run side by side. All rounds share
+compiled code and data. Optuna's study records the trials. Of their states only the best
+one is kept.
 """
 
 import dataclasses
@@ -61,8 +61,8 @@ def search(
     callback: CallbackArgument = None,
     model_state: PyTree = None,
 ) -> Solution:
-    """Chooses hyperparameters by complete trainings, as a baseline for
-    [`eqx_hpo.tune`][]. Needs [Optuna](https://optuna.org):
+    """Searches for hyperparameters by complete trainings, as a baseline for
+    [`eqx_hpo.tune`][]. It needs [Optuna](https://optuna.org):
     `pip install 'eqx_hpo[optuna]'`.
 
     ```python
@@ -74,70 +74,79 @@ def search(
 
     **Arguments:**
 
-    - `algorithm`: any [`eqx_hpo.AbstractAlgorithm`][]. Its problem, `inner` and
-        `inner_steps` are used: `steps` means as many inner steps here as in `tune`.
-    - `model`: the model that each trial starts from.
-    - `low`, `high`: the ends of the range of each hyperparameter, two pytrees of the
+    - `algorithm`: any [`eqx_hpo.AbstractAlgorithm`][]. The search uses its problem,
+        `inner` and `inner_steps`, so `steps` stands for as many inner steps as in
+        `tune`.
+    - `model`: the model from which each trial starts.
+    - `low`, `high`: the two ends of the range of each hyperparameter, as pytrees of the
         structure of `hyperparams` in `tune`. Each coordinate of each `raw` array is one
-        parameter of the search, uniform between the two: `Positive` is searched by
-        its logarithm, a plain array or `Real` as it is. No coordinate of `low` may be
-        above that of `high`; only in a `Simplex`, of which not all entries can be
-        lower, each coordinate takes its two ends in whatever order they come. Discrete
-        hyperparameters are searched as what they are, and the losses see discrete
-        values: an [`eqx_hpo.Integer`][] goes from `low` to `high`, both included. Of a
-        [`eqx_hpo.Choice`][] all options are tried, and both positions of an
-        [`eqx_hpo.Switch`][], whatever their logits.
+        parameter of the search and is uniform between its two ends. So a `Positive` is
+        searched on a logarithmic scale, and a `Real` or a plain array on a linear one.
+        No coordinate of `low` may be above that of `high`. A `Simplex` is the
+        exception, since not all of its entries can be lower: there the two ends may
+        come in any order. Discrete hyperparameters are searched over their discrete
+        values, and the losses see these. An [`eqx_hpo.Integer`][] ranges from `low` to
+        `high`, both included. All options of an [`eqx_hpo.Choice`][] and both positions
+        of an [`eqx_hpo.Switch`][] are candidates, whatever their logits.
     - `train`, `val`: the data, as for `tune`. The validation loss is taken at the end
-        of a trial, and where `pruner` asks for it; on all data where `val` is an
-        [`eqx_hpo.Minibatch`][]. The batches of an iterator go to all trials that are
-        trained side by side.
-    - `trials`: the number of trainings, or fewer if `sampler` ends before, as a grid
-        does.
-    - `steps`: of each, in calls of `algorithm.step`.
+        of a trial and where `pruner` asks for it. If `val` is an
+        [`eqx_hpo.Minibatch`][], it is taken on all of its data. All trials that train
+        side by side get the same batches of an iterator.
+    - `trials`: the number of trainings. There are fewer if `sampler` runs out of
+        proposals, as a grid does.
+    - `steps`: the length of each training, in calls of `algorithm.step`.
     - `key`: a PRNG key, or `None` if nothing is random. It seeds the sampler too.
     - `sampler`: `"random"`, `"tpe"` (tree-structured Parzen estimator), `"gp"`
         (Gaussian process; needs SciPy and PyTorch), or a sampler of `optuna.samplers`.
-    - `parallel`: how many trials to train side by side, as one compiled program with
-        their states in memory. Each has the keys and the batches that it would have
-        alone: `"random"` finds the same for any number, up to rounding, which a long
-        training may amplify. The other samplers learn from the results of a round when
-        it has ended.
-    - `pruner`: ends bad trials early. `"halving"` (successive halving) lets the best
-        third of the trials of a round go on for three times the steps, again and again,
-        until those that are left have taken `steps`. The more trials in a round, the
-        earlier the first cut: of 9 trials after a ninth of `steps`, of 81 after an
-        81st. A pruner of `optuna.pruners` is told the validation loss of each trial and
-        asked, after every `report_every` steps; one that looks at completed trials
-        alone ends none in the first round. Once enough trials of a round have ended, a
-        smaller program goes on.
-    - `report_every`: see `pruner`; a tenth of `steps` by default.
+    - `parallel`: the number of trials to train side by side, as one compiled program
+        that holds all of their states in memory. Each trial has the keys and the
+        batches that it would have alone. So `"random"` finds the same for any number,
+        up to rounding errors, which a long training may amplify. The other samplers
+        learn from the results of a round when the round has ended.
+    - `pruner`: a rule that ends bad trials early; by default no trial ends early.
+        `"halving"` (successive halving) repeatedly lets the best third of the trials of
+        a round continue for three times the steps, until the remaining ones have taken
+        `steps`. The more trials a round has, the earlier is the first cut: with 9
+        trials it comes after a ninth of `steps`, with 81 after an 81st. A pruner of
+        `optuna.pruners` sees the validation loss of each trial after every
+        `report_every` steps, and decides. A pruner that only looks at completed trials
+        ends none in the first round. Once enough trials of a round have ended, a
+        smaller program takes over.
+    - `report_every`: the number of steps between two questions to a pruner of Optuna. A
+        tenth of `steps` by default.
     - `storage`: where Optuna keeps the trials: the URL of a database, such as
         `"sqlite:///search.db"`, or a storage of `optuna.storages`. The same call then
-        goes on where an earlier one was ended or killed, and `trials` is the total. It
-        first trains the best trial so far again. The data must be arrays or
-        [`eqx_hpo.Minibatch`][]. One process at a time may use a study.
+        continues where an earlier one ended or was killed, and `trials` is the total
+        number. It first trains the best trial so far again. The data must be arrays or
+        [`eqx_hpo.Minibatch`][]. Only one process at a time may use a study.
     - `study_name`: the name of the study in `storage`.
-    - `progress`: whether to show the progress, as in `tune`.
-    - `callback`: called as `callback(state)` after each trial; the search stops at the
-        end of the round if it returns something true, or raises. A list calls several.
+    - `progress`: whether to show the progress, as for `tune`.
+    - `callback`: a function that is called as `callback(state)` after each trial. If it
+        returns something true or raises an exception, the search stops at the end of
+        the round. A list of functions calls them all.
     - `model_state`: an `eqx.nn.State`, for losses that take and return one.
 
-    **Returns:** a [`eqx_hpo.Solution`][] with the model, the hyperparameters and the
-    `state` of the best trial, which `tune` can go on from. In it discrete
-    hyperparameters are straight-through, and `discretised` is `None`. `history` has one
-    record for each trial, in their order, with `step` the number of steps that it took.
-    A trial that ends in steps that are not finite has failed, with NaN as its
-    validation loss. That of a pruned trial is the last one that was taken; it is never
-    the best. `message` counts both kinds, and the steps. `RESULTS.nonfinite` says that
-    no trial was completed: then the solution is `model` and `low`. The validation loss
-    of the best trial is `state.metrics.val_loss`. Ctrl-C and SIGTERM end the search
-    with the best so far, and so does an exception of the callback: a warning, with
-    `RESULTS.callback_failed` and the exception in the solution.
+    **Returns:** an [`eqx_hpo.Solution`][] with the model, the hyperparameters and the
+    `state` of the best trial. `tune` can continue from this state. The validation loss
+    of the best trial is `state.metrics.val_loss`. Discrete hyperparameters in it are
+    straight-through, and `discretised` is `None`.
 
-    **Raises:** an `ImportError` without Optuna, or what `sampler` needs; a `ValueError`
-    if the ranges do not match, are empty, not finite or upside down, if the study in
-    `storage` is of other ranges, `steps` or `key`, or if an option is out of range. An
-    exception of an iterator has the best trial so far as its attribute `solution`.
+    `history` has one record for each trial, in their order. Its `step` is the number of
+    steps that the trial took. A trial fails if it ends in non-finite steps: its
+    validation loss is then NaN. A pruned trial has the validation loss that was taken
+    last, and is never the best. `message` counts the failed and the pruned trials, and
+    the steps.
+
+    `RESULTS.nonfinite` says that no trial was completed. The solution then holds
+    `model` and `low`. Ctrl-C and SIGTERM end the search with the best trial so far. So
+    does an exception of the callback: it is reported as a warning, as
+    `RESULTS.callback_failed` and as `exception` of the solution.
+
+    **Raises:** an `ImportError` if Optuna is missing, or a package that `sampler`
+    needs. A `ValueError` if the ranges do not match, are empty, not finite or upside
+    down, if the study in `storage` has other ranges, `steps` or `key`, or if an option
+    is out of range. An exception of an iterator has the best trial so far as its
+    attribute `solution`.
     """
     check_start(algorithm, key, None)
     what = "an algorithm for one model, such as `T1T2`"
@@ -206,7 +215,8 @@ def _check_repeatable(train: Feed, val: Feed) -> None:
 
 
 class _Loop:
-    """Round after round. `best` is the state of the best trial so far."""
+    """Runs the search round after round. `best` is the state of the best trial so
+    far."""
 
     def __init__(
         self,
@@ -220,7 +230,8 @@ class _Loop:
         self.best: BilevelState | None = None
 
     def run(self, trials: int, parallel: int) -> Any:
-        """Goes on until so many trials are finished; returns an item of `RESULTS`."""
+        """Runs rounds until `trials` trials are finished. Returns an item of
+        `RESULTS`."""
         study, result = self.study, RESULTS.successful
         try:
             if study.best is not None:
@@ -233,7 +244,8 @@ class _Loop:
         return result
 
     def _train_again(self, number: int) -> Any:
-        """Trains the best trial of an earlier call, whose state is not there."""
+        """Trains the best trial of an earlier call again, since its state was not
+        kept."""
         (params,) = [x.params for x in self.study.trials() if x.number == number]
         self.rounds.begin(self.study.space.raw([params]), [number])
         result = self.rounds.advance(self.pruning.rungs[-1])
@@ -257,7 +269,7 @@ class _Loop:
         return self._reason
 
     def _judge(self, alive: dict[int, Any], step: int) -> dict[int, Any]:
-        """Ends the trials that go no further, and returns the others."""
+        """Ends the trials that are pruned, and returns the others."""
         report = self.rounds.report()
         losses = np.where(report.has_failed, np.nan, report.val_loss)
         done = step == self.pruning.rungs[-1]
@@ -289,7 +301,7 @@ class _Loop:
             self._reason = self._reason if reason is None else reason
 
     def _shrink(self, alive: dict[int, Any], size: int) -> dict[int, Any]:
-        """Goes over to a smaller program if one holds what is left."""
+        """Switches to a smaller program if one can hold the remaining trials."""
         fitting = [x for x in self.pruning.sizes if len(alive) <= x < size]
         if len(alive) == 0 or len(fitting) == 0:
             return alive
@@ -300,8 +312,8 @@ class _Loop:
 def _join(
     algorithm: AbstractAlgorithm, loop: _Loop, result: Any, like: BilevelState
 ) -> Solution:
-    """Makes the solution of the best trial, in a state that `tune` takes. `result`
-    tells how the search ended."""
+    """Makes the solution of the best trial, with a state that `tune` accepts. `result`
+    says how the search ended."""
     last, study = loop.rounds.finish(result), loop.study
     history = _make_history(loop, last.history)
     message = _describe(loop, history)

@@ -1,4 +1,4 @@
-r"""How the derivative of the training gradient is taken.
+r"""The rules for the derivative of the training gradient.
 
 Every hypergradient needs, for some vector $v$ and the train loss $C_1(\theta, \rho)$
 (with $\rho$ the hyperparameters and the model state), the product
@@ -6,8 +6,8 @@ Every hypergradient needs, for some vector $v$ and the train loss $C_1(\theta, \
 $$v^\top \frac{\partial}{\partial (\theta, \rho)} \nabla_\theta C_1(\theta, \rho).$$
 
 It is the pull-back of $v$ through the gradient function. So each rule here is a
-derivative rule on that function and nothing else. JAX differentiates whatever is built
-on top (an Optax update, a scan over many of them) as usual, and meets the rule inside.
+derivative rule for that function and nothing else. JAX differentiates everything on top
+(an Optax update, a scan over many of them) as usual, and meets the rule inside.
 """
 
 import abc
@@ -44,7 +44,7 @@ _Product: TypeAlias = Callable[[_Gradients, PyTree, PyTree, PyTree, Any], PyTree
 
 
 class AbstractSecondOrder(eqx.Module):
-    """A rule for the derivative of the training gradient."""
+    """A rule that says how to differentiate the training gradient."""
 
     @abc.abstractmethod
     def differentiate(self, loss: LossFn) -> GradientFn:
@@ -53,35 +53,37 @@ class AbstractSecondOrder(eqx.Module):
 
         **Arguments:**
 
-        - `loss`: called as `loss(params, rest, args)`, returns `(scalar, (carried,
-            report))`. All leaves of `params`, `rest` and `carried` are inexact arrays.
-            It closes over no traced arrays: `args` holds all that it needs. A rule with
-            a custom VJP must not close over traced arrays either, its own settings
-            included.
+        - `loss`: a function that is called as `loss(params, rest, args)` and returns
+            `(scalar, (carried, report))`. All leaves of `params`, `rest` and `carried`
+            are inexact arrays. It closes over no traced arrays: `args` holds all that
+            it needs. A rule with a custom VJP must not close over traced arrays either,
+            including its own settings.
 
-        **Returns:** a function of the same arguments that returns `(gradient, carried,
-        (scalar, report))`. Its derivative in `args`, and that of the last part, is
-        zero.
+        **Returns:** a function of the same arguments that returns
+        `(gradient, carried, (scalar, report))`. Its derivative in `args` is zero, and
+        so is the derivative of the last part.
         """
 
 
 class ReverseOverReverse(AbstractSecondOrder):
-    """Reverse mode through the training gradient. Exact.
+    """Applies reverse mode to the training gradient. The result is exact.
 
     It keeps the tape of the whole gradient evaluation. It works with every loss that
-    JAX can differentiate twice in reverse mode. The gradient has no rule of its own
-    here, so JAX can push it forward too.
+    JAX can differentiate twice in reverse mode. The gradient has no custom rule here,
+    so JAX can also push it forward.
     """
 
     def differentiate(self, loss: LossFn) -> GradientFn:
         def gradient(params, rest, args):
+            # `args` has no derivative under the other rules either.
             return _gradient(loss, params, rest, lax.stop_gradient(args))
 
         return gradient
 
 
 class ForwardOverReverse(AbstractSecondOrder):
-    r"""Mixed mode. Exact, and without a second-order tape.
+    r"""Applies forward mode to the training gradient. The result is exact, and needs no
+    second-order tape.
 
     By the symmetry of second derivatives the product is a derivative *along* $v$,
 
@@ -89,7 +91,7 @@ class ForwardOverReverse(AbstractSecondOrder):
     \frac{d}{d\epsilon} \nabla_{(\theta, \rho)} C_1(\theta + \epsilon v, \rho)
     \Big|_{\epsilon=0},$$
 
-    so one `jax.jvp` of the gradient gives it (Pearlmutter, 1994).
+    so a single `jax.jvp` of the gradient computes it (Pearlmutter, 1994).
 
     A `jax.custom_vjp` inside the loss works as long as JAX can differentiate its own
     forward and backward functions. Where it cannot (straight-through estimators, some
@@ -128,19 +130,20 @@ def _as_epsilon(epsilon: Any) -> Float[Array, ""] | None:
 
 
 class FiniteDifference(AbstractSecondOrder):
-    r"""The DARTS rule: a central difference of two gradients along $v$,
+    r"""Takes a central difference of two gradients along $v$ (the rule of DARTS),
 
     $$\frac{\nabla_{(\theta, \rho)} C_1(\theta + \epsilon v, \rho) -
     \nabla_{(\theta, \rho)} C_1(\theta - \epsilon v, \rho)}{2 \epsilon},
     \qquad \epsilon = \frac{\text{epsilon}}{\lVert v \rVert}.$$
 
-    Two gradients whatever the number of hyperparameters, and nothing but first-order
-    derivatives of the loss. Both use the same batch and the same key. Liu et al.,
-    *DARTS: Differentiable Architecture Search*, ICLR 2019, eq. 8.
+    It costs two gradients for any number of hyperparameters, and needs only first-order
+    derivatives of the loss. Both gradients use the same batch and the same key. Liu et
+    al., *DARTS: Differentiable Architecture Search*, ICLR 2019, eq. 8.
 
-    Both gradients of a model in half precision are evaluated in single precision: their
-    difference is smaller than the rounding of half precision. If the loss cannot be
-    evaluated so, they stay in half precision, and the error grows to 0.1 and more.
+    For a model in half precision, both gradients are evaluated in single precision,
+    since their difference is smaller than the rounding of half precision. If the loss
+    cannot be evaluated in single precision, they stay in half precision. The error then
+    grows to 0.1 and more.
     """
 
     epsilon: Float[Array, ""] | None = eqx.field(default="auto", converter=_as_epsilon)
@@ -151,11 +154,11 @@ class FiniteDifference(AbstractSecondOrder):
 
 FiniteDifference.__init__.__doc__ = r"""**Arguments:**
 
-- `epsilon`: the length of the step in the space of the model's parameters: a number, or
-    `"auto"` for $(u \sqrt{P} / 2)^{1/3}$ with the machine precision $u$ and the number
-    of parameters $P$: 0.01 for 400 and 0.04 for a million parameters in single
-    precision. It weighs the error of rounding, which falls with the length, against
-    that of higher derivatives, which grows with it.
+- `epsilon`: the length of the step in the space of the model's parameters. It is a
+    number, or `"auto"` for $(u \sqrt{P} / 2)^{1/3}$ with the machine precision $u$ and
+    the number of parameters $P$. In single precision this is 0.01 for 400 parameters
+    and 0.04 for a million. The choice balances two errors: that of rounding falls with
+    the length, and that of higher derivatives grows with it.
 """
 
 
@@ -179,6 +182,7 @@ def _central_difference(gradients, params, rest, v, epsilon):
         return gradients(jtu.tree_map(move, args[0], v), args[1])
 
     up, down = at(epsilon), at(-epsilon)
+    # The points lie epsilon / ||v|| along v to both sides.
     scale = norm / (2 * epsilon)
     slope = lambda u, d, x: times(u - d, scale).astype(x.dtype)
     return jtu.tree_map(slope, up, down, (params, rest))
@@ -215,7 +219,7 @@ def _gradient(loss: LossFn, params: PyTree, rest: PyTree, args: PyTree):
 
 def _with_product(loss: LossFn, product: _Product, settings: Any = None) -> GradientFn:
     """Makes the gradient function whose reverse-mode derivative is `product`. A custom
-    VJP closes over no traced arrays, so those of `settings` are arguments of it."""
+    VJP must not close over traced arrays, so `settings` are arguments of it."""
 
     @jax.custom_vjp
     def gradient(params, rest, args, settings):
@@ -234,6 +238,7 @@ def _with_product(loss: LossFn, product: _Product, settings: Any = None) -> Grad
             return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, rest, args)[0]
 
         out = product(gradients, params, rest, v, settings)
+        # What the loss carries, the model state, has a derivative beside the gradient.
         if len(jtu.tree_leaves(carried_cotangent)) > 0:
             carried = lambda params, rest: loss(params, rest, args)[1][0]
             _, pullback = jax.vjp(carried, params, rest)

@@ -1,9 +1,9 @@
-"""Arrays over many devices: a state comes out of a step as it went in.
+"""Arrays over many devices: a step must return a state with the shardings it came with.
 
-Left alone, XLA places the results of a call as it finds best, and the next call, which
-gets them, compiles anew. So the arrays of a state that lie on a mesh are pinned to
-where they are, and the others are copied to all of its devices first. Along explicit
-axes the sharding is part of a type, and `match_types` keeps that.
+Left alone, XLA places the results of a call where it finds best. The next call, which
+gets them, would then compile anew. So the arrays of a state that lie on a mesh are
+pinned to their places, and the others are copied to all of its devices first. Along
+explicit axes the sharding is part of a type, and `match_types` keeps it.
 """
 
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 def mesh_of(leaves: Iterable[Any]) -> Any:
     """Finds the mesh of the first array that lies on several devices, or `None`. Traced
-    arrays do not tell."""
+    arrays do not show where they lie."""
     for x in leaves:
         sharding = getattr(x, "sharding", None)
         if type(sharding) is NamedSharding and _is_spread(sharding):
@@ -65,8 +65,8 @@ def _copy(x: jax.Array, sharding: Any) -> jax.Array:
 
 
 def _is_long(x: jax.Array) -> bool:
-    """Tells whether an array that is whole on each device has another sharding than
-    that with which it would come out of a compiled call, and would compile anew."""
+    """Tells whether an array that is whole on each device would compile anew, because a
+    compiled call would return it with another sharding."""
     sharding: Any = x.sharding
     if type(sharding) is not NamedSharding or sharding.mesh.explicit_axes:
         return False
@@ -74,14 +74,15 @@ def _is_long(x: jax.Array) -> bool:
 
 
 def inputs_on_mesh(tree: T, mesh: Mesh) -> T:
-    """Makes arguments beside the state fit for a compiled call. In one process they
-    are; one of several takes arrays of its own for no part of the whole."""
+    """Makes the arguments beside the state fit for a compiled call. In one process they
+    already are. With several processes, JAX does not take an array of one process as
+    part of a global one."""
     return on_mesh(tree, mesh) if mesh.is_multi_process else tree
 
 
 def fetch(tree: T) -> T:
-    """Copies arrays to the host, as a whole even where they are split over the devices
-    of several processes."""
+    """Copies arrays to the host as a whole, even if they are split over the devices of
+    several processes."""
     mesh = mesh_of_tree(tree)
     if mesh is not None and mesh.is_multi_process:
         whole = NamedSharding(mesh, jax.P())
@@ -90,7 +91,7 @@ def fetch(tree: T) -> T:
 
 
 def put_like(tree: T, like: T) -> T:
-    """Puts the arrays of `tree` where those of `like` are, if these lie on a mesh."""
+    """Places the arrays of `tree` like those of `like`, if these lie on a mesh."""
 
     def put(x, y):
         is_there = mesh_of([y]) is None or isinstance(x, Tracer)
@@ -100,8 +101,8 @@ def put_like(tree: T, like: T) -> T:
 
 
 def shardings_of(tree: PyTree) -> PyTree:
-    """Takes the sharding of each array that lies on a mesh and whose type does not tell
-    it; `None` for other leaves."""
+    """Finds the sharding of each array that lies on a mesh and whose type does not hold
+    it. Other leaves become `None`."""
 
     def of(x):
         mesh = mesh_of([x])
@@ -111,8 +112,8 @@ def shardings_of(tree: PyTree) -> PyTree:
 
 
 def pin(tree: T, shardings: PyTree) -> T:
-    """Asks the compiler to put the arrays of `tree` where `shardings` says; where it
-    says `None`, there may be anything."""
+    """Asks the compiler to place the arrays of `tree` as `shardings` says. Where that
+    is `None`, the leaf may be anything."""
 
     def put(sharding, part):
         if sharding is None:
@@ -123,8 +124,8 @@ def pin(tree: T, shardings: PyTree) -> T:
 
 
 def whole_like(x: Any) -> NamedSharding | None:
-    """Makes the sharding of a result that is whole on each device of the mesh of `x`,
-    for operations that need to be told so along explicit axes."""
+    """Makes the sharding of a result that is whole on each device of the mesh of `x`.
+    Operations along explicit axes need to be told it."""
     mesh = jax.typeof(x).sharding.mesh
     is_typed = not mesh.empty and len(mesh.explicit_axes) > 0
     return NamedSharding(mesh, jax.P()) if is_typed else None
@@ -137,7 +138,8 @@ def made_whole(x: Any) -> Any:
 
 
 def reshard_like(x: Any, like: Any) -> Any:
-    """Gives a traced array the sharding of another, where that is part of its type."""
+    """Gives a traced array the sharding of another, if the sharding is part of its
+    type."""
     sharding = jax.typeof(like).sharding
     if whole_like(like) is None or jax.typeof(x).sharding == sharding:
         return x

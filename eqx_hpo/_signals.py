@@ -1,4 +1,4 @@
-"""How a run is told to end: by Ctrl-C, or by the signals of a scheduler."""
+"""Lets Ctrl-C, and the signals of a scheduler, end a run."""
 
 import contextlib
 import os
@@ -29,12 +29,12 @@ def as_signals(name: str, value: Any) -> tuple[signal.Signals, ...]:
 def catch_signals(
     preempting: tuple[signal.Signals, ...] = (),
 ) -> Iterator[Callable[[], Any]]:
-    """Gives a function that returns an item of `RESULTS` once a signal has come, and
+    """Yields a function that returns an item of `RESULTS` once a signal has come, and
     `None` before.
 
-    A state whose buffers were just donated would be lost if an exception came at once.
-    A second Ctrl-C raises it nevertheless. What the process ignores, as under `nohup`,
-    it goes on to ignore, and SIGTERM is left to a handler that is there already.
+    An exception at once would lose a state whose buffers were just donated. A second
+    Ctrl-C raises it nevertheless. Signals that the process ignores, as under `nohup`,
+    stay ignored. An existing handler of SIGTERM is left in place.
     """
     seen: list[int] = []
     told: list[int] = []

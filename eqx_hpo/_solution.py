@@ -1,4 +1,5 @@
-"""The results of a run: its history, its outcome in words, and the `Solution`."""
+"""Defines the results of a run: its history, its outcome in words, and the
+`Solution`."""
 
 from typing import Any
 
@@ -72,9 +73,9 @@ class Record(eqx.Module):
 
 
 class Course(eqx.Module):
-    """The validation loss at the first and at the best step of a run, NaN if no step
-    was finite, and the number of the best step. (The train loss may well grow, as the
-    hyperparameters in it do.)"""
+    """The validation loss at the first and at the best step of a run, and the number of
+    the best step. The losses are NaN if no step was finite. (The train loss says less:
+    it may grow because the hyperparameters in it grow.)"""
 
     first: Float[Array, ""]
     best: Float[Array, ""]
@@ -82,18 +83,20 @@ class Course(eqx.Module):
 
 
 class History(eqx.Module):
-    """The course of a run, as NumPy arrays with one entry for each recorded step.
+    """Holds the course of a run as NumPy arrays with one entry for each recorded step.
 
     **Attributes:**
 
-    - `step`: the number of the step, from 1.
-    - `train_loss`, `val_loss`, `hypergradient_norm`: those of `state.metrics` after it.
-    - `skipped`: how many steps were skipped up to it.
-    - `hyperparams`: the unwrapped hyperparameters after it, each array with a leading
-        axis over the records. If there are more than 100,000 numbers in all, arrays of
-        more than three are recorded as `(mean, minimum, maximum)`.
-    - `monitor`: the [`eqx_hpo.Readings`][] of a [`eqx_hpo.Monitor`][], `None` without
-        one.
+    - `step`: the number of the step, counted from 1.
+    - `train_loss`, `val_loss`, `hypergradient_norm`: the entries of `state.metrics`
+        after the step.
+    - `skipped`: the number of steps skipped so far.
+    - `hyperparams`: the unwrapped hyperparameters after the step. Each array has a
+        leading axis over the records. If the hyperparameters hold more than 100,000
+        numbers in all, each array with more than three is recorded as
+        `(mean, minimum, maximum)`.
+    - `monitor`: the [`eqx_hpo.Readings`][] of an [`eqx_hpo.Monitor`][], or `None`
+        without one.
     """
 
     step: Int[np.ndarray, " records"]
@@ -106,20 +109,21 @@ class History(eqx.Module):
 
 
 class Discretised(eqx.Module):
-    """Discrete hyperparameters at the end of their relaxation. The gap between the two
-    losses is what the relaxation hid.
+    """Compares discrete hyperparameters with their relaxation at the end of a run. The
+    gap between the two losses shows the error that the relaxation hid.
 
     **Attributes:**
 
-    - `values`: the hyperparameters by [`eqx_hpo.discretise`][].
-    - `val_loss`: the validation loss of the final model with them. The model was
-        trained with the relaxed ones; train it again with these to know their worth.
-    - `relaxed_val_loss`: the validation loss of the same model with the relaxed ones,
+    - `values`: the hyperparameters as [`eqx_hpo.discretise`][] returns them.
+    - `val_loss`: the validation loss of the final model with these values. This model
+        was trained with the relaxed values. Train it again with the discrete ones to
+        know their worth.
+    - `relaxed_val_loss`: the validation loss of the same model with the relaxed values,
         at the centre of their noise.
 
-    Both losses are of the same batch and key: of a single batch if the validation data
-    are a [`eqx_hpo.Minibatch`][] or an iterator, so evaluate both on all data to
-    measure a small gap.
+    Both losses use the same batch and the same key. They use a single batch if the
+    validation data are an [`eqx_hpo.Minibatch`][] or an iterator: to measure a small
+    gap, evaluate both on all data.
     """
 
     values: Hyperparams
@@ -128,23 +132,26 @@ class Discretised(eqx.Module):
 
 
 class Solution(eqx.Module):
-    """The result of a run.
+    """Holds the result of a run.
 
     **Attributes:**
 
-    - `model`: the trained model: that of the best state with a
-        [`eqx_hpo.Monitor`][], else of the last one. So are the next two.
-    - `hyperparams`: the tuned hyperparameters, placeholders included.
-    - `values`: their constrained values.
-    - `history`: a [`eqx_hpo.History`][].
-    - `result`: an item of [`eqx_hpo.RESULTS`][]; compare it by `==`.
-    - `state`: the last state; pass it to `tune` to go on.
-    - `message`: the result in words, with the step at which it came about.
-    - `best`: the [`eqx_hpo.Best`][] state that the monitor saw, `None` without one.
+    - `model`: the trained model. With an [`eqx_hpo.Monitor`][] it is that of the best
+        state, otherwise that of the last state. The same holds for `hyperparams` and
+        `values`.
+    - `hyperparams`: the tuned hyperparameters, with their placeholders.
+    - `values`: the constrained values of the hyperparameters.
+    - `history`: an [`eqx_hpo.History`][].
+    - `result`: an item of [`eqx_hpo.RESULTS`][]. Compare it by `==`.
+    - `state`: the last state. Pass it to `tune` to continue the run.
+    - `message`: the result in words, with the number of the last step.
+    - `best`: the [`eqx_hpo.Best`][] state that the monitor saw, or `None` without a
+        monitor.
     - `discretised`: an [`eqx_hpo.Discretised`][] if there are discrete hyperparameters
         ([`eqx_hpo.Choice`][], [`eqx_hpo.Integer`][], [`eqx_hpo.Switch`][]), else
         `None`.
-    - `exception`: what a callback raised, with `RESULTS.callback_failed`.
+    - `exception`: the exception that a callback raised, if the result is
+        `RESULTS.callback_failed`, else `None`.
     """
 
     model: Model
@@ -159,28 +166,29 @@ class Solution(eqx.Module):
     exception: Exception | None = None
 
     def draw(self) -> Any:
-        """Draws the history, the best state of a monitor included. Needs Matplotlib:
-        `pip install 'eqx_hpo[examples]'`.
+        """Draws the history of the run and marks the best state of a monitor. It needs
+        Matplotlib: `pip install 'eqx_hpo[examples]'`.
 
-        The panels are the losses, the metric of a monitor, the norm of the
-        hypergradient, and each hyperparameter array: a line for each entry if there are
-        at most 8, else the mean, with bands from the first to the third quartile and
-        from the minimum to the maximum. If there are more than 9 arrays, the last panel
-        has the means of all that are left. A scale is logarithmic where positive
-        numbers differ tenfold. A cross marks a record before which steps were skipped.
+        There are panels for the losses, the metric of a monitor, the norm of the
+        hypergradient, and each hyperparameter array. An array with at most 8 entries is
+        drawn as a line for each entry. A larger one is drawn as its mean, with bands
+        from the first to the third quartile and from the minimum to the maximum. If
+        there are more than 9 arrays, the last panel shows the means of the remaining
+        ones. A scale is logarithmic where positive numbers differ tenfold. A cross
+        marks a record before which steps were skipped.
 
         ```python
         solution.draw().savefig("run.png")
         ```
 
-        **Returns:** a `matplotlib.figure.Figure`, which no window shows. A notebook
-        shows it as the value of a cell.
+        **Returns:** a `matplotlib.figure.Figure`. It opens no window. A notebook shows
+        it as the value of a cell.
         """
         return draw_run(self.history, self.values, self.best)
 
 
 def record(state: BilevelState) -> Record:
-    """Makes the row of the history that belongs to a state."""
+    """Makes the row of the history for a state."""
     arrays = constrained(state.hyperparams)
     if sum(x.size for x in jtu.tree_leaves(arrays)) > _FULL_ROW:
         arrays = jtu.tree_map(_summarise, arrays)
@@ -200,7 +208,7 @@ def _summarise(x: Array) -> Array:
 
 
 def constrained(hyperparams: Hyperparams) -> PyTree[Array]:
-    """Unwraps what a report shows: the arrays, at the centre of their noise."""
+    """Unwraps the arrays that a report shows, at the centre of their noise."""
     return eqx.filter(unwrap(without_noise(hyperparams)), eqx.is_array)
 
 
@@ -250,7 +258,7 @@ def start_course() -> Course:
 
 
 def follow(course: Course, state: BilevelState) -> Course:
-    """Takes in the loss of a step, unless it was skipped."""
+    """Updates the course with the loss of a step, unless the step was skipped."""
     loss, is_good = state.metrics.val_loss, state.skipped == 0
     is_better = is_good & ~(loss >= course.best)  # NaN is no number to be below
     return Course(
@@ -261,8 +269,8 @@ def follow(course: Course, state: BilevelState) -> Course:
 
 
 def has_diverged(course: Course, state: BilevelState) -> bool:
-    """Tells whether the loss ended above its first value by more than ten times that
-    value, and ten times what it had gained."""
+    """Tells whether the loss ended far above its first value: by more than ten times
+    that value, and by more than ten times what it had gained until its best step."""
     first, last = float(course.first), float(state.metrics.val_loss)
     scale = max(abs(first), first - float(course.best))
     return scale > 0 and last - first > 10 * scale
@@ -275,8 +283,8 @@ def describe(
     solve: tuple[Any, str] | None,
     discretised: Discretised | None,
 ) -> str:
-    """Puts the result of a run in words. `solve` is the linear solve that failed in the
-    last step, if one did, with the name of its solver."""
+    """Describes the result of a run in words. `solve` holds the result of a linear
+    solve that failed in the last step, and the name of its solver, or is `None`."""
     step = int(state.step)
     if solve is not None and result in (solve[0], RESULTS.nonfinite):
         text = _describe_solve(result, step, *solve)

@@ -1,5 +1,5 @@
-"""What a black-box search varies: the coordinates of all hyperparameters, under the
-names and with the distributions that Optuna knows them by."""
+"""The space of a black-box search: the coordinates of all hyperparameters, with their
+names and distributions for Optuna."""
 
 import math
 from collections.abc import Callable
@@ -27,8 +27,8 @@ def import_optuna() -> Any:
 
 
 class _Leaf(NamedTuple):
-    """One `raw` array. `to_raw` makes it of its parameters, for many trials at once:
-    arrays of shape `[trials, parameters]` become `[trials, entries]`."""
+    """Describes one `raw` array. `to_raw` makes it from its parameters, for many trials
+    at once: arrays of shape `[trials, parameters]` become `[trials, entries]`."""
 
     names: list[str]
     distributions: list[Any]
@@ -38,10 +38,10 @@ class _Leaf(NamedTuple):
 
 
 class Space:
-    """The box that is searched.
+    """Describes the box to search.
 
     - `low`: the lower ends, with discrete placeholders that unwrap to discrete values.
-    - `distributions`: one for each parameter, by its name.
+    - `distributions`: the distribution of each parameter, by its name.
     """
 
     def __init__(self, low: Hyperparams, high: Hyperparams):
@@ -131,8 +131,8 @@ def _check_order(path: str, pairs: list[Any], what: str) -> None:
 
 
 def _harden(hyperparams: Hyperparams, name: str) -> Hyperparams:
-    """Makes discrete placeholders unwrap to their discrete values: straight through,
-    and without noise."""
+    """Makes discrete placeholders unwrap to their discrete values, straight-through and
+    without noise."""
 
     def harden(path, x):
         if isinstance(x, Choice):

@@ -1,4 +1,4 @@
-"""The state of a bilevel optimisation, one pytree of arrays."""
+"""The state of a bilevel optimisation, as one pytree of arrays."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from ._custom_types import FloatScalar, Hyperparams, Model
 
 
 class Metrics(eqx.Module):
-    """What the last `step` saw. A report: no algorithm reads it.
+    """Reports what the last `step` saw. No algorithm reads it.
 
     **Attributes:**
 
@@ -20,9 +20,11 @@ class Metrics(eqx.Module):
     - `hypergradient_norm`: the Euclidean norm of the hypergradient over all `raw`
         arrays.
     - `aux`: `(train_aux, val_aux)` with `Problem(..., has_aux=True)`, else `None`.
-    - `diagnostics`: the algorithm's own report on its estimate. An
-        [`eqx_hpo.ImplicitReport`][] from [`eqx_hpo.Implicit`][], a
-        [`eqx_hpo.TaskReport`][] from [`eqx_hpo.MetaLearner`][], otherwise `None`.
+    - `diagnostics`: the algorithm's own report on its estimate. This is an
+        [`eqx_hpo.ImplicitReport`][] from [`eqx_hpo.Implicit`][], an
+        [`eqx_hpo.EvolutionReport`][] from [`eqx_hpo.Evolution`][], an
+        [`eqx_hpo.PenaltyReport`][] from [`eqx_hpo.Penalty`][] with `bias_every`, a
+        [`eqx_hpo.TaskReport`][] from [`eqx_hpo.MetaLearner`][], and otherwise `None`.
 
     The numbers are NaN before the first step. A skipped step reports the values that
     caused the skip.
@@ -36,23 +38,24 @@ class Metrics(eqx.Module):
 
 
 class TaskReport(eqx.Module):
-    r"""How far the tasks of [`eqx_hpo.MetaLearner`][] agree on the hypergradient, in
-    `state.metrics.diagnostics`.
+    r"""Reports how far the tasks of an [`eqx_hpo.MetaLearner`][] agree on the
+    hypergradient. It is found in `state.metrics.diagnostics`.
 
-    The hypergradient is the mean over the tasks, and its standard error is $s /
-    \sqrt{n}$ with $s$ the standard deviation over the $n$ tasks. A coordinate whose
-    hypergradient is no larger than that may have the wrong sign: [`eqx_hpo.gate`][]
-    leaves it where it is.
+    The hypergradient is the mean over the tasks. Its standard error is $s / \sqrt{n}$,
+    where $s$ is the standard deviation over the $n$ tasks. A coordinate whose
+    hypergradient is no larger than this error may have the wrong sign.
+    [`eqx_hpo.gate`][] can hold such a coordinate in place.
 
-    The error is right where tasks are independent. [`eqx_hpo.folds`][] share most of
-    their train data, so it is an approximation for them. Repeated folds share all of
-    their data: each further repeat makes the reported error smaller, though it brings
-    no new data. It is then too small by about the square root of the repeats.
+    The error is right if the tasks are independent. [`eqx_hpo.folds`][] share most of
+    their train data, so for them it is an approximation. Repeated folds share all of
+    their data: each further repeat makes the reported error smaller, although it brings
+    no new data. The error is then too small by a factor of about the square root of the
+    number of repeats.
 
     **Attributes:**
 
-    - `standard_error`: that of each coordinate, shaped as the hypergradient. `None`
-        with a single task, NaN before the first step.
+    - `standard_error`: the standard error of each coordinate, in the shape of the
+        hypergradient. It is `None` with a single task, and NaN before the first step.
     - `tasks`: the diagnostics of the wrapped algorithm, with an axis for the tasks.
     """
 
@@ -61,14 +64,14 @@ class TaskReport(eqx.Module):
 
 
 class Memory(eqx.Module):
-    """The memory that an algorithm carries from step to step.
+    """Holds the memory that an algorithm carries from step to step.
 
     **Attributes:**
 
-    - `episode`: the part that belongs to the training at hand. `init_memory` makes it
+    - `episode`: the part that belongs to the present training. `init_memory` makes it
         at the start, and again at each restart of the inner level.
-    - `lasting`: the part that lives on over restarts. Within [`eqx_hpo.MetaLearner`][]
-        all tasks share one, while each task has its own `episode`.
+    - `lasting`: the part that is kept over restarts. Within [`eqx_hpo.MetaLearner`][]
+        all tasks share one `lasting`, while each task has its own `episode`.
     """
 
     episode: PyTree = None
@@ -76,27 +79,26 @@ class Memory(eqx.Module):
 
 
 class BilevelState(eqx.Module):
-    """Everything that changes during an optimisation, as one pytree: jit, scan, vmap,
-    shard and save it as one value. `init` makes the first state, and `step` makes the
-    next one from it.
+    """Holds everything that changes during an optimisation, as one pytree. It can be
+    compiled, scanned, mapped, sharded and saved as one value. `init` makes the first
+    state, and `step` makes the next one from it.
 
     **Attributes:**
 
-    - `model`: the model as trained so far, of the structure given to `init`.
-    - `hyperparams`: the hyperparameters, placeholders included.
+    - `model`: the model as trained so far, in the structure given to `init`.
+    - `hyperparams`: the hyperparameters, with their placeholders.
     - `inner_opt_state`: the state of the inner Optax optimiser.
     - `outer_opt_state`: the state of the outer Optax optimiser.
-    - `memory`: what the algorithm itself carries from step to step, a
-        [`eqx_hpo.Memory`][].
+    - `memory`: the [`eqx_hpo.Memory`][] that the algorithm carries from step to step.
     - `model_state`: an `eqx.nn.State`, or `None`.
-    - `step`: the number of `step` calls so far, the skipped ones included.
-    - `episode_step`: the number of inner steps that the model has taken since it was
-        fresh. Skipped calls do not count.
-    - `skipped`: how many of the last calls in a row were skipped, because a loss, the
-        hypergradient or a part of the new state was not finite.
-    - `total_skipped`: how many calls were skipped in all.
-    - `first_skipped`: the number of the first call that was skipped, from 1; 0 if there
-        is none.
+    - `step`: the number of calls of `step` so far, including skipped ones.
+    - `episode_step`: the number of inner steps that the model has taken since `init` or
+        the last `restart`. Skipped calls do not count.
+    - `skipped`: the number of calls in a row, up to the last one, that were skipped
+        because a loss, the hypergradient or a part of the new state was not finite.
+    - `total_skipped`: the number of skipped calls in all.
+    - `first_skipped`: the number of the first skipped call, counted from 1. It is 0 if
+        there is none.
     - `metrics`: a report of the last step.
     """
 
@@ -115,12 +117,12 @@ class BilevelState(eqx.Module):
 
 
 class InnerState(eqx.Module):
-    """The part of the state that the inner level moves.
+    """Holds the part of the state that the inner level moves.
 
     **Attributes:**
 
-    - `params`: the inexact arrays of the model, `None` elsewhere. Within a step those
-        of [`eqx_hpo.mixed_precision`][] are the masters.
+    - `params`: the inexact arrays of the model, with `None` elsewhere. With
+        [`eqx_hpo.mixed_precision`][], these are the masters within a step.
     - `opt_state`: the state of the inner optimiser.
     - `model_state`: an `eqx.nn.State`, or `None`.
     """
@@ -131,20 +133,21 @@ class InnerState(eqx.Module):
 
 
 class Estimate(eqx.Module):
-    r"""The result of an algorithm's work in one call of `step`.
+    r"""Holds the result of an algorithm's work in one call of `step`.
 
     **Attributes:**
 
     - `inner`: the inner state after the inner steps.
-    - `memory`: the algorithm's memory after them.
-    - `hypergradient`: an estimate of $dC_2/d\lambda$, `None` where a leaf is not an
-        inexact array. An algorithm's `estimate` gives that of the unwrapped
-        hyperparameters; `step` goes on with that of the `raw` arrays.
-    - `train`, `val`: the last `(loss, aux)` of each level; `None` for `val` if it was
+    - `memory`: the algorithm's memory after the inner steps.
+    - `hypergradient`: an estimate of $dC_2/d\lambda$, with `None` where a leaf is not
+        an inexact array. An algorithm's `estimate` returns the hypergradient of the
+        unwrapped hyperparameters, unless the algorithm `sees_raw`. `step` converts it
+        to that of the `raw` arrays.
+    - `train`, `val`: the last `(loss, aux)` of each level. `val` is `None` if it was
         not taken.
-    - `diagnostics`: goes into `state.metrics.diagnostics`.
-    - `error`: the standard error of the hypergradient of the `raw` arrays, which the
-        outer update gets as the argument `error`. `None` for single models.
+    - `diagnostics`: the report that `step` puts into `state.metrics.diagnostics`.
+    - `error`: the standard error of the hypergradient of the `raw` arrays, or `None` if
+        it is unknown. The outer update gets it as the argument `error`.
     """
 
     inner: InnerState
@@ -162,12 +165,12 @@ def check_state(name: str, state: Any) -> None:
 
 
 def float_scalar(x: Any) -> Float[Array, ""]:
-    """Makes a scalar of the default float dtype: reports have the same dtype in every
-    step."""
+    """Makes a scalar of the default float dtype, since reports must have the same dtype
+    in every step."""
     return jnp.asarray(x, jnp.result_type(float))
 
 
 def inner_state(state: BilevelState) -> InnerState:
-    """Takes the part that the inner level moves out of a state."""
+    """Selects the part of a state that the inner level moves."""
     params = eqx.filter(state.model, eqx.is_inexact_array)
     return InnerState(params, state.inner_opt_state, state.model_state)

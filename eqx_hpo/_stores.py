@@ -1,7 +1,7 @@
-"""Where the checkpoints of a run are kept: in a folder of files, or in one file.
+"""Stores the checkpoints of a run in a folder of files, or in one file.
 
-A snapshot is written by a thread while the run goes on. So its arrays are copied to the
-host first: the next step writes over their memory.
+A thread writes a snapshot while the run continues. So its arrays are first copied to
+the host: the next step overwrites their memory.
 """
 
 import abc
@@ -25,8 +25,8 @@ from ._state import BilevelState
 
 
 class Snapshot(NamedTuple):
-    """What a checkpoint holds: a state; some small arrays by their names; a header of
-    JSON; and the best state that a monitor has seen, with its step."""
+    """Holds the content of a checkpoint: a state, some small arrays by name, a header
+    for JSON, and the best state that a monitor has seen, with its step."""
 
     step: int
     state: BilevelState
@@ -36,32 +36,33 @@ class Snapshot(NamedTuple):
 
 
 class Keep(NamedTuple):
-    """The steps of the checkpoints, and of the best states, that stay."""
+    """Lists the steps of the checkpoints and of the best states to keep."""
 
     steps: set[int]
     bests: set[int]
 
 
 class AbstractStore(abc.ABC):
-    """The checkpoints of a run, by the number of their step. `history` is the file that
-    the rows of the history go to, `None` if they are a part of each checkpoint."""
+    """Stores the checkpoints of a run by the number of their step. `history` is the
+    file for the rows of the history. It is `None` if each checkpoint holds them."""
 
     history: pathlib.Path | None
 
     @abc.abstractmethod
     def prepare(self, state: BilevelState, clear: bool) -> None:
-        """Removes what a killed process has left, or all there is, and tries to write.
+        """Removes the remains of a killed process, or everything if `clear`, and checks
+        that the place can be written.
 
-        **Raises:** an `OSError`; a `ValueError` if it cannot hold such a state.
+        **Raises:** an `OSError`. A `ValueError` if the store cannot hold such a state.
         """
 
     @abc.abstractmethod
     def steps(self) -> list[int]:
-        """Lists the checkpoints there are, the newest last."""
+        """Lists the steps of the existing checkpoints, the newest last."""
 
     @abc.abstractmethod
     def bests(self) -> list[int]:
-        """Lists the steps of the best states that lie beside the checkpoints."""
+        """Lists the steps of the best states beside the checkpoints."""
 
     @abc.abstractmethod
     def header(self, step: int) -> dict[str, Any]:
@@ -74,22 +75,22 @@ class AbstractStore(abc.ABC):
     def read(self, step: int, like: BilevelState) -> Snapshot:
         """Reads a checkpoint.
 
-        **Raises:** a `DamagedFile` or an `OSError`; a `ValueError` if it has another
-        structure than `like`.
+        **Raises:** a `DamagedFile` or an `OSError`. A `ValueError` if its structure
+        differs from that of `like`.
         """
 
     @abc.abstractmethod
     def put(self, snapshot: Snapshot, keep: Keep) -> Callable[[], None]:
-        """Takes a snapshot, whose arrays may change afterwards. Returns what writes it
-        and then removes all but `keep`, to be called in another thread."""
+        """Takes a snapshot, whose arrays may change afterwards. Returns a function for
+        another thread. It writes the snapshot and then removes all but `keep`."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Ends what the store has begun."""
+        """Finishes all work that the store has begun."""
 
 
 class FileStore(AbstractStore):
-    """One file, with the best state in it."""
+    """Stores one checkpoint in one file, together with the best state."""
 
     def __init__(self, path: pathlib.Path):
         self._path = path
@@ -133,7 +134,8 @@ class FileStore(AbstractStore):
 
 
 class FolderStore(AbstractStore):
-    """A folder with a file for each checkpoint, and one for each best state."""
+    """Stores checkpoints in a folder, with a file for each checkpoint and for each best
+    state."""
 
     def __init__(self, folder: pathlib.Path):
         self._folder = folder
@@ -220,13 +222,14 @@ class FolderStore(AbstractStore):
 
 
 def host_copies(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Copies arrays to the memory of the host. On a CPU what JAX gives is a view."""
+    """Copies arrays to the memory of the host. On a CPU, JAX would only return a
+    view."""
     fetched = jax.device_get(arrays)
     return {k: x if x.flags.owndata else x.copy() for k, x in fetched.items()}
 
 
 def _taken(snapshot: Snapshot) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Copies a snapshot but for the best state."""
+    """Copies a snapshot without its best state."""
     header = facts_of(snapshot.state) | snapshot.header
     header["best"] = None if snapshot.best is None else snapshot.best[0]
     return header, host_copies(arrays_of(snapshot.state) | snapshot.extra)
@@ -240,7 +243,7 @@ def _read(file: Container, like: BilevelState) -> Snapshot:
 
 
 def _try_out(path: pathlib.Path) -> None:
-    """Writes and removes a file next to `path`."""
+    """Checks that files can be written next to `path`, by writing and removing one."""
     trial = path.with_name(f"{path.name}.trial")
     write_file(trial, {}, {})
     trial.unlink()

@@ -1,4 +1,4 @@
-"""Optuna's side of a search: the study, which proposes trials and remembers them."""
+"""The Optuna side of a search: a study that proposes trials and remembers them."""
 
 import hashlib
 import importlib.util
@@ -20,11 +20,13 @@ _SAMPLERS = ("random", "tpe", "gp")
 
 
 class Study:
-    """The trials, finished and under way.
+    """Holds the trials, both finished and under way.
 
-    - `space`: what is searched.
-    - `finished`: how many trials have ended, in earlier calls too.
-    - `best_loss`, `best`: the validation loss and the number of the best of them.
+    - `space`: the space to search.
+    - `finished`: the number of trials that have ended, including those of earlier
+        calls.
+    - `best_loss`, `best`: the validation loss and the number of the best finished
+        trial.
     - `is_exhausted`: whether the sampler has nothing more to propose.
     """
 
@@ -76,7 +78,8 @@ class Study:
             logging.set_verbosity(verbosity)
 
     def _check_settings(self, steps: int, name: str) -> None:
-        """Writes down what the trials of a study share, or compares it."""
+        """Stores the settings that the trials of a study share, or compares them with
+        the stored ones."""
         to_json = self._optuna.distributions.distribution_to_json
         ranges = {x: to_json(y) for x, y in self.space.distributions.items()}
         digest = hashlib.sha256(json.dumps(ranges).encode()).hexdigest()
@@ -98,7 +101,7 @@ class Study:
                 )
 
     def ask(self, count: int) -> list[Any]:
-        """Begins trials, first those that a call before has left unfinished."""
+        """Begins trials. Those that an earlier call left unfinished come first."""
         return [self._ask() for _ in range(count)]
 
     def _ask(self) -> Any:
@@ -114,8 +117,8 @@ class Study:
         return self._study.ask(self.space.distributions)
 
     def _make_sampler(self, number: int) -> Any:
-        """Makes the sampler anew for each trial: what it draws is a function of the
-        number and of the trials before, whichever call makes the trial."""
+        """Makes the sampler anew for each trial. Its draws then depend only on the
+        number of the trial and the trials before, whichever call makes the trial."""
         sampler, samplers = self._sampler, self._optuna.samplers
         if not isinstance(sampler, str):
             return sampler
@@ -130,8 +133,8 @@ class Study:
             return samplers.TPESampler(seed=seed, constant_liar=True)
 
     def tell(self, trial: Any, loss: float, report: dict[str, Any], done: bool) -> bool:
-        """Ends a trial, of whose last state `report` tells. A loss that is NaN is that
-        of a trial that has failed; if not `done`, the others are pruned.
+        """Ends a trial. `report` describes its last state. A trial with a NaN loss has
+        failed. Any other one counts as pruned if it is not `done`.
 
         **Returns:** whether the trial is the best one.
         """
@@ -160,18 +163,19 @@ class Study:
             self.is_exhausted = True
 
     def trials(self) -> list[Any]:
-        """All that have ended, in their order."""
+        """Lists all trials that have ended, in their order."""
         trials = self._study.get_trials(deepcopy=False)
         return [trial for trial in trials if trial.state.is_finished()]
 
     def facts(self, trial: Any) -> dict[str, Any]:
-        """What `tell` was told, with the validation loss; NaN of one that failed."""
+        """Returns what `tell` was told about a trial, with its validation loss. This is
+        NaN for a failed trial."""
         loss = math.nan if trial.value is None else trial.value
         unknown = {"steps": 0, "train_loss": math.nan, "skipped": 0}
         return {**trial.user_attrs.get(_ATTRIBUTE, unknown), "val_loss": loss}
 
     def count(self, state: str) -> int:
-        """Counts the trials that ended in a state of Optuna's."""
+        """Counts the trials that ended in a given state of Optuna."""
         return sum(trial.state.name == state for trial in self.trials())
 
 

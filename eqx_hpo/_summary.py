@@ -1,4 +1,4 @@
-"""A state in numbers with names, for whatever keeps or draws them."""
+"""Summarises a state as named numbers, for anything that keeps or draws them."""
 
 from typing import Any
 
@@ -16,35 +16,36 @@ from ._state import BilevelState, check_state, float_scalar, Metrics
 
 
 def summary(state: BilevelState) -> dict[str, float]:
-    """Puts a state into numbers with names, for any logger.
-    [Logging](../logging.md) has recipes for files, TensorBoard and Weights & Biases.
+    """Summarises a state as named numbers, for any logger. [Logging](../logging.md) has
+    recipes for files, TensorBoard and Weights & Biases.
 
     ```python
     hpo.tune(..., callback=lambda state: wandb.log(hpo.summary(state)))
     ```
 
-    A name is a path with dots. A scalar is a number of its own, and any other array
-    `a` is three: `a.mean`, `a.min`, `a.max`.
+    A name is a path with dots. A scalar becomes one number. Any other array `a` becomes
+    three: `a.mean`, `a.min` and `a.max`.
 
-    - `step`, `episode_step`: those of the state.
-    - `skipped`: how many steps were skipped in all, as in the history.
-    - `train_loss`, `val_loss`, `hypergradient_norm`: those of the last step.
+    - `step`, `episode_step`: the counters of the state.
+    - `skipped`: the number of skipped steps in all, as in the history.
+    - `train_loss`, `val_loss`, `hypergradient_norm`: the metrics of the last step.
     - `hyperparams`: the constrained values, at the centre of their noise. Discrete ones
-        are relaxed, so a choice is three numbers about its weights.
-    - `diagnostics`: the algorithm's own report. `diagnostics.result` is 1 where a
-        solve was successful and else 0. The standard error of a hyperparameter is that
+        are relaxed, so a choice gives three numbers about its weights.
+    - `diagnostics`: the algorithm's own report. `diagnostics.result` is 1 if a solve
+        was successful, and otherwise 0. The standard error of a hyperparameter is that
         of the hypergradient of its `raw`.
-    - `train_aux`, `val_aux`: what the losses return besides.
+    - `train_aux`, `val_aux`: the `aux` that the losses return.
 
-    What is no number, such as a function or a PRNG key, is left out. Everything is
-    computed on the device, in single precision at least, and comes in one transfer.
+    Leaves that are not numbers, such as functions and PRNG keys, are left out.
+    Everything is computed on the device, at least in single precision, and arrives in
+    one transfer.
 
     **Arguments:**
 
     - `state`: from `init` or `step`, also of an [`eqx_hpo.MetaLearner`][].
 
-    **Returns:** a `dict` of Python floats, whose names and order are the same in every
-    step of a run.
+    **Returns:** a `dict` of Python floats. Its names and their order are the same in
+    every step of a run.
     """
     check_state("state", state)
     counts = [state.step, state.episode_step, state.total_skipped]
@@ -100,7 +101,7 @@ def _is_node(x: Any) -> bool:
 
 
 def _bare(x: Any) -> Any:
-    """Takes the array out of a node, whose path then ends with the node."""
+    """Takes the array out of a node. Its path then ends with the node."""
     if isinstance(x, RESULTS):
         return x == RESULTS.successful
     if isinstance(x, Schedule):

@@ -1,5 +1,5 @@
-"""The state of many tasks, taken apart: rows, of which each task has its own, and what
-the tasks share. `MetaLearner` maps over the rows."""
+"""Splits the state of many tasks into rows, one for each task, and the parts that the
+tasks share. `MetaLearner` maps over the rows."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,8 +25,8 @@ _FEW = 2**10  # numbers up to which a loop is not worth its compilation
 
 
 class Start(eqx.Module):
-    """Where the tasks start from: `inner` is the inner state of a single one, without
-    the optimiser's; `known` tells whether an episode has begun."""
+    """Holds the start of the tasks. `inner` is the inner state of a single task without
+    the optimiser's state. `known` tells whether an episode has begun."""
 
     inner: InnerState
     known: Bool[Array, ""]
@@ -42,7 +42,7 @@ def check_own_state(state: Any) -> None:
 
 
 def rows_of(state: BilevelState) -> tuple[PyTree, ...]:
-    """Takes out the parts of a state that each task has its own of."""
+    """Selects the parts of a state that belong to single tasks."""
     return (
         state.model,
         state.inner_opt_state,
@@ -67,7 +67,7 @@ def with_rows(state: BilevelState, rows: tuple[PyTree, ...]) -> BilevelState:
 
 
 def split_rows(rows: T, batches: AbstractBatches) -> T:
-    """Puts the rows of each task on the devices that its data are on."""
+    """Puts the row of each task on the devices of its data."""
     axis = task_axis(batches)
     arrays = [x for x in jtu.tree_leaves(batches) if mesh_of([x]) is not None]
     specs = [x.sharding.spec for x in arrays]
@@ -85,8 +85,8 @@ def split_rows(rows: T, batches: AbstractBatches) -> T:
 
 
 def split_like(keys: T, batches: AbstractBatches) -> T:
-    """Gives the keys of the tasks, traced, the sharding that the axis of the tasks has
-    in the data, where that is part of a type."""
+    """Gives the traced keys of the tasks the sharding of the task axis in the data, if
+    the sharding is part of a type."""
     x = jtu.tree_leaves(batches)[0]
     whole = whole_like(x)
     if keys is None or whole is None:
@@ -98,7 +98,8 @@ def split_like(keys: T, batches: AbstractBatches) -> T:
 def with_shared(
     rows: BilevelState, shared: tuple[Start | None, Hyperparams]
 ) -> BilevelState:
-    """Adds what tasks share: the start of an episode, and the standard error."""
+    """Adds the parts that tasks share: the start of an episode, and the standard
+    error."""
     start, error = shared
     memory = dataclasses.replace(rows.memory, episode=(start, rows.memory.episode))
     report = TaskReport(error, rows.metrics.diagnostics)
@@ -117,7 +118,8 @@ def without_shared(
 
 
 def mean_and_error(tree: PyTree, tasks: int) -> tuple[PyTree, PyTree]:
-    """Computes the mean over tasks, and its standard error if there are several."""
+    """Computes the mean over tasks, and its standard error if there are several
+    tasks."""
     if tasks == 1:
         return first_row(tree), None
     leaves, treedef = jtu.tree_flatten(tree)
@@ -149,9 +151,9 @@ def _mean_and_error(x: Float[Array, "tasks ..."]) -> tuple[Array, Array]:
 
 
 def _add_up(fn: Callable[[Array], Array], x: Float[Array, "tasks ..."]) -> Array:
-    """Adds up `fn` of each task, which acts on entries. On CPUs XLA takes tens of times
-    as long to reduce along the leading axis as to add its rows. On a mesh these may be
-    on different devices."""
+    """Adds up the elementwise `fn` over all tasks. On CPUs, XLA reduces a leading axis
+    tens of times more slowly than it adds the rows. On a mesh, the rows may be on
+    different devices."""
 
     def by_rows(x):
         add = lambda i, total: total + fn(x[i])

@@ -1,4 +1,5 @@
-"""A loss as a function of arrays, traced once for each precision it is evaluated in."""
+"""A loss as a function of arrays, traced once for each precision in which it is
+evaluated."""
 
 import dataclasses
 import warnings
@@ -15,8 +16,8 @@ from ._misc import as_device_arrays, as_single, holds_half
 
 
 class TracedLoss(eqx.Module):
-    """A loss as a function of arrays, traced in the precision of the model, and by
-    `in_single_precision` in single precision too."""
+    """Holds a loss as a function of arrays. It is traced in the precision of the model,
+    and by `in_single_precision` also in single precision."""
 
     traced: Callable[..., Any]
     single: Callable[..., Any] | None
@@ -32,9 +33,9 @@ class TracedLoss(eqx.Module):
     def in_single_precision(
         self, params: PyTree, model_state: PyTree, hyperparams: Hyperparams, *rest: Any
     ) -> "TracedLoss":
-        """Traces the loss for arguments whose parameters and hyperparameters are cast
-        to single precision, and casts the others; a loss that cannot be evaluated so
-        stays as it is."""
+        """Traces the loss for parameters and hyperparameters that are cast to single
+        precision, and casts the other arguments. A loss that cannot be evaluated so is
+        not changed."""
         params, hyperparams = jtu.tree_map(as_single, (params, hyperparams))
         args = (params, model_state, hyperparams, *rest)
         cast = lambda *args: self.original(*jtu.tree_map(as_single, args))
@@ -48,7 +49,8 @@ class TracedLoss(eqx.Module):
 def trace(
     loss: Callable[..., Any], args: tuple[Any, ...], is_mixed: bool
 ) -> TracedLoss:
-    """Traces a loss for `args`; with `is_mixed` in single precision too, or warns."""
+    """Traces a loss for `args`. With `is_mixed`, it is also traced in single precision,
+    with a warning if this fails."""
     traced = TracedLoss(eqx.filter_closure_convert(loss, *args), None, loss)
     if not is_mixed:
         return traced

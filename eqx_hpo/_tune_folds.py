@@ -27,9 +27,10 @@ class FoldsSolution(NamedTuple):
 
     **Attributes:**
 
-    - `final`: the [`eqx_hpo.Solution`][] of the training on all data; its `model` is
-        the one to use, its `hyperparams` and `values` are those found.
-    - `tuning`: that of the run on the folds, whose models have an axis for these.
+    - `final`: the [`eqx_hpo.Solution`][] of the training on all data. Use its `model`.
+        Its `hyperparams` and `values` are the tuned ones.
+    - `tuning`: the [`eqx_hpo.Solution`][] of the run on the folds. Its model has a
+        leading axis for the folds.
     """
 
     final: Solution
@@ -52,9 +53,10 @@ def tune_folds(
     progress: bool = True,
     model_state: PyTree = None,
 ) -> FoldsSolution:
-    """Tunes on folds of all data, and trains once more on everything at the values
-    found. This is the recipe of [tuning that generalises](../generalisation.md): no
-    row is only there for validation, and none is left out of the last training.
+    """Tunes hyperparameters on folds of the data, then trains once more on all of them
+    with the tuned values. [Tuning that generalises](../generalisation.md) explains this
+    recipe. Each row serves for training and for validation, and the last training
+    leaves none out.
 
     ```python
     outer = optax.chain(hpo.anchor(1 / len(y)), optax.adam(0.1))
@@ -65,32 +67,34 @@ def tune_folds(
     model = solution.final.model
     ```
 
-    It is short for [`eqx_hpo.folds`][], [`eqx_hpo.tune`][] of an
-    [`eqx_hpo.MetaLearner`][] over them, and [`eqx_hpo.fit`][] on `data`. For anything
-    else, such as another monitor or a checkpoint, write these three.
+    It calls [`eqx_hpo.folds`][], then [`eqx_hpo.tune`][] with an
+    [`eqx_hpo.MetaLearner`][] over the folds, then [`eqx_hpo.fit`][] on `data`. Call
+    these three yourself if you need more, such as a monitor or a checkpoint.
 
     **Arguments:**
 
-    - `algorithm`: an algorithm for one model. With many hyperparameters, let its
-        `outer` begin with an [`eqx_hpo.anchor`][].
-    - `model`: the model that each fold, and the last training, starts from.
+    - `algorithm`: an algorithm for one model. If there are many hyperparameters, its
+        `outer` should begin with an [`eqx_hpo.anchor`][].
+    - `model`: the model from which each fold and the last training start.
     - `hyperparams`: the starting hyperparameters, as for `tune`.
-    - `data`: all data that are not for testing: a pytree of arrays with a common
-        leading axis.
+    - `data`: all data except the test data, as a pytree of arrays with a common leading
+        axis.
     - `steps`: the number of updates of the hyperparameters.
-    - `fit_steps`: the number of training steps of the last training.
+    - `fit_steps`: the number of training steps in the last training.
     - `key`: a PRNG key, or `None` if nothing is random.
-    - `count`, `repeats`: of the folds.
-    - `batch_size`: of random batches of the train data; by default each training step
-        takes all of them. The validation part is always taken as a whole.
-    - `average`: the hyperparameters that are used are the mean of the `raw` arrays over
-        this share of the recorded steps, the last ones; with 0 the last alone. The
-        mean has less of the noise of the hypergradients.
+    - `count`, `repeats`: the number of folds, and how often to split anew, as for
+        [`eqx_hpo.folds`][].
+    - `batch_size`: the size of random batches of the train data. By default each
+        training step takes all train data. The validation part is always taken as a
+        whole.
+    - `average`: the share of the recorded steps, counted from the end, over which the
+        `raw` arrays are averaged. The last training uses this mean, which has less
+        noise than the last values. With 0 it uses the last values.
     - `progress`, `model_state`: as for `tune`.
 
-    **Returns:** an [`eqx_hpo.FoldsSolution`][]. Whatever ended the tuning, Ctrl-C or
-    steps that are not finite, the last training follows with the values found so far:
-    `tuning.result` tells.
+    **Returns:** an [`eqx_hpo.FoldsSolution`][]. If Ctrl-C or non-finite steps end the
+    tuning early, the last training still follows, with the values found so far.
+    `tuning.result` says how the tuning ended.
 
     **Raises:** what `folds`, `tune` and `fit` raise.
     """
@@ -128,7 +132,8 @@ def tune_folds(
 
 
 class _Mean:
-    """A callback: the mean of the `raw` arrays over the states after step `first`."""
+    """A callback that takes the mean of the `raw` arrays over the states after step
+    `first`."""
 
     def __init__(self, first: float):
         self._first, self._count = first, 0
@@ -145,7 +150,7 @@ class _Mean:
         self._mean = raw if self._count == 1 else jtu.tree_map(move, self._mean, raw)
 
     def of(self, last: Hyperparams) -> Hyperparams:
-        """Puts the mean in the place of the last values."""
+        """Replaces the last values by the mean."""
         if self._count == 0:
             return last
         return eqx.combine(self._mean, partition_raw(last)[1])

@@ -1,4 +1,4 @@
-"""What all algorithms for one model share: the four methods of the interface.
+"""Implements the four methods of the interface for all algorithms for one model.
 
 A concrete one fills three slots: `estimate` (move the inner level and estimate the
 hypergradient), `init_memory` (the memory carried from step to step) and
@@ -62,15 +62,17 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
     **Attributes:** besides those of [`eqx_hpo.AbstractBilevelOptimizer`][],
 
     - `second_order`: the rule for derivatives of the training gradient.
-    - `unroll`: how many inner steps a compiled loop holds in its body. By default one,
-        or on CPUs all (of at most 64) if a loss holds a convolution: loops slow it.
-    - `through`: which derivative of the inner level the estimate takes: `"update"`,
-        that of the optimiser's update; `"gradient"`, that of the training gradient;
-        `"differences"`, none, but it compares values; `None`, none. `init` warns of
-        hyperparameters that it cannot reach.
+    - `unroll`: the number of inner steps in the body of a compiled loop. The default is
+        one. On CPUs it is all of them (if they are at most 64) if a loss holds a
+        convolution, since convolutions are slow inside loops there.
+    - `through`: the derivative of the inner level that the estimate takes. `"update"`
+        means that of the optimiser's update, and `"gradient"` that of the training
+        gradient. `"differences"` means that it compares values instead. `None` means
+        that it takes none. `init` warns of hyperparameters that this derivative does
+        not reach.
     - `sees_raw`: whether `init_memory` and `estimate` get the `raw` arrays as
-        `hyperparams`, and the hypergradient is that of these. `levels.unwrap` makes
-        unwrapped hyperparameters of them.
+        `hyperparams` and estimate the hypergradient of these. `levels.unwrap` then
+        makes unwrapped hyperparameters from them.
     """
 
     second_order: eqx.AbstractVar[AbstractSecondOrder]
@@ -105,25 +107,25 @@ class AbstractAlgorithm(AbstractBilevelOptimizer):
     def init_memory(
         self, inner: InnerState, hyperparams: Hyperparams, batch: Batch
     ) -> Memory:
-        """Makes the memory before the first step. At a restart its `episode` is made
-        again, with `None` for `batch`; the parts that are `None` then stay as they
-        were.
+        """Makes the memory before the first step. At a restart it is called again to
+        renew `episode`, with `None` for `batch`. The parts of `episode` that are then
+        `None` keep their old values.
 
         **Arguments:**
 
         - `inner`: the inner state at the start.
         - `hyperparams`: the unwrapped hyperparameters.
-        - `batch`: a train batch, with `jax.ShapeDtypeStruct`s in place of arrays unless
-            they lie on a mesh. `None` where the batch is always the same, and where
-            `init` was given none.
+        - `batch`: a train batch. It holds `jax.ShapeDtypeStruct`s in place of arrays,
+            unless these lie on a mesh. It is `None` if the batch is always the same, or
+            if `init` was given no data.
 
-        **Returns:** a [`eqx_hpo.Memory`][].
+        **Returns:** an [`eqx_hpo.Memory`][].
         """
 
     @abc.abstractmethod
     def init_diagnostics(self) -> PyTree:
-        """Makes the `state.metrics.diagnostics` before the first step, in the structure
-        of `Estimate.diagnostics`; `None` if there are none."""
+        """Makes `state.metrics.diagnostics` before the first step, in the structure of
+        `Estimate.diagnostics`. Returns `None` if the algorithm reports nothing."""
 
     def init(
         self,

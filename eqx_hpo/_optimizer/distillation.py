@@ -1,5 +1,5 @@
-"""The parts of HyperDistill: the past of an episode in one point, the product there,
-and the scale of that product, fitted to reverse mode."""
+"""The parts of HyperDistill: the past of an episode as one point, the product at this
+point, and its scale, which is fitted to reverse mode."""
 
 import dataclasses
 
@@ -26,8 +26,9 @@ from .drmad import end_cotangent, pull_back, run_on_line
 
 
 class Past(eqx.Module):
-    """The past of an episode in one point: `weights` is $w^*$, `batch` is $D^*$ (`None`
-    if the batch is always the same), and `mass` is $S$, the sum of the discounts."""
+    """Holds the past of an episode as one point. `weights` is $w^*$, `batch` is $D^*$
+    (`None` if the batch is always the same), and `mass` is $S$, the sum of the
+    discounts."""
 
     weights: PyTree
     batch: Batch
@@ -42,7 +43,7 @@ def empty_past(params: PyTree, batch: Batch) -> Past:
 
 
 def check_past(past: Past, levels: Levels) -> None:
-    """Checks that `past` can take up the batches that there are."""
+    """Checks that `past` can take up the batches of the data."""
     if past.batch is None and isinstance(levels.train, SameBatch):
         return
     batch = eqx.filter_eval_shape(levels.train_batch, jnp.array(0))
@@ -57,8 +58,8 @@ def distil(
     discount: Float[Array, ""],
     index: IntScalar,
 ) -> Past:
-    """Takes up the weights before inner step `index` and its batch, on the way forward,
-    where the last ones count most (eq. 12)."""
+    """Takes up the weights before inner step `index` and its batch, on the way forward.
+    The latest ones count most (eq. 12)."""
     mass = 1 + discount * past.mass
     return _take_up(levels, past, params, 1 - 1 / mass, mass, index)
 
@@ -91,10 +92,11 @@ def fit_scale(
     r"""Computes the two sums of the least-squares fit $s = \sum_u x_u y_u / \sum_u
     x_u^2$ (algorithm 4), with $x_u = \lVert v_u \rVert S_u$ and $y_u = f_u \cdot g_u$.
 
-    Trains for `horizon` steps from `inner`, then walks back on the line: $v_u$ is the
-    product at the distilled past of the last $u$ points, of direction $f_u$, and $g_u$
-    that of reverse mode through all of them. Both are means over all models that share
-    the hyperparameters. Of `past` only the structure is used.
+    Trains for `horizon` steps from `inner`, then walks back on the line. $v_u$ is the
+    product at the distilled past of the last $u$ points, and $f_u$ is its direction.
+    $g_u$ is the product of reverse mode through all of these points. Both are means
+    over all models that share the hyperparameters. Only the structure of `past` is
+    used.
     """
     end, point_at, _ = run_on_line(levels, inner, hyperparams, horizon)
     last = jnp.asarray(horizon - 1)

@@ -1,5 +1,5 @@
 """Reverse mode along the straight line from the first to the last weights. The
-trajectory itself is never stored."""
+trajectory is never stored."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -27,19 +27,19 @@ from .memoryless import AbstractMemoryless
 
 
 class DrMAD(AbstractMemoryless):
-    r"""Reverse mode through `inner_steps` steps, as [`eqx_hpo.Unrolled`][], but at
-    points of the line
+    r"""Runs reverse mode through `inner_steps` steps, as [`eqx_hpo.Unrolled`][] does,
+    but at points of the line
 
     $$\hat\theta_t = \Big(1 - \frac{t}{K}\Big) \theta_0 + \frac{t}{K} \theta_K$$
 
-    in place of the weights $\theta_t$ that training went through. Only the first and
-    the last inner state are held: memory $O(P + H)$ whatever the number of steps. The
-    state of the optimiser and that of the model are taken on the line too, except for
-    their counters, flags and keys: those are kept as they were at each step.
+    in place of the weights $\theta_t$ of the training. Only the first and the last
+    inner state are held. So memory is $O(P + H)$ for any number of steps. The states of
+    the optimiser and of the model are also taken on the line. Their counters, flags and
+    keys are the exception: these are stored for each step.
 
-    Each inner step costs a training gradient on the way there, and on the way back
-    another one with a second-order product. The estimate is exact where training moves
-    straight ahead at a constant pace, or where the second derivatives of the train loss
+    Each inner step costs a training gradient on the way there. On the way back it costs
+    another one, with a second-order product. The estimate is exact if training moves
+    straight ahead at a constant pace, or if the second derivatives of the train loss
     are constant.
 
     ??? cite "Reference"
@@ -90,10 +90,10 @@ DrMAD.__init__.__doc__ = """**Arguments:** those of
 def run_on_line(
     levels: Levels, first: InnerState, hyperparams: Hyperparams, steps: int
 ) -> tuple[InnerState, Callable[[IntScalar], InnerState], tuple[FloatScalar, Any]]:
-    """Takes the inner steps 0 to `steps` of this call.
+    """Takes the inner steps 0 to `steps - 1` of this call.
 
-    **Returns:** the inner state after them; a function from the index of a step to the
-    point of the line before it; and the report of the last step.
+    **Returns:** the inner state after these steps, a function from the index of a step
+    to the point on the line before it, and the report of the last step.
     """
 
     def step(carry, _):
@@ -105,6 +105,7 @@ def run_on_line(
         return (state, report, index + 1), discrete
 
     zero = jnp.zeros((), int)
+    # The scan carries the last report, and needs its structure beforehand.
     empty = eqx.filter_eval_shape(levels.evaluate, first, hyperparams, zero)
     carry = (first, tree_zeros(empty), zero)
     (last, report, _), discrete = lax.scan(
@@ -126,7 +127,7 @@ def run_on_line(
 
 def end_cotangent(end: InnerState, alpha: tuple[PyTree, PyTree]) -> InnerState:
     """Makes the cotangent of the last inner state. The validation loss depends on the
-    weights and on the model's state, and not on the optimiser's."""
+    weights and on the model's state, but not on the optimiser's state."""
     params, model_state = alpha
     opt_state = eqx.filter(end.opt_state, eqx.is_inexact_array)
     return InnerState(params, jtu.tree_map(jnp.zeros_like, opt_state), model_state)
@@ -139,8 +140,8 @@ def pull_back(
     cotangent: InnerState,
     index: IntScalar,
 ) -> tuple[InnerState, Hyperparams]:
-    """Computes the products $a A_t$ and $a B_t$ of a cotangent of the inner state after
-    step `index` with the two derivatives of that step, at `inner`."""
+    """Computes the products $a A_t$ and $a B_t$ for a cotangent $a$ of the inner state
+    after step `index`. The two derivatives of this step are taken at `inner`."""
     _, pullback, _ = linearise_update(levels, inner, hyperparams, index)
     return pullback(cotangent)
 
@@ -154,8 +155,8 @@ def linearise_update(
 ]:
     """Takes inner step `index` from `inner`.
 
-    **Returns:** the new inner state; a function from a cotangent $a$ of it to $a A_t$
-    and $a B_t$; and the report of the step.
+    **Returns:** the new inner state, a function from a cotangent $a$ of it to $a A_t$
+    and $a B_t$, and the report of the step.
     """
     arrays, rest = eqx.partition(inner, eqx.is_inexact_array)
 

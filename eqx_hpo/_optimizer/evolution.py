@@ -1,5 +1,5 @@
-"""Evolution strategies: differences of validation values between trainings at
-hyperparameters with noise."""
+"""Evolution strategies, which compare the validation values of trainings at noisy
+hyperparameters."""
 
 import functools as ft
 from typing import Any, ClassVar, Literal
@@ -26,12 +26,12 @@ Estimator = Literal["noise_reuse", "persistent", "antithetic"]
 
 
 class EvolutionReport(eqx.Module):
-    """What became of the pairs of [`eqx_hpo.Evolution`][] in a step, in
+    """Reports the failed pairs of [`eqx_hpo.Evolution`][] in a step. It is found in
     `state.metrics.diagnostics`.
 
     **Attributes:**
 
-    - `failed`: the number of pairs that were left out, since a validation value or the
+    - `failed`: the number of pairs that were left out because a validation value or the
         weights of a copy were not finite.
     """
 
@@ -39,38 +39,41 @@ class EvolutionReport(eqx.Module):
 
 
 class Evolution(AbstractAlgorithm):
-    r"""Estimates the hypergradient from validation values alone. `pairs` $N$ of copies
-    of the model are trained at `raw` hyperparameters $\lambda \pm \epsilon_i$ with
-    $\epsilon_i \sim \mathcal{N}(0, s^2 I)$, and their values after the `inner_steps` of
-    a call are compared:
+    r"""Estimates the hypergradient from validation values alone. It trains $N$ `pairs`
+    of copies of the model at the `raw` hyperparameters $\lambda \pm \epsilon_i$ with
+    $\epsilon_i \sim \mathcal{N}(0, s^2 I)$. It compares their validation values after
+    the `inner_steps` of a call:
 
     $$\frac{dC_2}{d\lambda} \approx \frac{1}{2 N s^2} \sum_{i=1}^{N} \xi_i \,
     \big( C_2^{(+i)} - C_2^{(-i)} \big).$$
 
-    This is an estimate of the slope of a smoothed objective, the mean of $C_2$ over
-    noise of scale $s$. It needs no derivative of the validation loss and none of
-    training: `val_loss` may be an accuracy, an F1 score or the outcome of a simulator,
-    and training may stop early or be chaotic. Its error grows with the number of
-    hyperparameters, so it is for few of them.
+    This estimates the slope of a smoothed objective, the mean of $C_2$ over noise of
+    scale $s$. It needs no derivative of the validation loss or of training. `val_loss`
+    may be an accuracy, an F1 score or the outcome of a simulator. Training may stop
+    early or be chaotic. The error grows with the number of hyperparameters, so use it
+    for few of them.
 
-    The `estimator` says what becomes of the copies from call to call:
+    The `estimator` says what happens to the copies between calls:
 
-    - `"noise_reuse"` (NRES): they train on, with one $\epsilon_i$ for a whole episode;
-        $\xi_i = \epsilon_i$. Unbiased over the whole episode, and the least noisy.
-    - `"persistent"` (PES): they train on, with a new $\epsilon_i$ in each call; $\xi_i$
-        is the sum of all of them since the episode began. Unbiased too.
-    - `"antithetic"`: in each call they start from the model. It sees no further than
-        `inner_steps`, and is biased as [`eqx_hpo.T1T2`][] is. It holds no copies.
+    - `"noise_reuse"` (NRES): the copies keep training, with one $\epsilon_i$ for a
+        whole episode, and $\xi_i = \epsilon_i$. The estimate is unbiased over the whole
+        episode, and the least noisy of the three.
+    - `"persistent"` (PES): the copies keep training, with a new $\epsilon_i$ in each
+        call. $\xi_i$ is the sum of all of these since the episode began. The estimate
+        is unbiased too.
+    - `"antithetic"`: the copies start from the model in each call, and none are held
+        between calls. The estimate sees no further than `inner_steps`, and is biased as
+        that of [`eqx_hpo.T1T2`][] is.
 
-    Episodes begin with `init` and with each `restart`. The model that the user gets is
-    trained without noise, beside the pairs. All trainings see the same batches and
-    keys. The pairs are one mapped axis, the leading one of the arrays in
-    `state.memory.episode`, which may be split over devices. Memory is $O(N (P + H))$.
+    Episodes begin with `init` and with each `restart`. `state.model` is trained without
+    noise, beside the pairs. All trainings see the same batches and keys. The pairs are
+    the leading axis of the arrays in `state.memory.episode`, which may be split over
+    devices. Memory is $O(N (P + H))$.
 
-    A pair that fails is left out, and starts anew from the model; an
-    [`eqx_hpo.EvolutionReport`][] counts these. If all fail at once, the step is skipped
-    and none starts anew: that takes a smaller `scale`, or a `restart`. The outer update
-    gets the standard error over the pairs, for [`eqx_hpo.gate`][].
+    A pair that fails is left out, and starts anew from the model. An
+    [`eqx_hpo.EvolutionReport`][] counts these pairs. If all pairs fail at once, the
+    step is skipped and no pair starts anew: use a smaller `scale` or a `restart` then.
+    The outer update gets the standard error over the pairs, for [`eqx_hpo.gate`][].
 
     ??? cite "References"
 
@@ -162,7 +165,7 @@ class Evolution(AbstractAlgorithm):
         return jtu.tree_map(lambda x: repeat(x) if eqx.is_array(x) else x, tree)
 
     def _draw(self, key: PRNGKeyArray, hyperparams: Hyperparams) -> PyTree:
-        """Draws noise for each pair."""
+        """Draws new noise for each pair."""
         leaves, treedef = jtu.tree_flatten(hyperparams)
         draw = lambda i, x: (
             self.scale.astype(x.dtype)
@@ -171,8 +174,8 @@ class Evolution(AbstractAlgorithm):
         return treedef.unflatten([draw(i, x) for i, x in enumerate(leaves)])
 
     def _noise(self, drawn: PyTree, old: PyTree) -> tuple[PyTree, PyTree]:
-        """Makes the noise of this call, and $\\xi$, from that so far. Where there is
-        none, a pair has just started."""
+        """Makes the noise of this call, and $\\xi$, from the noise so far. A pair whose
+        noise is zero has just started."""
         if self.estimator == "persistent":
             return drawn, tree_add(old, drawn)
         is_set = [jnp.any(x != 0, axis=_rest(x)) for x in jtu.tree_leaves(old)]
@@ -204,23 +207,24 @@ class Evolution(AbstractAlgorithm):
 
 
 Evolution.__init__.__doc__ = r"""**Arguments:** besides those of
-[`eqx_hpo.AbstractAlgorithm`][]; there is no `second_order`,
+[`eqx_hpo.AbstractAlgorithm`][], and without `second_order`,
 
-- `pairs`: the number $N$ of pairs, at least 1. Each costs two trainings.
+- `pairs`: the number $N$ of pairs, at least 1. Each pair costs two trainings.
 - `scale`: the standard deviation $s$ of the noise, above zero, in the units of the
-    `raw` arrays. It should change the validation value by more than its own noise.
+    `raw` arrays. It should change the validation value by more than the noise of this
+    value.
 - `estimator`: `"noise_reuse"`, `"persistent"` or `"antithetic"`.
 """
 
 
 def _rest(x: Array) -> tuple[int, ...]:
-    """All axes but that of the pairs."""
+    """Returns all axes except that of the pairs."""
     return tuple(range(1, x.ndim))
 
 
 def _are_finite(copies: InnerState, inner: InnerState) -> Bool[Array, " pairs"]:
-    """Tells for each pair whether all numbers of both copies are finite, or an infinity
-    that the model has in the same place."""
+    """Tells for each pair whether all numbers of both copies are finite, or are an
+    infinity that the model has in the same place."""
     pairs = zip(
         jtu.tree_leaves(eqx.filter(copies, eqx.is_inexact_array)),
         jtu.tree_leaves(eqx.filter(inner, eqx.is_inexact_array)),
@@ -231,8 +235,9 @@ def _are_finite(copies: InnerState, inner: InnerState) -> Bool[Array, " pairs"]:
 
 
 def _all(flags: list[Bool[Array, " pairs"]]) -> Bool[Array, " pairs"]:
-    """Joins flags, behind barriers: XLA would copy a chain of `and`s into each
-    selection that reads its end, and compile in the square of the arrays."""
+    """Joins flags behind barriers. Otherwise XLA would copy a chain of `and`s into each
+    selection that reads its end, and compile times would grow with the square of the
+    number of arrays."""
     stacked = lax.optimization_barrier(jnp.stack(flags))
     return lax.optimization_barrier(jnp.all(stacked, axis=0))
 

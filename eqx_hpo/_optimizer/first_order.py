@@ -1,4 +1,4 @@
-"""The baseline: the direct derivative of the validation loss alone."""
+"""The baseline: only the direct derivative of the validation loss."""
 
 import warnings
 from typing import ClassVar
@@ -17,14 +17,16 @@ from .memoryless import AbstractMemoryless
 
 
 class FirstOrder(AbstractMemoryless):
-    r"""Ignores how the model responds to the hyperparameters:
+    r"""Computes the direct derivative of the validation loss. It ignores how the model
+    responds to the hyperparameters:
 
     $$\frac{dC_2}{d\lambda} \approx \frac{\partial C_2(\theta_T, \lambda)}{\partial
     \lambda}.$$
 
-    This is right for hyperparameters that the validation loss contains and that act on
-    it mostly directly, such as architecture weights. Hyperparameters that act through
-    training alone (weight decay, a learning rate, sample weights) get zero.
+    This suits hyperparameters that appear in the validation loss and act on it mostly
+    directly, such as architecture weights. Hyperparameters that act only through
+    training (weight decay, a learning rate, sample weights) get a hypergradient of
+    zero.
     """
 
     problem: Problem
@@ -59,5 +61,5 @@ class FirstOrder(AbstractMemoryless):
 
 
 FirstOrder.__init__.__doc__ = """**Arguments:** those of
-[`eqx_hpo.AbstractAlgorithm`][]; there is no `second_order`.
+[`eqx_hpo.AbstractAlgorithm`][], without `second_order`.
 """

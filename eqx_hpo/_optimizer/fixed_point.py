@@ -19,23 +19,24 @@ from .memoryless import AbstractMemoryless
 
 
 class FixedPoint(AbstractMemoryless):
-    r"""The hypergradient at a fixed point of the update map $\Phi$, by the first terms
-    of a Neumann series:
+    r"""Computes the hypergradient at a fixed point of the update map $\Phi$, by the
+    first terms of a Neumann series:
 
     $$\frac{dC_2}{d\lambda} \approx \frac{\partial C_2}{\partial \lambda} + \alpha
     \sum_{j=0}^{J} A^j B, \qquad
     A = \frac{\partial \Phi}{\partial \theta}, \quad
-    B = \frac{\partial \Phi}{\partial \lambda},$$
+    B = \frac{\partial \Phi}{\partial \lambda}.$$
 
-    with the state of the optimiser as a part of $\theta$, and both derivatives taken at
-    the last of the `inner_steps` updates alone. So hyperparameters of the optimiser (a
-    learning rate, a momentum, a decoupled decay) get a hypergradient as well, which
-    [`eqx_hpo.Implicit`][] has none for: in the middle of training, that of the steps to
-    come. At a fixed point a learning rate that does not move it gets zero, as it
-    should. With the derivatives of the last $J + 1$ updates in place of those of the
-    last one it is [`eqx_hpo.Unrolled`][] with a `truncation` of $J + 1$.
+    Here $\theta$ includes the state of the optimiser. Both derivatives are taken at the
+    last of the `inner_steps` updates. So hyperparameters of the optimiser (a learning
+    rate, a momentum, a decoupled decay) get a hypergradient as well;
+    [`eqx_hpo.Implicit`][] has none for them. In the middle of training, this is the
+    hypergradient of the steps to come. At a fixed point, a learning rate that does not
+    move this point gets zero, which is right. If the derivatives of the last $J + 1$
+    updates replaced those of the last one, the result would be that of
+    [`eqx_hpo.Unrolled`][] with a `truncation` of $J + 1$.
 
-    Memory is $O(P + H)$ whatever the number of terms. A call costs its inner steps, a
+    Memory is $O(P + H)$ for any number of terms. A call costs its inner steps, a
     validation gradient, and about two training gradients for each of the $J + 1$
     products.
 
@@ -69,6 +70,7 @@ class FixedPoint(AbstractMemoryless):
         last = jnp.asarray(self.inner_steps - 1)
         if self.inner_steps > 1:
             inner, _ = levels.run(inner, hyperparams, 0, self.inner_steps - 1)
+        # All terms go back through this one step, so its batch is drawn once.
         levels = levels.with_batch_drawn(last)
         inner, pull_back, train = linearise_update(levels, inner, hyperparams, last)
         val, alpha, direct = levels.validation_gradient(inner, hyperparams, last)
@@ -81,6 +83,7 @@ class FixedPoint(AbstractMemoryless):
         carry = (end_cotangent(inner, alpha), direct)
         carry, _ = lax.scan(add_term, carry, length=self.terms, unroll=levels.unroll)
         cotangent, total = carry
+        # Outside the scan, since no cotangent is needed after the last product.
         _, product = pull_back(cotangent)
         return Estimate(inner, memory, tree_add(total, product), train, val)
 
@@ -88,6 +91,6 @@ class FixedPoint(AbstractMemoryless):
 FixedPoint.__init__.__doc__ = r"""**Arguments:** besides those of
 [`eqx_hpo.AbstractAlgorithm`][],
 
-- `terms`: the number $J$ of products with $A$, at least 0. With 0 it is
-    [`eqx_hpo.T1T2`][].
+- `terms`: the number $J$ of products with $A$, at least 0. With 0 the estimate is that
+    of [`eqx_hpo.T1T2`][].
 """

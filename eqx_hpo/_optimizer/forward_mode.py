@@ -21,8 +21,8 @@ from .base import AbstractAlgorithm
 
 
 class ForwardMode(AbstractAlgorithm):
-    r"""The exact hypergradient of all inner steps since the episode began, optimiser
-    state included, by forward mode:
+    r"""Computes, by forward mode, the exact hypergradient of all inner steps since the
+    episode began. The state of the optimiser is differentiated too:
 
     $$Z_t = A_t Z_{t-1} + B_t, \qquad
     \frac{dC_2}{d\lambda} = \frac{\partial C_2}{\partial \lambda} + \alpha_t Z_t, \qquad
@@ -30,13 +30,13 @@ class ForwardMode(AbstractAlgorithm):
     B_t = \frac{\partial \Phi_t}{\partial \lambda}.$$
 
     The derivative $Z_t$ of the inner state is carried from call to call, until
-    `restart`. So the horizon has no limit, and memory, $O(PH)$, does not grow with the
-    number of steps. The estimate is exact as long as the hyperparameters stay where
-    they are. Where they move at each call, earlier steps count as if they had been
-    taken with the present hyperparameters.
+    `restart`. So the horizon has no limit. Memory is $O(PH)$ and does not grow with the
+    number of steps. The estimate is exact while the hyperparameters do not change. If
+    they move at each call, earlier steps count as if they had been taken with the
+    present hyperparameters.
 
-    Use it for few hyperparameters: each costs about two training gradients for each
-    inner step. It suits long schedules ([`eqx_hpo.Schedule`][]).
+    Use it for few hyperparameters: each of them costs about two training gradients for
+    each inner step. It suits long schedules ([`eqx_hpo.Schedule`][]).
 
     ??? cite "References"
 
@@ -74,6 +74,7 @@ class ForwardMode(AbstractAlgorithm):
         hyperparams: Hyperparams,
         memory: Memory,
     ) -> Estimate:
+        # The scan carries the last report, and needs its structure beforehand.
         empty = eqx.filter_eval_shape(
             levels.evaluate, inner, hyperparams, jnp.zeros((), int)
         )
@@ -99,12 +100,12 @@ class ForwardMode(AbstractAlgorithm):
 
 
 ForwardMode.__init__.__doc__ = """**Arguments:** those of
-[`eqx_hpo.AbstractAlgorithm`][]; there is no `second_order`.
+[`eqx_hpo.AbstractAlgorithm`][], without `second_order`.
 """
 
 
 def _push_forward(update: Any, inner: InnerState, hyperparams: Any, tangents: Any):
-    """Updates the inner state and its derivatives: `tangents` has a leading axis over
+    """Updates the inner state and its derivatives. `tangents` has a leading axis over
     the numbers in `hyperparams`."""
     arrays, fixed = eqx.partition(inner, eqx.is_inexact_array)
     numbers, rest = eqx.partition(hyperparams, eqx.is_inexact_array)
@@ -117,6 +118,7 @@ def _push_forward(update: Any, inner: InnerState, hyperparams: Any, tangents: An
     def push(tangent, unit):
         return jax.jvp(fn, (arrays, numbers), (tangent, unit), has_aux=True)
 
+    # The new state is the same for all tangents, so only these are mapped.
     arrays, tangents, (fixed, report) = jax.vmap(push, out_axes=(None, 0, None))(
         tangents, _units(hyperparams)
     )
@@ -128,7 +130,8 @@ def _numbers(hyperparams: Hyperparams) -> list[Array]:
 
 
 def _units(hyperparams: Hyperparams) -> PyTree:
-    """Makes the unit vectors of the space of the hyperparameters, on a leading axis."""
+    """Makes the unit vectors in the space of the hyperparameters, along a leading
+    axis."""
     size = sum(x.size for x in _numbers(hyperparams))
     return _unravel(jnp.eye(size), hyperparams)
 
@@ -148,6 +151,7 @@ def _contract(alpha: PyTree, tangents: PyTree) -> Float[Array, " size"]:
     dtype = jnp.result_type(float)
 
     def dot(a, z):
+        # Complex numbers pair by the real part of their product.
         products = jnp.tensordot(z, a, axes=a.ndim, out_sharding=whole_like(a))
         return jnp.real(products).astype(dtype)
 

@@ -25,21 +25,22 @@ def _as_optional_momentum(value: Any) -> Array | None:
 
 
 class Greedy(AbstractMemoryless):
-    r"""Sums what the hyperparameters do to the validation loss at each inner step:
+    r"""Sums the effect of the hyperparameters on the validation loss over the inner
+    steps, with a discount for earlier steps:
 
     $$\frac{dC_2}{d\lambda} \approx \frac{\partial C_2}{\partial \lambda}(\theta_T) +
     \sum_{t=1}^{T} \gamma^{T-t} \alpha_t B_t, \qquad
     \alpha_t = \frac{\partial C_2}{\partial \theta_t}, \quad
     B_t = \frac{\partial \Phi(\theta_{t-1}, \lambda)}{\partial \lambda}.$$
 
-    The sum is carried forward, $S_t = \gamma S_{t-1} + \alpha_t B_t$, so memory is $O(P
-    + H)$ whatever the number of inner steps $T$. Each inner step costs a training
-    gradient, a validation gradient and one second-order product. Train and validation
-    batches are fresh at each inner step where the data give them.
+    The sum is carried forward as $S_t = \gamma S_{t-1} + \alpha_t B_t$. So memory is
+    $O(P + H)$ for any number of inner steps $T$. Each inner step costs a training
+    gradient, a validation gradient and one second-order product. Each inner step has
+    its own train and validation batch if the data provide them.
 
-    A discount of zero is [`eqx_hpo.T1T2`][]. `Greedy` is made for training that goes on
-    from call to call. Where the model is restarted at each call, $\alpha_t$ early on
-    the way may point elsewhere than $\alpha_T$.
+    A discount of zero gives [`eqx_hpo.T1T2`][]. `Greedy` is made for training that
+    continues from call to call. If the model is restarted at each call, an early
+    $\alpha_t$ may point elsewhere than $\alpha_T$.
 
     ??? cite "Reference"
 
@@ -78,6 +79,7 @@ class Greedy(AbstractMemoryless):
         last = jnp.asarray(self.inner_steps - 1)
         final = None
         if self.final_gradient:
+            # Only the last gradient is kept: the sum below takes the steps again.
             end, _ = levels.run(inner, hyperparams, 0, self.inner_steps)
             final = levels.validation_gradient(end, hyperparams, last)
 
@@ -110,6 +112,7 @@ class Greedy(AbstractMemoryless):
         if self.momentum is None:
             return total, None
         total = tree_add(total, tree_scale(self.momentum, velocity))
+        # The velocity is the last change of the sum.
         return total, jtu.tree_map(jnp.subtract, total, old)
 
 
@@ -125,16 +128,17 @@ def _step(levels, inner, hyperparams, index, final):
 Greedy.__init__.__doc__ = r"""**Arguments:** besides those of
 [`eqx_hpo.AbstractAlgorithm`][],
 
-- `discount`: the discount $\gamma$ of earlier inner steps, from 0 to 1. It stands for
-    $A_t = \gamma I$: how fast the model forgets where it was.
-- `momentum`: the momentum $\mu$ of `inner`, from 0 to 1, to make the sum follow it.
-    Then $S_t = \gamma S_{t-1} + \mu (S_{t-1} - S_{t-2}) + \alpha_t B_t$, the recursion
-    of gradient descent with momentum on a loss whose Hessian is a multiple of the
-    identity. Use it with `optax.sgd(..., momentum=mu)`, and best with
-    `final_gradient=True`; "When the greedy sum is right" in the documentation derives
-    and measures it.
-- `final_gradient`: whether to take $\alpha_T$, the gradient after the last inner step,
+- `discount`: the discount $\gamma$ of earlier inner steps, from 0 to 1. It amounts to
+    the assumption $A_t = \gamma I$: $\gamma$ says how fast the model forgets where it
+    was.
+- `momentum`: the momentum $\mu$ of `inner`, from 0 to 1, which the sum then follows.
+    With it, $S_t = \gamma S_{t-1} + \mu (S_{t-1} - S_{t-2}) + \alpha_t B_t$, which is
+    the recursion of gradient descent with momentum on a loss whose Hessian is a
+    multiple of the identity. Use it with `optax.sgd(..., momentum=mu)`, and preferably
+    with `final_gradient=True`. "When the greedy sum is right" in the documentation
+    derives and measures it.
+- `final_gradient`: whether to use $\alpha_T$, the gradient after the last inner step,
     in place of each $\alpha_t$. It is known only at the end, so the inner steps run
-    twice. This costs one more training gradient for each, and saves all but one
-    validation gradient.
+    twice. This costs one more training gradient for each inner step, and saves all
+    validation gradients but one.
 """

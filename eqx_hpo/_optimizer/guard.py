@@ -1,14 +1,19 @@
-"""The new state that a step makes of an estimate: the old one unless all is finite.
+"""Makes the new state of a step from an estimate, or keeps the old one if something is
+not finite.
 
 The whole new state is checked: parameters, both optimiser states, memory, model state.
-Four things keep this cheap. The checks of arrays of one shape are a single reduction,
-which reads what it checks and stores nothing. Their outcomes are stacked before they
-are joined: XLA would copy a chain of `and`s into each selection, and compile in the
-square of the number of arrays. And a large outer update is computed twice: once inside
-a branch to be checked, when nothing is kept, and once to be written over the old
-values. Computed once, old and new values would wait for the outcome side by side. A
-large hypergradient is read by branches alone, so that XLA writes it once, over what it
-is made of. Read elsewhere it would be computed anew there, from arrays kept till then.
+Four things keep this cheap.
+
+First, the checks of arrays of one shape are a single reduction, which reads what it
+checks and stores nothing. Second, their outcomes are stacked before they are joined.
+XLA would otherwise copy a chain of `and`s into each selection, and compile times would
+grow with the square of the number of arrays.
+
+Third, a large outer update is computed twice: once inside a branch, where it is checked
+and not kept, and once to overwrite the old values. If it were computed once, old and
+new values would both stay in memory until the outcome is known. Fourth, only branches
+read a large hypergradient, so XLA writes it once, over the arrays it is made of. A
+reader elsewhere would compute it again, from arrays that stay in memory until then.
 """
 
 import functools as ft
@@ -53,15 +58,16 @@ def next_state(
     has_aux: bool,
 ) -> BilevelState:
     """Updates the hyperparameters and makes the state after a step. If something is not
-    finite it is the old state, with `step`, the counts of skipped steps, `metrics` and
-    the loss scale anew.
+    finite, it returns the old state with new values only for `step`, the counts of
+    skipped steps, `metrics` and the loss scale.
 
     **Arguments:**
 
     - `outer`: the outer optimiser.
     - `state`: the state before the step.
-    - `hyperparams`: its hyperparameters, with the noise of this step.
-    - `estimate`: the algorithm's, with the hypergradient of the `raw` arrays.
+    - `hyperparams`: the hyperparameters of `state`, with the noise of this step.
+    - `estimate`: the estimate of the algorithm, with the hypergradient of the `raw`
+        arrays.
     - `episode_step`: the `episode_step` of the new state, if all is finite.
     - `has_aux`: whether the losses have an `aux`.
     """
@@ -97,7 +103,8 @@ def next_state(
 
 
 def losses_of(estimate: Estimate) -> list[FloatScalar]:
-    """Takes the losses. One that was not taken is no reason to skip a step."""
+    """Lists the losses of an estimate. A loss that was not taken is left out, since it
+    is no reason to skip a step."""
     return [x[0] for x in (estimate.train, estimate.val) if x is not None]
 
 
@@ -118,10 +125,11 @@ def _update_outer(
     old: tuple[PyTree, PyTree],
     pairs: _Pairs,
 ) -> tuple[Bool[Array, ""], PyTree, PyTree]:
-    """Moves the `raw` arrays, if `pairs` and the result are finite; `old` holds them
-    and the state of the optimiser, `given` the hypergradient and its standard error.
+    """Moves the `raw` arrays if `pairs` and the result are finite. `old` holds these
+    arrays and the state of the optimiser. `given` holds the hypergradient and its
+    standard error.
 
-    **Returns:** whether all was finite; the new arrays; the new state.
+    **Returns:** whether all numbers were finite, the new arrays, and the new state.
     """
     leaves, treedef = jtu.tree_flatten(old)
     given_leaves = jtu.tree_leaves(given)
@@ -147,6 +155,7 @@ def _update_outer(
         ]
         is_good = lax.cond(
             _all_finite(lambda pairs: pairs, pairs),
+            # The update in this branch is only checked, and not kept.
             lambda *operands: _all_finite(again, *operands),
             lambda *operands: jnp.array(False),
             given_leaves,
@@ -167,11 +176,12 @@ def _pairs(new: PyTree, old: PyTree = None) -> _Pairs:
 def _all_finite(
     make_pairs: Callable[..., _Pairs], *operands: PyTree
 ) -> Bool[Array, ""]:
-    """Tells whether all numbers of the first arrays are finite, or an infinity that the
-    second has in the same place: a mask of the model, the start of a running minimum.
+    """Tells whether all numbers of the first arrays are finite, or are an infinity that
+    the second array has in the same place. Such an infinity may be a mask of the model,
+    or the start of a running minimum.
 
-    `make_pairs(*operands)` makes the pairs, again where they are looked at again: the
-    question for infinities that stay is put only if there are any.
+    `make_pairs(*operands)` makes the pairs, and is called again if they are read again:
+    only if some number is not finite, a second pass looks for infinities that stay.
     """
     pairs = make_pairs(*operands)
     if is_small([x for x, _ in pairs]):
@@ -185,14 +195,14 @@ def _all_finite(
 
 
 def all_finite(new: PyTree, old: PyTree, others: PyTree) -> Bool[Array, ""]:
-    """Tells whether all numbers of `others` are finite, and all of `new`, or an
-    infinity that `old` has."""
+    """Tells whether all numbers of `new` and `others` are finite. A number of `new` may
+    also be an infinity that `old` has in the same place."""
     return _all_finite(lambda pairs: pairs, [*_pairs(new, old), *_pairs(others)])
 
 
 def is_small(arrays: list[Any]) -> bool:
-    """Tells whether the arrays are so few numbers that time counts for more than
-    memory does."""
+    """Tells whether the arrays hold so few numbers that time matters more than
+    memory."""
     return sum(jnp.size(x) for x in arrays) < _LARGE
 
 
@@ -227,7 +237,7 @@ def _reduce_small(group: _Pairs) -> Bool[Array, ""]:
 
 def _reduce(group: _Pairs) -> Bool[Array, ""]:
     """Reduces several operands in one loop. XLA would split the reduction of a single
-    one in two, and store what it reads."""
+    operand in two, and store what it reads."""
     flags = [_is_kept(*pair) for pair in group]
     if len(flags) == 1:
         flags.append(~jnp.isnan(group[0][0]))  # all that pass the first pass this

@@ -1,7 +1,7 @@
 """The second derivatives of the train loss at a point, as products with vectors.
 
-The vectors are real, and in single precision at least, so that any linear solver takes
-them: a complex array is a pair of real ones, and half precision is cast.
+Any linear solver can take the vectors, since they are real and at least in single
+precision. A complex array becomes a pair of real ones, and half precision is cast.
 """
 
 import dataclasses
@@ -24,7 +24,8 @@ from .._state import InnerState
 
 
 class Point(eqx.Module):
-    """The inner state at which the train loss of inner step `index` is looked at."""
+    """The inner state at which the train loss of inner step `index` is
+    differentiated."""
 
     levels: Levels
     inner: InnerState
@@ -33,7 +34,7 @@ class Point(eqx.Module):
     def hessian(
         self, hyperparams: Hyperparams, damping: Float[Array, ""]
     ) -> tuple[lx.AbstractLinearOperator, PyTree]:
-        """Makes the damped Hessian as an operator, and the gradient."""
+        """Computes the damped Hessian, as an operator, and the gradient."""
         exact = dataclasses.replace(self.levels, second_order=ReverseOverReverse())
         start = as_vector(self.inner.params)
         gradient, product = jax.linearize(
@@ -94,7 +95,7 @@ class Point(eqx.Module):
 
 
 def as_vector(tree: PyTree) -> PyTree:
-    """Makes a vector of the inexact arrays of `tree`."""
+    """Makes a vector from the inexact arrays of `tree`."""
 
     def split(x):
         x = as_single(x)
@@ -104,9 +105,9 @@ def as_vector(tree: PyTree) -> PyTree:
 
 
 def as_covector(gradient: PyTree) -> PyTree:
-    """Makes the vector of partial derivatives of a gradient. That of JAX in a complex
-    number is the derivative in its real part minus `i` times that in its imaginary
-    part."""
+    """Makes the vector of partial derivatives from a gradient of JAX. For a complex
+    number, that gradient is the derivative in the real part minus `i` times the
+    derivative in the imaginary part."""
     return as_vector(jtu.tree_map(jnp.conj, gradient))
 
 

@@ -1,4 +1,5 @@
-"""HyperDistill: one product at a running average of the past, online."""
+"""HyperDistill: an online estimate from one product at a running average of the
+past."""
 
 import functools as ft
 from typing import Any, ClassVar
@@ -25,36 +26,37 @@ def _as_scale(value: Any) -> Array | None:
 
 
 class HyperDistill(AbstractAlgorithm):
-    r"""Distils the past of an episode into one second-order product a step:
+    r"""Distils the past of an episode into one second-order product for each step:
 
     $$\frac{dC_2}{d\lambda} \approx \frac{\partial C_2}{\partial \lambda}(\theta_t) +
     s\, S_t\, \alpha_t \frac{\partial \Phi(w^*_t, \lambda; D^*_t)}{\partial \lambda},
     \qquad S_t = \sum_{i=1}^{t} \gamma^{t-i}.$$
 
     The weights $w^*_t = p_t w^*_{t-1} + (1 - p_t) \theta_{t-1}$, with $p_t = 1 - 1 /
-    S_t$, are a running average of those before each inner step, and the batch $D^*_t$
+    S_t$, are a running average of the weights before each inner step. The batch $D^*_t$
     keeps a share $p_t$ of its examples and takes the others from $D_t$. So the horizon
-    is the whole episode, while memory is $O(P + H)$ and one batch. A step costs two
-    training gradients, a validation gradient and one product.
+    is the whole episode, while memory is only $O(P + H)$ and one batch. A step costs
+    two training gradients, a validation gradient and one product.
 
     The scale $s$ is fitted by least squares to reverse mode over `horizon` inner steps
-    from where the model is, on the straight line between their first and last weights,
-    as in [`eqx_hpo.DrMAD`][] but with the state of the inner optimiser held fixed. The
-    fit is made in the first step, and again once in `estimation_period * horizon` inner
-    steps. It takes `horizon` training gradients on the way there and, on the way back,
-    two more with two products for each. It sees the batches that `train` gives for so
-    many steps: fresh ones from [`eqx_hpo.Minibatch`][], the same one again from plain
-    arrays. A fit that is not finite leaves the scale as it was. If the first one is not
-    finite, the step is skipped.
+    from the present model. Reverse mode runs on the straight line between the first and
+    the last weights of these steps, as in [`eqx_hpo.DrMAD`][], but the state of the
+    inner optimiser is held fixed. The fit is made in the first step, and again once in
+    `estimation_period * horizon` inner steps. It costs `horizon` training gradients on
+    the way there. On the way back it costs two more, with two products, for each step.
+    It uses the batches that `train` gives for so many steps: fresh ones from
+    [`eqx_hpo.Minibatch`][], the same one again from plain arrays. A fit that is not
+    finite leaves the scale unchanged. If the first fit is not finite, the step is
+    skipped.
 
-    Plain arrays are the same batch at every step, so $D^*_t$ is that batch, and the
-    state does not hold it. A loop of your own with a new batch for each call passes it
-    as [`eqx_hpo.Stacked`][], to `init` too. A new example takes the place that it had
-    in its batch; a number of examples that is not whole is rounded up or down at
-    random. Arrays without a leading axis in common count as a single example.
+    Plain arrays are the same batch at every step. So $D^*_t$ is that batch, and the
+    state does not hold it. If a loop of your own has a new batch for each call, pass it
+    as [`eqx_hpo.Stacked`][], also to `init`. A new example takes the place that it had
+    in its batch. A fractional number of examples is rounded up or down at random.
+    Arrays without a common leading axis count as a single example.
 
-    An episode begins with `init` and with each `restart`; the scale lives on. Within
-    [`eqx_hpo.MetaLearner`][] it is fitted to the mean over the tasks.
+    An episode begins with `init` and with each `restart`. The scale is kept across
+    episodes. Within [`eqx_hpo.MetaLearner`][] it is fitted to the mean over the tasks.
 
     ??? cite "Reference"
 
@@ -133,6 +135,7 @@ class HyperDistill(AbstractAlgorithm):
         old = memory.lasting
         # A scale of 0 means that the fit saw no product at all: it is repeated soon.
         period = self.horizon * jnp.where(old == 0, 1, self.estimation_period)
+        # A call may step over a multiple of the period.
         due = jnp.isnan(old) | (levels.position % period < self.inner_steps)
 
         def fit():
@@ -157,10 +160,10 @@ HyperDistill.__init__.__doc__ = r"""**Arguments:** besides those of
 [`eqx_hpo.AbstractAlgorithm`][],
 
 - `discount`: the discount $\gamma$ of each earlier inner step, from 0 to 1. With 0 the
-    past is the last step alone, as in [`eqx_hpo.T1T2`][] up to the scale.
-- `horizon`: the number of inner steps that the scale is fitted to: the length of an
-    episode, where there are episodes.
-- `estimation_period`: the scale is fitted anew after this many times `horizon` inner
-    steps.
-- `scale`: a fixed scale $s$; it is fitted if `None`.
+    past is only the last step: this is [`eqx_hpo.T1T2`][] up to the scale.
+- `horizon`: the number of inner steps to which the scale is fitted. If there are
+    episodes, use their length.
+- `estimation_period`: the number of times `horizon` inner steps between two fits of the
+    scale.
+- `scale`: a fixed scale $s$. If `None`, the scale is fitted.
 """

@@ -26,18 +26,19 @@ from .settings import check_plain_inner
 
 
 class ImplicitReport(eqx.Module):
-    r"""How well the assumptions of [`eqx_hpo.Implicit`][] held in a step, in
-    `state.metrics.diagnostics`.
+    r"""Reports how well the assumptions of [`eqx_hpo.Implicit`][] held in a step. It is
+    found in `state.metrics.diagnostics`.
 
     **Attributes:**
 
-    - `result`: that of the linear solve, an item of [`eqx_hpo.RESULTS`][];
+    - `result`: the result of the linear solve, an item of [`eqx_hpo.RESULTS`][]. It is
         `RESULTS.indefinite` if the solve succeeded but the curvature is negative.
     - `residual`: $\lVert (H + \rho I) x - \alpha \rVert / \lVert \alpha \rVert$.
     - `curvature`: the smallest curvature $u^\top (H + \rho I) u / u^\top u$ that was
-        seen. Below zero it proves that the model is not at a minimum.
-    - `gradient_norm`: the norm of the training gradient, zero at a minimum.
-    - `solver_steps`: how many steps the linear solver took; zero for a direct one.
+        seen. A value below zero proves that the model is not at a minimum.
+    - `gradient_norm`: the norm of the training gradient. It is zero at a minimum.
+    - `solver_steps`: the number of steps of the linear solver. It is zero for a direct
+        solver.
     - `solver`: the name of the linear solver.
 
     `residual` and `curvature` are NaN unless `curvature_steps` asks for them.
@@ -52,33 +53,33 @@ class ImplicitReport(eqx.Module):
 
 
 class Implicit(AbstractAlgorithm):
-    r"""The hypergradient at a minimum of the train loss,
+    r"""Computes the hypergradient at a minimum of the train loss,
 
     $$\frac{dC_2}{d\lambda} = \frac{\partial C_2}{\partial \lambda} - x^\top
     \frac{\partial^2 C_1}{\partial \theta \partial \lambda}, \qquad
     (H + \rho I) \, x = \alpha = \frac{\partial C_2}{\partial \theta}, \qquad
     H = \frac{\partial^2 C_1}{\partial \theta^2},$$
 
-    taken at the weights that `inner_steps` of training reach. It does not look at the
-    way there, so memory is $O(P + H)$, plus the memory of the linear solver. The
-    optimiser plays no part: a learning rate or momentum among the hyperparameters is
-    refused ([`eqx_hpo.FixedPoint`][] tunes them). The estimate needs convergence, and
-    `state.metrics.diagnostics` says how close training came, as an
-    [`eqx_hpo.ImplicitReport`][]. A solve that fails does not stop the run: its answer
-    is used as long as it is finite.
+    at the weights that `inner_steps` of training reach. It does not differentiate the
+    way there. So memory is $O(P + H)$, plus the memory of the linear solver. The
+    optimiser plays no part: a learning rate or a momentum among the hyperparameters is
+    refused ([`eqx_hpo.FixedPoint`][] tunes them). The estimate needs a converged
+    training. The [`eqx_hpo.ImplicitReport`][] in `state.metrics.diagnostics` says how
+    close training came. A linear solve that fails does not stop the run: its answer is
+    used if it is finite.
 
-    Weights may be complex or in half precision: the solver sees real vectors, in single
-    precision at least.
+    Weights may be complex or in half precision. The solver sees real vectors, at least
+    in single precision.
 
     `second_order` is the rule for the mixed product $x^\top \partial^2 C_1 / \partial
-    \theta \partial \lambda$. Products with the Hessian are exact in any case.
+    \theta \partial \lambda$. Products with the Hessian are always exact.
 
-    The Hessian is that of the batch of the last inner step. With small batches it is
-    noisy, and may be indefinite. It is never formed unless the solver does so. A
+    The Hessian is taken on the batch of the last inner step. With small batches it is
+    noisy and may be indefinite. It is never formed, unless the solver does so. A
     model's state (`eqx.nn.State`) is held fixed.
 
-    With `inner=optax.set_to_zero()` the model stays as it is: for weights that another
-    solver has put into `state.model`.
+    With `inner=optax.set_to_zero()` the model does not change. Use this for weights
+    that another solver has put into `state.model`.
 
     ??? cite "References"
 
@@ -149,6 +150,7 @@ class Implicit(AbstractAlgorithm):
         options = {"y0": memory.episode} if self.warm_start else {}
         if _has_absolute_test(self.linear_solver):
             options["preconditioner"] = _scaling(hessian, alpha)
+        # A solve that fails is reported and does not end the run.
         solved = lx.linear_solve(
             hessian, alpha, self.linear_solver, options=options, throw=False
         )
@@ -180,6 +182,7 @@ class Implicit(AbstractAlgorithm):
             along = _divide(tree_dot(solved.value, product), square)
             smallest, largest = _ritz_values(hessian, alpha, self.curvature_steps)
             curvature = jnp.fmin(along, smallest)
+            # Rounding alone can push a curvature of zero below zero.
             rounding = 100 * jnp.finfo(curvature.dtype).eps
             indefinite = curvature < -rounding * jnp.fmax(jnp.abs(along), largest)
             indefinite &= result == RESULTS.successful
@@ -199,17 +202,18 @@ Implicit.__init__.__doc__ = r"""**Arguments:** besides those of
 hyperparameters,
 
 - `linear_solver`: any solver of Lineax for the system with the Hessian, which is
-    declared positive semidefinite: `lineax.CG(rtol, atol)` first of all (with
-    `rtol=0, atol=0, max_steps=n` for `n` steps without a test); `lineax.GMRES` or
-    `lineax.BiCGStab` for an indefinite one; `lineax.Cholesky()` or `lineax.LU()` for
-    few weights; [`eqx_hpo.Neumann`][] or [`eqx_hpo.Nystrom`][].
-- `damping`: the number $\rho$, at least zero, that is added to the diagonal.
-- `warm_start`: whether the solver starts from the solution of the step before, where
-    it takes a first estimate.
-- `curvature_steps`: how many products with the Hessian look for negative curvature
-    (Lanczos' method, from $\alpha$). One more tells the residual and the curvature
-    along $x$. With 0 it is that one alone; with `None` none at all, and the report
-    holds what costs nothing.
+    declared positive semidefinite. Start with `lineax.CG(rtol, atol)`
+    (`rtol=0, atol=0, max_steps=n` gives `n` steps without a test). Other choices are
+    `lineax.GMRES` or `lineax.BiCGStab` for an indefinite Hessian, `lineax.Cholesky()`
+    or `lineax.LU()` for few weights, and [`eqx_hpo.Neumann`][] or
+    [`eqx_hpo.Nystrom`][].
+- `damping`: the number $\rho$ that is added to the diagonal, at least zero.
+- `warm_start`: whether a solver that takes a first estimate starts from the solution of
+    the step before.
+- `curvature_steps`: the number of products with the Hessian that look for negative
+    curvature (by Lanczos' method, from $\alpha$). One more product finds the residual
+    and the curvature along $x$. With 0 only this one is made. With `None` none is made,
+    and the report holds only what costs nothing.
 """
 
 
@@ -223,7 +227,7 @@ def _check_axes(params: PyTree) -> None:
 
 
 def _has_absolute_test(solver: lx.AbstractLinearSolver) -> bool:
-    """Tells whether a solver takes curvatures below a fixed number for zero."""
+    """Tells whether a solver treats curvatures below a fixed number as zero."""
     if isinstance(solver, lx.Normal):
         solver = solver.inner_solver
     return isinstance(solver, lx.CG)
@@ -232,9 +236,9 @@ def _has_absolute_test(solver: lx.AbstractLinearSolver) -> bool:
 def _scaling(
     operator: lx.AbstractLinearOperator, vector: PyTree
 ) -> lx.AbstractLinearOperator:
-    """Makes a multiple of the identity which, as a preconditioner, changes no iterate
-    of conjugate gradients, but makes Lineax compare curvatures with the rounding error
-    of that along `vector` in place of 100 times that of `size`."""
+    """Makes a preconditioner that is a multiple of the identity. It changes no iterate
+    of conjugate gradients. But with it, Lineax compares curvatures with the rounding
+    error of the curvature along `vector`, in place of 100 times that of `size`."""
     along = _divide(tree_norm(operator.mv(vector)), tree_norm(vector))
     scale = 100 * operator.in_size() / jnp.where(along > 0, along, 1)
     return lx.FunctionLinearOperator(
@@ -245,8 +249,8 @@ def _scaling(
 
 
 def failed_solve(diagnostics: Any) -> tuple[RESULTS, str] | None:
-    """Returns the result of a linear solve that was not successful, the first one over
-    tasks, and the name of the solver; `None` if there is none."""
+    """Finds a linear solve that was not successful, the first one over tasks. Returns
+    its result and the name of the solver, or `None` if all were successful."""
     if isinstance(diagnostics, TaskReport):
         diagnostics = diagnostics.tasks
     if not isinstance(diagnostics, ImplicitReport):
@@ -263,7 +267,7 @@ def _ritz_values(
     operator: lx.AbstractLinearOperator, start: PyTree, steps: int
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Estimates the smallest and the largest eigenvalue of a symmetric operator by
-    `steps` steps of Lanczos' method; NaN if there are none."""
+    `steps` steps of Lanczos' method. Returns NaN for zero steps."""
     dtype = jnp.result_type(*jtu.tree_leaves(start))
     if steps == 0:
         return jnp.array(jnp.nan, dtype), jnp.array(jnp.nan, dtype)
@@ -295,5 +299,5 @@ def _ritz_values(
 
 
 def _divide(x: Array, y: Array) -> Array:
-    """Divides, with zero for the result where `y` is zero."""
+    """Divides, and returns zero where `y` is zero."""
     return jnp.where(y == 0, 0, x / jnp.where(y == 0, 1, y))

@@ -1,4 +1,4 @@
-"""The slots that algorithms without a memory of their own have in common."""
+"""Fills the slots of algorithms that have no memory of their own."""
 
 from .._custom_types import Batch, Hyperparams
 from .._state import InnerState, Memory
@@ -6,7 +6,7 @@ from .base import AbstractAlgorithm
 
 
 class AbstractMemoryless(AbstractAlgorithm):
-    """An algorithm that carries nothing from step to step, and reports nothing."""
+    """An algorithm that carries nothing from step to step and reports nothing."""
 
     def init_memory(
         self, inner: InnerState, hyperparams: Hyperparams, batch: Batch

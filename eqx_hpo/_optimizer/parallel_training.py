@@ -1,4 +1,4 @@
-"""Many trainings side by side, for black-box searches."""
+"""Runs many trainings side by side, for black-box searches."""
 
 import dataclasses
 from collections.abc import Callable
@@ -28,12 +28,13 @@ from .plain_training import PlainTraining
 
 
 class ParallelTraining(AbstractBilevelOptimizer):
-    """Trials side by side as one algorithm, each with its own hyperparameters and step
-    counter, hence with the keys and the batches that it would have alone.
+    """Runs many trials side by side as one algorithm. Each trial has its own
+    hyperparameters and step counter. So it has the keys and the batches that it would
+    have alone.
 
-    `state.memory.episode` holds their states, with a leading axis, and
-    `state.memory.lasting` the step of a trial at which the validation loss is due.
-    `step` has no use for a key of the run: each trial folds `key` with its own step.
+    `state.memory.episode` holds the states of the trials, with a leading axis.
+    `state.memory.lasting` holds the step of a trial at which the validation loss is
+    due. `step` ignores the key of the run: each trial folds `key` with its own step.
     """
 
     problem: Problem
@@ -122,8 +123,8 @@ class ParallelTraining(AbstractBilevelOptimizer):
 
 
 def for_each(fn: Callable[[Any], PyTree], rows: PyTree) -> PyTree:
-    """Maps over the leading axis of all arrays. A single row goes through `fn` as it
-    is: mapped, its products and convolutions would be other operations."""
+    """Maps over the leading axis of all arrays. A single row is passed to `fn` without
+    `vmap`, which would turn products and convolutions into other operations."""
     count = jtu.tree_leaves(eqx.filter(rows, eqx.is_array))[0].shape[0]
     if count > 1:
         return eqx.filter_vmap(fn)(rows)

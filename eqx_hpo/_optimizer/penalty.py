@@ -1,5 +1,5 @@
-"""The hypergradient of a penalised problem: two copies of the model, and first
-derivatives alone."""
+"""The hypergradient of a penalised problem, from two copies of the model and first
+derivatives."""
 
 import functools as ft
 from typing import ClassVar
@@ -32,14 +32,14 @@ from .settings import as_scheduled, check_plain_inner, Scheduled, value_at
 
 
 class PenaltyReport(eqx.Module):
-    r"""What [`eqx_hpo.Penalty`][] finds out about its bias, in
-    `state.metrics.diagnostics`. Infinite as long as there is no estimate.
+    r"""Reports the bias of [`eqx_hpo.Penalty`][]. It is found in
+    `state.metrics.diagnostics`. Both numbers are infinite while there is no estimate.
 
     **Attributes:**
 
     - `bias`: an estimate of the distance between the hypergradient and that of an
-        infinite strength, as the Euclidean norm over the unwrapped hyperparameters.
-    - `relative_bias`: the same over the norm of the hypergradient.
+        infinite strength. It is a Euclidean norm over the unwrapped hyperparameters.
+    - `relative_bias`: the bias divided by the norm of the hypergradient.
     """
 
     bias: Float[Array, ""]
@@ -47,7 +47,8 @@ class PenaltyReport(eqx.Module):
 
 
 class Penalty(AbstractAlgorithm):
-    r"""The hypergradient by two copies of the model, without second derivatives:
+    r"""Estimates the hypergradient from two copies of the model, without second
+    derivatives:
 
     $$y \approx \arg\min_\theta \; C_1 + \frac{C_2}{s}, \qquad
     z \approx \arg\min_\theta \; C_1, \qquad
@@ -55,22 +56,23 @@ class Penalty(AbstractAlgorithm):
     \frac{\partial C_1}{\partial \lambda}(y) - \frac{\partial C_1}{\partial
     \lambda}(z) \Big).$$
 
-    Each copy takes `inner_steps` steps by an `inner` of its own in a call. The
-    strength $s$ weighs two errors: at the minima the bias falls as $1/s$, but the two
-    derivatives differ by $1/s$ only, so errors of rounding and of minima that were not
-    reached are multiplied by $s$. A schedule that grows with the step is usual.
+    In a call, each copy takes `inner_steps` steps with an `inner` of its own. The
+    strength $s$ balances two errors. At the minima the bias falls as $1/s$. But the two
+    derivatives differ only by an amount of order $1/s$, so rounding errors and
+    incomplete convergence are multiplied by $s$. Usually the strength grows with the
+    step, by a schedule.
 
-    `state.model` is $z$, the model trained on the train loss alone. Memory is $O(P +
-    H)$. An inner step costs three training gradients, and a call the derivatives in
-    $\lambda$. Nothing is differentiated twice, so it works with custom kernels,
-    quantised layers and straight-through estimators. It needs convergence as
-    [`eqx_hpo.Implicit`][] does, and as there a learning rate or a momentum among the
+    `state.model` is $z$, the model trained on the train loss alone. Memory is
+    $O(P + H)$. An inner step costs three training gradients. A call also costs the
+    derivatives in $\lambda$. Nothing is differentiated twice, so it works with custom
+    kernels, quantised layers and straight-through estimators. It needs convergence, as
+    [`eqx_hpo.Implicit`][] does. As there, a learning rate or a momentum among the
     hyperparameters is refused.
 
-    With `bias_every` it tells the bias now and then, as an
-    [`eqx_hpo.PenaltyReport`][]: a third copy goes on from $y$ at half the strength, and
-    where the bias falls as $1/s$, its hypergradient is as far from the first one as
-    that is from the true one.
+    With `bias_every` it estimates its bias now and then, as an
+    [`eqx_hpo.PenaltyReport`][]. A third copy continues from $y$ at half the strength.
+    If the bias falls as $1/s$, the hypergradient of this copy is as far from the first
+    one as the first one is from the true one.
 
     ??? cite "References"
 
@@ -159,15 +161,16 @@ class Penalty(AbstractAlgorithm):
 
 Penalty.__init__.__doc__ = r"""**Arguments:** besides those of
 [`eqx_hpo.AbstractAlgorithm`][], of which `inner` must not depend on the
-hyperparameters; there is no `second_order`,
+hyperparameters, and without `second_order`,
 
-- `strength`: the strength $s$ of the penalty, above zero: a number, or an Optax
+- `strength`: the strength $s$ of the penalty, above zero. It is a number, or an Optax
     schedule of the number of the step.
-- `bias_every`: the bias is looked at once in so many calls of `step`; never if `None`.
-- `bias_steps`: how many inner steps the third copy takes for that, at two training
-    gradients each. With too few of them to converge the bias is underestimated. They
-    draw batches of their own from [`eqx_hpo.Minibatch`][], and see the last batch of
-    [`eqx_hpo.Stacked`][] again and again.
+- `bias_every`: the number of calls of `step` between two estimates of the bias. With
+    `None` the bias is never estimated.
+- `bias_steps`: the number of inner steps that the third copy takes for an estimate, at
+    two training gradients each. If these are too few to converge, the bias is
+    underestimated. They draw batches of their own from [`eqx_hpo.Minibatch`][], and see
+    the last batch of [`eqx_hpo.Stacked`][] again and again.
 """
 
 
@@ -178,8 +181,8 @@ def _train_penalised(
     strength: FloatScalar,
     steps: int,
 ) -> InnerState:
-    """Takes inner steps along the gradient of $C_1 + C_2 / s$: it has the scale of
-    that of $C_1$, so one rate serves both copies at any strength."""
+    """Takes inner steps along the gradient of $C_1 + C_2 / s$. This has the scale of
+    the gradient of $C_1$, so one learning rate serves both copies at any strength."""
 
     def step(carry):
         state, index = carry

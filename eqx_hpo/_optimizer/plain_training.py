@@ -1,7 +1,7 @@
-"""Training alone, without a hypergradient: for `fit`, and for black-box searches.
+"""Training without a hypergradient, for `fit` and for black-box searches.
 
-One step is a step as of any algorithm, guard included. `leap` takes many, at the cost
-of plain training: it looks at the end alone whether all was finite.
+A step is guarded as in any algorithm. `leap` takes many steps at the cost of plain
+training: it checks only at the end whether all numbers were finite.
 """
 
 import dataclasses
@@ -44,14 +44,14 @@ from .guard import all_finite, losses_of, metrics_of
 
 
 class PlainTraining(AbstractAlgorithm):
-    """Leaves the hyperparameters as they are.
+    """Trains the model and leaves the hyperparameters unchanged.
 
-    The validation loss is taken in each call of `step` whose number is `due`, give or
-    take a multiple of `validate_every`; with `last` in that number too, and as long as
-    none was taken. In between, the one that was taken last is reported again. With
-    `validate_every=None` there is none.
+    The validation loss is taken in each call of `step` whose number differs from `due`
+    by a multiple of `validate_every`. If `last` is given, it is also taken in call
+    number `last`, and in each call until one was taken. In between, the last one that
+    was taken is reported again. With `validate_every=None` none is taken.
 
-    `state.memory.lasting` holds that loss, and whether it was taken.
+    `state.memory.lasting` holds this loss, and whether it was taken.
     """
 
     problem: Problem
@@ -90,10 +90,12 @@ class PlainTraining(AbstractAlgorithm):
     def leap(
         self, state: BilevelState, count: IntScalar, train: Any, val: Any, key: Key
     ) -> tuple[BilevelState, Bool[Array, ""]]:
-        """Takes the next `count` steps of a run with the key `key`, and looks only at
-        their end whether all was finite. The validation loss is taken there, if at all.
+        """Takes the next `count` steps of a run with the key `key`. It checks only at
+        the end whether all numbers are finite. The validation loss is taken there, if
+        at all.
 
-        **Returns:** the state after the steps, and true; or the state given, and false.
+        **Returns:** the state after the steps and `True`, or the given state and
+        `False`.
         """
         step, hyperparams = state.step, state.hyperparams
         plain = unwrap_values(hyperparams)

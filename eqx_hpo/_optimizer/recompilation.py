@@ -1,6 +1,6 @@
-"""A warning where the data make `step` compile again and again.
+"""Warns if the data make `step` compile again and again.
 
-The body of a compiled function runs once for each compilation. So what it sees is
+The body of a compiled function runs once for each compilation. So the kinds of data are
 counted there, at no cost for the calls.
 """
 
@@ -24,7 +24,7 @@ _seen: collections.OrderedDict[int, list[Any]] = collections.OrderedDict()
 
 
 def forget_compilations(algorithm: PyTree, state: BilevelState) -> None:
-    """Begins a new run, whose data may be of another kind."""
+    """Begins a new run, which may have data of another kind."""
     _seen.pop(_key(algorithm, state), None)
 
 

@@ -1,4 +1,4 @@
-"""Checks of what all algorithms are made of and start from."""
+"""Checks the settings of algorithms, and what they start from."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -24,7 +24,8 @@ Scheduled: TypeAlias = Float[Array, ""] | Callable[[Any], Any]
 
 
 def as_scheduled(name: str, value: Any) -> Scheduled:
-    """Converts a number above zero to a scalar array, and lets a schedule pass."""
+    """Converts a number above zero to a scalar array. A schedule is returned
+    unchanged."""
     # `optax.linear_schedule` itself is no schedule, only what it returns.
     name_in_optax = getattr(value, "__name__", "")
     if callable(value) and getattr(optax, name_in_optax, None) is not value:
@@ -33,7 +34,7 @@ def as_scheduled(name: str, value: Any) -> Scheduled:
 
 
 def value_at(name: str, value: Scheduled, step: IntScalar) -> FloatScalar:
-    """The value of a number or a schedule at a step."""
+    """Returns the value of a number or a schedule at a step."""
     if not callable(value):
         return value
     now = jnp.asarray(value(step))
@@ -125,7 +126,8 @@ def check_model(model: Model, model_state: PyTree) -> None:
 
 
 def _check_no_nan(name: str, tree: PyTree) -> None:
-    """Names what would make all steps fail. An infinity may be meant, as in a mask."""
+    """Refuses NaN, which would make all steps fail. An infinity may be meant, as in a
+    mask."""
     no_nan = lambda values: ~np.isnan(values)
     for path, x in jtu.tree_leaves_with_path(tree):
         if eqx.is_inexact_array(x):

@@ -30,28 +30,30 @@ def _as_averaging(value: Any) -> Array | None:
 
 
 class SOBA(AbstractAlgorithm):
-    r"""The implicit hypergradient in a single loop. All three levels move from the same
-    point $(\theta, v, \lambda)$, with one train and one validation batch:
+    r"""Estimates the implicit hypergradient in a single loop. The weights, the solution
+    $v$ of a linear system and the hyperparameters all move from the same point
+    $(\theta, v, \lambda)$, with one train and one validation batch:
 
     $$\theta \leftarrow \Phi(\theta, \lambda), \qquad
     v \leftarrow v - \rho \, \Big( H v + \frac{\partial C_2}{\partial \theta} \Big),
     \qquad \frac{dC_2}{d\lambda} \approx \frac{\partial C_2}{\partial \lambda} +
-    v^\top \frac{\partial^2 C_1}{\partial \theta \partial \lambda},$$
+    v^\top \frac{\partial^2 C_1}{\partial \theta \partial \lambda}.$$
 
-    where $H$ is the Hessian of the train loss in $\theta$. So $v$ tends to $-H^{-1}
-    \partial C_2 / \partial \theta$, and the hypergradient to that of
-    [`eqx_hpo.Implicit`][], while no step waits for another level to converge. A step
-    costs one training gradient with one second-order product, and one validation
-    gradient. Memory is $O(P + H)$.
+    Here $H$ is the Hessian of the train loss in $\theta$. So $v$ tends to
+    $-H^{-1} \partial C_2 / \partial \theta$, and the hypergradient to that of
+    [`eqx_hpo.Implicit`][]. No step waits for another level to converge. A step costs
+    one training gradient with one second-order product, and one validation gradient.
+    Memory is $O(P + H)$.
 
-    Both losses are taken at the weights before the update, so `state.metrics.val_loss`
-    is that of the model that the call began with. As for [`eqx_hpo.Implicit`][], the
-    optimiser plays no part: a learning rate or a momentum among the hyperparameters is
-    refused. A model's state (`eqx.nn.State`) is held fixed in the derivatives. Each
-    episode begins with $v = 0$.
+    Both losses are taken at the weights before the update. So `state.metrics.val_loss`
+    is the validation loss of the model at the start of the call. As in
+    [`eqx_hpo.Implicit`][], the optimiser plays no part: a learning rate or a momentum
+    among the hyperparameters is refused. A model's state (`eqx.nn.State`) is held fixed
+    in the derivatives. Each episode begins with $v = 0$.
 
-    With `averaging` it is MA-SOBA: the hypergradient of a step is the running average
-    $h \leftarrow (1 - a) h + a D$ of the estimates $D$ of all steps, from zero on.
+    With `averaging` this is MA-SOBA: the hypergradient of a step is the running average
+    $h \leftarrow (1 - a) h + a D$ of the estimates $D$ of all steps so far. It starts
+    at zero.
 
     ??? cite "References"
 
@@ -124,7 +126,7 @@ SOBA.__init__.__doc__ = r"""**Arguments:** besides those of
 hyperparameters, and without `inner_steps`, which is 1,
 
 - `linear_rate`: the rate $\rho$ of $v$, above zero and below two over the largest
-    eigenvalue of $H$: a number, or an Optax schedule of the number of the step.
+    eigenvalue of $H$. It is a number, or an Optax schedule of the number of the step.
 - `averaging`: the weight $a$ of the newest estimate in the running average, from 0 to
-    1; with 0 there is no average.
+    1. With 0 there is no average.
 """

@@ -16,19 +16,19 @@ from .memoryless import AbstractMemoryless
 
 
 class T1T2(AbstractMemoryless):
-    r"""Trains and tunes in turn, and looks one inner step back:
+    r"""Alternates training and tuning, and differentiates only the last inner step:
 
     $$\frac{dC_2}{d\lambda} \approx \frac{\partial C_2}{\partial \lambda} +
     \alpha_T B_T, \qquad
     \alpha_T = \frac{\partial C_2(\theta_T, \lambda)}{\partial \theta_T}, \quad
-    B_T = \frac{\partial \Phi(\theta_{T-1}, \lambda)}{\partial \lambda}$$
+    B_T = \frac{\partial \Phi(\theta_{T-1}, \lambda)}{\partial \lambda}.$$
 
-    with $\theta_{T-1}$ held fixed. It is the cheapest estimate that sees how the
-    hyperparameters act on training: memory is $O(P + H)$, and a step costs about one
-    training and one validation gradient. Its bias is the short horizon. A learning
+    Here $\theta_{T-1}$ is held fixed. This is the cheapest estimate that sees how the
+    hyperparameters act on training. Memory is $O(P + H)$, and a step costs about one
+    training and one validation gradient. The short horizon makes it biased: a learning
     rate, for instance, comes out too small.
 
-    With `second_order=FiniteDifference()` it is the rule of DARTS.
+    With `second_order=FiniteDifference()` this is the rule of DARTS.
 
     ??? cite "References"
 
@@ -61,7 +61,7 @@ class T1T2(AbstractMemoryless):
         return Estimate(inner, memory, tree_add(direct, pullback(alpha)), train, val)
 
 
-T1T2.__init__.__doc__ = """**Arguments:** those of
-[`eqx_hpo.AbstractAlgorithm`][]. Of the `inner_steps`, all but the last are plain
-training steps between two updates of the hyperparameters.
+T1T2.__init__.__doc__ = """**Arguments:** those of [`eqx_hpo.AbstractAlgorithm`][]. All
+`inner_steps` but the last are plain training steps, between two updates of the
+hyperparameters.
 """

@@ -1,4 +1,4 @@
-"""What is found out, or said, while a problem is traced and before anything runs."""
+"""Finds out, checks and warns while a problem is traced, before anything runs."""
 
 import contextlib
 import warnings
@@ -33,7 +33,7 @@ def check_optimiser_states(
     hyperparams: Hyperparams,
     raw: Any,
 ) -> None:
-    """Checks that the optimisers' states are those of this model, these hyperparameters
+    """Checks that the optimisers' states fit this model, these hyperparameters
     (unwrapped, and as `raw`) and these optimisers."""
     params = eqx.filter(state.model, eqx.is_inexact_array)
     init = inner_transformation(inner, hyperparams).init
@@ -53,9 +53,10 @@ def check_optimiser_states(
 
 
 def default_unroll(levels: Levels, steps: int) -> int:
-    """Chooses how many of `steps` inner steps a compiled loop holds in its body: one,
-    but all of them on a CPU if a loss holds a convolution, which runs many times slower
-    inside a loop there (https://github.com/jax-ml/jax/issues/12868)."""
+    """Chooses how many of `steps` inner steps a compiled loop holds in its body. The
+    choice is one, or all of them on a CPU if a loss holds a convolution, which runs
+    many times slower inside a loop there
+    (https://github.com/jax-ml/jax/issues/12868)."""
     if jax.default_backend() != "cpu" or not 1 < steps <= _LARGEST_UNROLL:
         return 1
     return steps if hold_convolution(levels) else 1
@@ -74,8 +75,8 @@ def warn_if_unreached(
     hyperparams: Hyperparams,
     through: Through,
 ) -> None:
-    """Warns of each hyperparameter array whose hypergradient is zero whatever the
-    numbers are, by its name; and if the two losses seem to be swapped."""
+    """Warns of hyperparameter arrays whose hypergradient is zero for any numbers, and
+    names them. Warns also if the two losses seem to be swapped."""
     arrays, rest = eqx.partition(hyperparams, eqx.is_inexact_array)
     paths = [jtu.keystr(path) for path, _ in jtu.tree_leaves_with_path(arrays)]
     if len(paths) == 0 or through == "values":
@@ -159,9 +160,10 @@ def _with_plain_rule(levels: Levels) -> Levels:
 def explain_failed_losses(
     key: Key, data: dict[str, Any], retry: Callable[[Key], Any]
 ) -> Iterator[None]:
-    """Turns what a loss or a sampler raises into one clear error where a mistake of the
-    caller explains it: there is no key, and `retry`, which does the same again with
-    one, does not raise; or `data`, by name, are missing, or a list of batches."""
+    """Turns what a loss or a sampler raises into one clear error if a mistake of the
+    caller explains it. The key may be missing: then `retry`, which does the same with a
+    key, does not raise. Or the `data`, given by name, are missing or are a list of
+    batches."""
     try:
         yield
     except Exception as e:
@@ -200,7 +202,7 @@ def _mistake_in_data(name: str, data: Any) -> str | None:
 
 
 def empty_aux(levels: Levels, inner: InnerState, hyperparams: Hyperparams) -> Any:
-    """Makes zeros in the structure of the `aux` of both losses."""
+    """Makes zeros in the structure of the two losses' `aux`."""
     index = jnp.array(0)
 
     def aux():

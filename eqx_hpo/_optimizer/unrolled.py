@@ -17,17 +17,16 @@ from .memoryless import AbstractMemoryless
 
 
 class Unrolled(AbstractMemoryless):
-    r"""The exact hypergradient of the last `inner_steps` steps, optimiser state
-    included, by reverse mode:
+    r"""Computes, by reverse mode, the exact hypergradient of the last `inner_steps`
+    steps. The state of the optimiser is differentiated too:
 
     $$\frac{dC_2}{d\lambda} = \frac{\partial C_2}{\partial \lambda} + \alpha_K
     \sum_{t} \Big( \prod_{s>t} A_s \Big) B_t, \qquad
     A_t = \frac{\partial \Phi_t}{\partial \theta_{t-1}}, \quad
     B_t = \frac{\partial \Phi_t}{\partial \lambda}.$$
 
-    All other algorithms are measured against it. Memory grows with the number $K$ of
-    steps that are differentiated, as $O(PK)$, or as $O(P\, d K^{1/d})$ with
-    `recompute=d`.
+    It is the reference for all other algorithms. Memory grows with the number $K$ of
+    differentiated steps: as $O(PK)$, or as $O(P\, d K^{1/d})$ with `recompute=d`.
 
     ??? cite "References"
 
@@ -81,11 +80,11 @@ class Unrolled(AbstractMemoryless):
 Unrolled.__init__.__doc__ = r"""**Arguments:** besides those of
 [`eqx_hpo.AbstractAlgorithm`][],
 
-- `truncation`: how many of the last inner steps are differentiated; all by default.
-    The steps before them are taken as if they did not depend on the hyperparameters.
-- `recompute`: how often each inner step may be computed again on the way back. With
-    $d$ of them about $d K^{1/d}$ inner states are held. 0 stores everything that the
-    way back needs, 1 the inner state before each step, 2 the square root of that, and
-    with 5 a trajectory of 100,000 steps needs 50 states. Batches are drawn again in any
-    case, never stored.
+- `truncation`: the number of last inner steps to differentiate. By default it is all of
+    them. The steps before them are treated as independent of the hyperparameters.
+- `recompute`: how often each inner step may be computed again on the way back. With $d$
+    recomputations, about $d K^{1/d}$ inner states are held. 0 stores everything that
+    the way back needs. 1 stores the inner state before each step. 2 stores about
+    $2 \sqrt{K}$ states. With 5, a trajectory of 100,000 steps needs 50 states. Batches
+    are never stored: they are drawn again.
 """

@@ -1,4 +1,4 @@
-"""A pull of many hyperparameters towards a common value."""
+"""A pull that keeps many hyperparameters near a common value."""
 
 from typing import Any
 
@@ -15,28 +15,30 @@ def anchor(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds a pull to the hypergradient, $g \leftarrow g + s\, (\text{raw} - c)$, which
     is the gradient of $\frac{s}{2} \lVert \text{raw} - c \rVert^2$. Thousands of
-    hyperparameters then stay near a common value unless the validation data insist. To
-    stand first in `optax.chain`.
+    hyperparameters then stay near a common value unless the validation data insist.
+    Place this first in `optax.chain`.
 
     ```python
     outer = optax.chain(hpo.anchor(1 / 300), optax.adam(0.1))
     ```
 
-    For a validation loss that is the mean of $n$ negative log-likelihoods, $s = 1 / (n
-    w^2)$ is a Gaussian prior of width $w$ on `raw`: for [`eqx_hpo.Positive`][] on
-    logarithms. A mean squared error is such a loss in units of twice the variance of
-    the noise: multiply by twice the validation loss.
+    If the validation loss is the mean of $n$ negative log-likelihoods,
+    $s = 1 / (n w^2)$ is a Gaussian prior of width $w$ on `raw`. For
+    [`eqx_hpo.Positive`][] this is a prior on logarithms. A mean squared error is such a
+    loss in units of twice the variance of the noise. So for it, multiply $s$ by twice
+    the validation loss.
 
-    All that needs a hypergradient of the right size, not only of the right direction:
-    that of [`eqx_hpo.Unrolled`][], [`eqx_hpo.Implicit`][] or
-    [`eqx_hpo.HyperDistill`][]. The one of [`eqx_hpo.T1T2`][] is too small by about the
-    number of steps that training takes to respond, so the pull holds it in place.
+    The pull needs a hypergradient of the right size, not only of the right direction.
+    Those of [`eqx_hpo.Unrolled`][], [`eqx_hpo.Implicit`][] and
+    [`eqx_hpo.HyperDistill`][] have it. That of [`eqx_hpo.T1T2`][] is too small, by a
+    factor of about the number of steps that training takes to respond. The pull then
+    holds the hyperparameters in place.
 
     **Arguments:**
 
-    - `strength`: $s$, at least zero.
-    - `to`: what $c$ is: `"mean"`, the present mean of each array, so that the common
-        value is free to move; or `"start"`, the values that each array began with.
+    - `strength`: the strength $s$, at least zero.
+    - `to`: the centre $c$. `"mean"` is the present mean of each array, and leaves the
+        common value free to move. `"start"` is the values with which each array began.
 
     **Returns:** an `optax.GradientTransformationExtraArgs`.
 

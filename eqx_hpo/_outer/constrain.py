@@ -1,5 +1,5 @@
-"""Constraints on the values that the outer optimiser itself moves: by projection, and
-by mirror steps on a simplex."""
+"""Constraints on the values that the outer optimiser moves, by projection and by mirror
+steps on a simplex."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,7 @@ def project(
     projection: Callable[..., PyTree], *args: Any, where: Where = None
 ) -> optax.GradientTransformationExtraArgs:
     """Projects the hyperparameters onto a set after each update. Place this last in
-    `optax.chain`: then they are feasible whatever comes before.
+    `optax.chain`. The hyperparameters are then feasible whatever comes before.
 
     ```python
     simplex = hpo.project(optax.projections.projection_simplex)
@@ -38,12 +38,13 @@ def project(
     - `projection`: any of `optax.projections` (`projection_box`,
         `projection_non_negative`, `projection_simplex`, `projection_l2_ball`,
         `projection_l2_sphere`, ...), or a function of a tree of arrays that returns its
-        projection. Optax's take all arrays of the tree together as one vector.
-    - `args`: what `projection` takes besides the tree: bounds, a radius.
-    - `where`: what to project, as a function of the hyperparameters that returns a part
-        of them, or a tuple of parts to be projected one by one; all of them together by
-        default. [`eqx_hpo.Real`][] and plain arrays only, since what is moved in any
-        other placeholder is not its value.
+        projection. Those of Optax treat all arrays of the tree together as one vector.
+    - `args`: the further arguments of `projection`, such as bounds or a radius.
+    - `where`: selects what to project. It is a function of the hyperparameters that
+        returns a part of them, or a tuple of parts to be projected one by one. By
+        default all of them are projected together. The selected parts may only hold
+        [`eqx_hpo.Real`][] and plain arrays. In other placeholders the optimiser does
+        not move the value itself.
 
     **Returns:** an `optax.GradientTransformationExtraArgs`.
 
@@ -65,20 +66,20 @@ def project(
 
 
 def mirror(where: Where = None) -> optax.GradientTransformationExtraArgs:
-    r"""Makes each update $u$ of weights $w$ on a simplex a mirror step (exponentiated
-    gradient),
+    r"""Turns each update $u$ of weights $w$ on a simplex into a mirror step
+    (exponentiated gradient),
 
     $$w_i \leftarrow \frac{w_i e^{u_i}}{\sum_j w_j e^{u_j}}$$
 
     along the last axis. Place this last in `optax.chain`. Unlike
-    [`eqx_hpo.project`][]`(optax.projections.projection_simplex)` it moves along the
+    [`eqx_hpo.project`][]`(optax.projections.projection_simplex)`, it moves along the
     simplex at every point. A weight becomes zero only by underflow, and then stays
     zero.
 
     **Arguments:**
 
-    - `where`: as that of [`eqx_hpo.project`][]. Each array must start with entries not
-        below zero that sum to one along its last axis.
+    - `where`: as for [`eqx_hpo.project`][]. Each selected array must start with
+        non-negative entries that sum to one along its last axis.
 
     **Returns:** an `optax.GradientTransformationExtraArgs`.
 
@@ -103,8 +104,8 @@ def update_by(
     where: Where,
     check: Callable[[PyTree], None] = lambda part: None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Makes a transformation that replaces where an update leads to by `step(old,
-    new)`."""
+    """Makes a transformation that replaces the point to which an update leads by
+    `step(old, new)`."""
     select = as_selector(where)
 
     def init(params):
@@ -126,7 +127,8 @@ def replace_moved(
     updates: PyTree,
     params: PyTree | None,
 ) -> PyTree:
-    """Changes the updates of the selected parts to lead to `step(old, new)`."""
+    """Changes the updates of the selected parts, which then lead to
+    `step(old, new)`."""
     if params is None:
         raise ValueError(
             f"`{name}` needs the parameters: call `update(updates, state, params)`."
@@ -141,8 +143,8 @@ def replace_moved(
 
 
 def _change(old: Array, moved: Array, end: Array) -> Array:
-    """Computes the number which, added to `old`, rounds to `end`; or where there is
-    none, to the nearest number that is not on the side of `end` where `moved` is."""
+    """Computes a number which, added to `old`, rounds to `end`. If there is none, the
+    sum is the nearest number that is not on the side of `end` where `moved` is."""
     change = end - old
     change = change + (end - (old + change))
     reached = old + change
@@ -152,8 +154,8 @@ def _change(old: Array, moved: Array, end: Array) -> Array:
 
 
 def as_selector(where: Where) -> Callable[[PyTree], list[Any]]:
-    """Makes the function that returns the parts of a tree that `where` selects; the
-    whole, if `None`."""
+    """Makes a function that returns the parts of a tree that `where` selects. If
+    `where` is `None`, it returns the whole tree as one part."""
     if where is not None:
         check_function("where", where, "a function of the hyperparameters, or `None`")
 

@@ -1,4 +1,4 @@
-"""A gate that only lets hypergradients through that stand out from their noise."""
+"""A gate that only passes hypergradients that stand out from their noise."""
 
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -12,10 +12,10 @@ from .update import beside_updates
 def gate(
     threshold: float | Float[Array, ""],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Leaves each hyperparameter where it is whose hypergradient does not stand out
-    from its noise: where $\lvert g \rvert \leq c\, \sigma$, with $\sigma$ the standard
-    error of $g$ over tasks or folds, the update is set to zero. For
-    [`eqx_hpo.MetaLearner`][].
+    r"""Does not move hyperparameters whose hypergradient $g$ does not stand out from
+    its noise. Where $\lvert g \rvert \leq c\, \sigma$, the update is set to zero. Here
+    $\sigma$ is the standard error of $g$ over tasks or folds. It comes from
+    [`eqx_hpo.MetaLearner`][] or [`eqx_hpo.Evolution`][].
 
     ```python
     train, val = hpo.folds(data, 5)
@@ -23,19 +23,21 @@ def gate(
     algorithm = hpo.MetaLearner(hpo.T1T2(problem, inner, outer), tasks=5)
     ```
 
-    It stands last in the chain, as here: the moments of an optimiser behind it would
-    move a coordinate all the same. Before it they follow all hyperparameters.
+    Place this last in `optax.chain`. The moments of an optimiser that comes after it
+    would still move a held coordinate. The moments of an optimiser that comes before it
+    follow all hyperparameters.
 
     **Arguments:**
 
-    - `threshold`: the number $c$ of standard errors, at least zero. A coordinate whose
-        true hypergradient is zero passes about one time in three at 1, one in twenty at
-        2 with many tasks, and one in nine at 2 with five.
+    - `threshold`: the number $c$ of standard errors, at least zero. It decides how
+        often a coordinate passes whose true hypergradient is zero. At 1 this happens
+        about one time in three. At 2 it happens one time in twenty with many tasks, and
+        one time in nine with five.
 
-    **Returns:** an `optax.GradientTransformationExtraArgs`. It sees the hypergradient
-    and its standard error by the arguments `grad` and `error` of `update`, which
-    every algorithm of this library passes. Without `grad` the updates stand in for it.
-    Where the error is NaN, nothing is held back.
+    **Returns:** an `optax.GradientTransformationExtraArgs`. It gets the hypergradient
+    and its standard error as the arguments `grad` and `error` of `update`, which every
+    algorithm of this library passes. Without `grad` it uses the updates instead. Where
+    the error is NaN, nothing is held back.
 
     **Raises:** a `ValueError` if `threshold` is out of range, and in `update` if there
     is no standard error.

@@ -17,7 +17,7 @@ from .constrain import as_selector, check_parts, replace_moved, Where
 
 
 class ProximalState(NamedTuple):
-    """The number of updates so far, which a schedule is a function of."""
+    """Holds the number of updates so far, which a schedule takes."""
 
     step: Int[Array, ""]
 
@@ -27,7 +27,7 @@ class AbstractPenalty(eqx.Module):
 
     @abc.abstractmethod
     def value(self, x: Float[Array, "..."]) -> Float[Array, ""]:
-        """$h(x)$."""
+        """Computes $h(x)$."""
 
     @abc.abstractmethod
     def prox(self, x: Float[Array, "..."], step: ArrayLike) -> Float[Array, "..."]:
@@ -36,8 +36,8 @@ class AbstractPenalty(eqx.Module):
 
 
 class L1(AbstractPenalty):
-    r"""$s \lVert x \rVert_1$. Its proximal operator is the soft threshold: small
-    entries become exactly zero."""
+    r"""The penalty $s \lVert x \rVert_1$. Its proximal operator is the soft threshold,
+    which sets small entries exactly to zero."""
 
     strength: ArrayLike
 
@@ -53,14 +53,15 @@ class L1(AbstractPenalty):
 
 L1.__init__.__doc__ = """**Arguments:**
 
-- `strength`: $s$, not below zero: a number, or an array that broadcasts to $x$.
+- `strength`: the strength $s$, at least zero. It is a number, or an array that
+    broadcasts to $x$.
 
 **Raises:** a `ValueError` if it is below zero or not finite.
 """
 
 
 class ElasticNet(AbstractPenalty):
-    r"""$s_1 \lVert x \rVert_1 + \frac{s_2}{2} \lVert x \rVert_2^2$."""
+    r"""The penalty $s_1 \lVert x \rVert_1 + \frac{s_2}{2} \lVert x \rVert_2^2$."""
 
     l1: ArrayLike
     l2: ArrayLike
@@ -79,15 +80,16 @@ class ElasticNet(AbstractPenalty):
 
 ElasticNet.__init__.__doc__ = """**Arguments:**
 
-- `l1`, `l2`: $s_1$ and $s_2$, not below zero: numbers, or arrays that broadcast to $x$.
+- `l1`, `l2`: the strengths $s_1$ and $s_2$, at least zero. They are numbers, or arrays
+    that broadcast to $x$.
 
 **Raises:** a `ValueError` if one is below zero or not finite.
 """
 
 
 class GroupLasso(AbstractPenalty):
-    r"""$s \sum_g \lVert x_g \rVert_2$, where a group runs along `axis`, or is the whole
-    array if that is `None`. Small groups become exactly zero."""
+    r"""The penalty $s \sum_g \lVert x_g \rVert_2$. A group runs along `axis`, or is the
+    whole array if `axis` is `None`. Small groups become exactly zero."""
 
     strength: ArrayLike
     axis: int | None = eqx.field(
@@ -111,7 +113,7 @@ class GroupLasso(AbstractPenalty):
 
 GroupLasso.__init__.__doc__ = """**Arguments:**
 
-- `strength`: $s$, not below zero.
+- `strength`: the strength $s$, at least zero.
 - `axis`: the axis along which a group runs; `None` for the whole array.
 
 **Raises:** a `ValueError` if `strength` is below zero or not finite.
@@ -119,7 +121,8 @@ GroupLasso.__init__.__doc__ = """**Arguments:**
 
 
 class Box(AbstractPenalty):
-    """Zero from `lower` to `upper`, infinite elsewhere: its proximal operator clips."""
+    """A penalty that is zero from `lower` to `upper` and infinite elsewhere. Its
+    proximal operator clips."""
 
     lower: ArrayLike
     upper: ArrayLike
@@ -146,8 +149,8 @@ class Box(AbstractPenalty):
 
 Box.__init__.__doc__ = """**Arguments:**
 
-- `lower`, `upper`: the bounds: numbers, or arrays that broadcast to $x$. One side is
-    open where the bound is infinite.
+- `lower`, `upper`: the bounds, as numbers or as arrays that broadcast to $x$. An
+    infinite bound leaves its side open.
 
 **Raises:** a `ValueError` if a lower bound is above the upper one.
 """
@@ -159,10 +162,10 @@ def proximal(
     *,
     where: Where = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adds a penalty to what the outer level minimises, by a proximal step after each
-    update: $\lambda \leftarrow \mathrm{prox}_{\eta h}(\lambda + u)$. To stand last in
-    `optax.chain`. With an L1 penalty the hyperparameters that are not worth it come out
-    exactly zero, which a gradient step on the penalty never does.
+    r"""Adds a penalty to the objective of the outer level, by a proximal step after
+    each update: $\lambda \leftarrow \mathrm{prox}_{\eta h}(\lambda + u)$. Place this
+    last in `optax.chain`. With an L1 penalty, hyperparameters that are not worth their
+    penalty become exactly zero. A gradient step on the penalty never achieves this.
 
     ```python
     sparse = hpo.proximal(hpo.L1(0.01), learning_rate=0.1)
@@ -173,13 +176,15 @@ def proximal(
 
     - `penalty`: [`eqx_hpo.L1`][], [`eqx_hpo.ElasticNet`][], [`eqx_hpo.GroupLasso`][],
         [`eqx_hpo.Box`][], or any [`eqx_hpo.AbstractPenalty`][].
-    - `learning_rate`: $\eta$, above zero: a number, or a function of the number of
-        updates so far to one. It must be how far the optimiser before it moves along a
-        constant gradient of one, for the strength to mean what it says: the learning
-        rate of plain `optax.sgd`, divided by `1 - momentum` if there is momentum. After
-        Adam, whose steps do not grow with the gradient, the strength is relative to the
-        size of the gradient.
-    - `where`: as that of [`eqx_hpo.project`][]. Applied to each array by itself.
+    - `learning_rate`: the rate $\eta$, above zero. It is a number, or a function from
+        the number of updates so far to a number. For the strength to have its true
+        meaning, $\eta$ must be the length of the step that the optimiser before it
+        takes along a constant gradient of one. For `optax.sgd` this is its learning
+        rate, divided by `1 - momentum` if there is momentum. After Adam, whose steps do
+        not grow with the gradient, the strength is relative to the size of the
+        gradient.
+    - `where`: as for [`eqx_hpo.project`][]. The penalty applies to each array
+        separately.
 
     **Returns:** an `optax.GradientTransformationExtraArgs`.
 

@@ -1,4 +1,4 @@
-"""Greedy subset selection: an update moves the most promising hyperparameters only."""
+"""Greedy subset selection: an update moves only the most promising hyperparameters."""
 
 import math
 import operator
@@ -19,14 +19,14 @@ from .update import beside_updates
 
 
 class SelectState(NamedTuple):
-    """Where the next turn starts, if some are taken in turn."""
+    """Holds where the next turn starts, if some hyperparameters are taken in turn."""
 
     turn: UInt32[Array, ""]
 
 
 class _Unit(NamedTuple):
-    """What is ranked against others: of the leaves with these numbers, each entry by
-    itself, each row of the last axis, or all together."""
+    """Says what is ranked: of the leaves with these numbers, each entry by itself, each
+    row of the last axis, or all together."""
 
     leaves: list[int]
     kind: Literal["entries", "rows", "whole"]
@@ -46,33 +46,37 @@ def select_top_k(
     outer = optax.chain(optax.adam(1e-2), hpo.select_top_k(20))
     ```
 
-    After an optimiser, as here, its moments still follow all hyperparameters. Put it
-    before [`eqx_hpo.project`][] and [`eqx_hpo.proximal`][]. The latter still shrinks
-    those that are not selected, so choose a `k` not much smaller than the number that
+    Place it after an optimiser, as here: the moments of the optimiser then still follow
+    all hyperparameters. Place it before [`eqx_hpo.project`][] and
+    [`eqx_hpo.proximal`][]. `proximal` also shrinks the hyperparameters that are not
+    selected. So do not choose `k` much smaller than the number of hyperparameters that
     should stay away from zero. The search for the threshold costs about thirty counts
-    over the scores: it is linear, and under sharding it communicates the counts alone.
+    over the scores. This is linear in their number, and under sharding it communicates
+    only the counts.
 
     **Arguments:**
 
-    - `k`: how many to select: an integer from 1, or a float in (0, 1] for that share of
-        all. All, if there are fewer. Of equals those that come first in the tree.
-    - `by`: what they are ranked by: `"gradient"`, the magnitude of the hypergradient
-        $g$; `"step"`, the magnitude of the update $u$ that arrives here; or
-        `"decrease"`, the decrease $\lvert g \cdot u \rvert$ of the validation loss that
-        a step along $u$ promises to first order.
-    - `groups`: what is selected or not as a whole. `"coordinates"`: each number, and
-        each choice of a [`eqx_hpo.Choice`][]. `"leaves"`: each array. Groups with
-        names: a dictionary from the name to a function of the hyperparameters that
-        returns its part of them (as `where` of `eqx.tree_at`); or, as in Optax, a tree
-        with a label in place of each array or subtree, or a function that makes one of
-        the hyperparameters. A group is ranked by the Euclidean norm over its members,
-        or by the magnitude of its summed decrease.
+    - `k`: the number to select. It is an integer of at least 1, or a float in (0, 1]
+        for a share of all. If there are fewer than `k`, all are selected. Among equals,
+        those that come first in the tree are selected.
+    - `by`: the measure of the ranking. `"gradient"` is the magnitude of the
+        hypergradient $g$. `"step"` is the magnitude of the update $u$ that arrives
+        here. `"decrease"` is the decrease $\lvert g \cdot u \rvert$ of the validation
+        loss that a step along $u$ promises to first order.
+    - `groups`: the units that are selected as a whole. `"coordinates"` means each
+        number, and each choice of an [`eqx_hpo.Choice`][]. `"leaves"` means each array.
+        Groups can also have names. Pass a dictionary from each name to a function of
+        the hyperparameters that returns its part of them (as `where` of `eqx.tree_at`).
+        Or pass a tree with a label in place of each array or subtree, or a function
+        that makes such a tree from the hyperparameters, as in Optax. A group is ranked
+        by the Euclidean norm over its members, or by the magnitude of its summed
+        decrease.
     - `rotate`: the share of `k`, from 0 to 1, that is taken in turn instead of by rank
-        (rounded up): each hyperparameter is then moved now and then.
+        (rounded up). With it, each hyperparameter moves now and then.
 
-    **Returns:** an `optax.GradientTransformationExtraArgs`. It sees the hypergradient
-    by the argument `grad` of `update`, which every algorithm of this library passes;
-    without it the updates stand in for it.
+    **Returns:** an `optax.GradientTransformationExtraArgs`. It gets the hypergradient
+    as the argument `grad` of `update`, which every algorithm of this library passes.
+    Without `grad` it uses the updates instead.
 
     **Raises:** a `ValueError` if an argument is out of range, or if groups with names
     overlap, are empty or do not cover all hyperparameters.
@@ -128,7 +132,7 @@ def _check_k(k: Any) -> None:
 
 
 def _check_groups(groups: Any) -> None:
-    """Checks what can be told without the hyperparameters."""
+    """Checks `groups` as far as possible without the hyperparameters."""
     if isinstance(groups, str) and groups in ("coordinates", "leaves"):
         return
     leaves = jtu.tree_leaves(groups)

@@ -1,9 +1,9 @@
-"""The k largest of many scores, exactly, without a sort.
+"""Finds the k largest of many scores exactly, without a sort.
 
-Non-negative floats have the order of their bits, read as unsigned integers. So the
-largest threshold that at least k scores reach is found bit by bit, from the highest
-down, and each bit costs one count over all scores: cheap, and under sharding a sum of
-the counts of the devices.
+The bits of non-negative floats, read as unsigned integers, have the same order as the
+floats. So the largest threshold that at least k scores reach is found bit by bit, from
+the highest down. Each bit costs one count over all scores. This is cheap, and under
+sharding it only needs the sum of the counts of the devices.
 """
 
 import functools as ft
@@ -25,13 +25,15 @@ def top_k_masks(
     first: UInt[Array, ""],
     window: int,
 ) -> list[Bool[Array, "..."]]:
-    """Marks the `k` largest of all `scores`; of equal ones those that come first, in
-    the order of the list and, within an array, of its flat index.
+    """Marks the `k` largest of all `scores`. Of equal scores it marks those that come
+    first, in the order of the list and, within an array, of the flat index.
 
     **Arguments:**
 
-    - `scores`: non-negative, NaN counts as the largest. Between them at least `k`.
-    - `first`, `window`: marks this many in any case, from this one on, in a circle.
+    - `scores`: arrays of non-negative numbers, at least `k` in all. NaN counts as the
+        largest.
+    - `first`, `window`: `window` scores from number `first` on are always marked. The
+        count wraps around at the end.
 
     **Returns:** a mask for each array.
     """
@@ -70,7 +72,7 @@ def _bisect(
     width: int,
 ) -> Bits:
     """Finds the largest `x` of `width` bits for which `count(x)` fits `target`, bit by
-    bit from the highest down; or, as soon as there is one, one for which it is
+    bit from the highest down. It stops early at an `x` for which the count equals
     `target`."""
     one = jnp.ones((), dtype)
     highest = jnp.array(width - 1, dtype)
@@ -97,8 +99,8 @@ def _count(masks: list[Bool[Array, "..."]]) -> UInt[Array, ""]:
 
 
 def _indices(arrays: list[Shaped[Array, "..."]]) -> list[UInt[Array, "..."]]:
-    """Makes the flat index of each entry within the whole list. It is made of iotas,
-    which need no communication under sharding."""
+    """Makes the flat index of each entry within the whole list. It uses iotas, which
+    need no communication under sharding."""
     out, offset = [], 0
     for x in arrays:
         index = jnp.full(x.shape, offset, jnp.uint32)

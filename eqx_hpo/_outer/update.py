@@ -1,4 +1,4 @@
-"""The update of the hyperparameters by an Optax transformation."""
+"""Updates the hyperparameters by an Optax transformation."""
 
 import jax.tree_util as jtu
 import optax
@@ -17,8 +17,8 @@ def outer_update(
 ) -> tuple[PyTree, PyTree]:
     """Moves `raw` once.
 
-    The hypergradient is passed on as the extra argument `grad` too, and its standard
-    error as `error`. A transformation late in a chain can still see them there.
+    The hypergradient is also passed as the extra argument `grad`, and its standard
+    error as `error`. So a transformation late in a chain can still see them.
 
     **Returns:** the new `raw` and the new state of the optimiser.
     """
@@ -31,8 +31,8 @@ def outer_update(
 
 
 def beside_updates(name: str, extra: PyTree, updates: PyTree) -> PyTree:
-    """Takes the part of an extra argument that belongs to the updates, of which
-    `optax.masked` and `optax.partition` hide some."""
+    """Selects the part of an extra argument that belongs to the updates. `optax.masked`
+    and `optax.partition` hide some of these."""
     is_hidden = lambda x: isinstance(x, optax.MaskedNode)
     hidden = jtu.tree_map(is_hidden, updates, is_leaf=is_hidden)
     if any(jtu.tree_leaves(hidden)):
