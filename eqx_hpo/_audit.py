@@ -1,6 +1,9 @@
 """Compares the hypergradient of a run with the exact one of a longer horizon."""
 
+from typing import Any
+
 import equinox as eqx
+import jax
 import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
@@ -34,6 +37,23 @@ class Audit(eqx.Module):
     norm_ratio: Float[Array, ""]
     cosines: PyTree
     norm_ratios: PyTree
+
+    def __str__(self) -> str:
+        rows = {"": (self.cosine, self.norm_ratio)}
+        ratios = jtu.tree_leaves(self.norm_ratios)
+        for (path, x), y in zip(jtu.tree_leaves_with_path(self.cosines), ratios):
+            rows[jtu.keystr(path)] = (x, y)
+        width = max(map(len, rows))
+        lines = [f"{'':{width}}{'cosine':>12}{'norm ratio':>12}"]
+        for name, (x, y) in rows.items():
+            # Under a map they have more than one number, and in a trace none.
+            numbers = (f"{z:.4f}" if _is_number(z) else str(z) for z in (x, y))
+            lines.append(f"{name:{width}}" + "".join(f"{z:>12}" for z in numbers))
+        return "\n".join(lines)
+
+
+def _is_number(x: Any) -> bool:
+    return x.ndim == 0 and not isinstance(x, jax.core.Tracer)
 
 
 def audit(

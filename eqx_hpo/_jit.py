@@ -17,6 +17,7 @@ import jax.tree_util as jtu
 
 from ._data import holds_numbers, numbers_as_arrays
 from ._misc import is_array_or_numpy
+from ._second_order import explain_no_forward_mode
 from ._sharding import inputs_on_mesh, mesh_of, on_mesh, pin, shardings_of
 from ._state import BilevelState
 
@@ -24,6 +25,8 @@ from ._state import BilevelState
 P = ParamSpec("P")
 T = TypeVar("T")
 
+# JAX refuses some losses only while it lowers a program, after it has traced it.
+_LATE = "can't apply forward-mode autodiff (jvp) to a custom_vjp"
 _ARRAY = object()  # stands for an array among the static leaves
 
 
@@ -54,9 +57,16 @@ class _JitMethod:
         self._pinned = eqx.filter_jit(_pinned(fn))
         ft.update_wrapper(self, fn)
 
+    def __set_name__(self, owner: type, name: str) -> None:
+        # `help` finds the text of a base class for functions alone.
+        if self.__doc__ is None:
+            inherited = getattr(owner.__mro__[1], name, None)
+            self.__doc__ = getattr(inherited, "__doc__", None)
+
     def __call__(self, instance: Any, *args: Any, **kwargs: Any) -> Any:
         compiled, args, kwargs = self._prepare(instance, args, kwargs)
-        return compiled(*args, **kwargs)
+        with explain_no_forward_mode(_LATE):
+            return compiled(*args, **kwargs)
 
     def lower(self, instance: Any, *args: Any, **kwargs: Any) -> Any:
         """Lowers a call, as `eqx.filter_jit` does."""
@@ -132,7 +142,9 @@ def jit_without_waiting(fn: Callable[..., Any], donate_first: bool) -> Callable:
         if mesh is not None:
             first, arrays = on_mesh(first, mesh), inputs_on_mesh(arrays, mesh)
             shardings = tuple(shardings_of(first))
-        return _merge(*compiled((static_first, static, shardings), first, arrays))
+        with explain_no_forward_mode(_LATE):
+            out = compiled((static_first, static, shardings), first, arrays)
+        return _merge(*out)
 
     return call
 

@@ -102,7 +102,7 @@ class ForwardOverReverse(AbstractSecondOrder):
     def differentiate(self, loss: LossFn) -> GradientFn:
         def product(gradients, params, rest, v, settings):
             del settings
-            with _explain_no_forward_mode():
+            with explain_no_forward_mode():
                 fn = lambda params: gradients(params, rest)
                 return jax.jvp(fn, (params,), (v,))[1]
 
@@ -110,10 +110,13 @@ class ForwardOverReverse(AbstractSecondOrder):
 
 
 @contextlib.contextmanager
-def _explain_no_forward_mode() -> Iterator[None]:
+def explain_no_forward_mode(saying: str = "") -> Iterator[None]:
+    """Says what to do about an error whose text has `saying`."""
     try:
         yield
     except Exception as e:
+        if saying not in str(e):
+            raise
         # The gradient itself was traced before, without an error.
         raise ValueError(
             "The training gradient has no forward-mode derivative, which the default "

@@ -120,6 +120,11 @@ def test_the_bias_of_a_learning_rate():
     estimate = algorithm.compute_hypergradient(state, None, None)
     ratio = jnp.abs(estimate["rate"].raw / exact["rate"].raw)
     assert _near(got.norm_ratios["rate"].raw, ratio)
+    head, whole, other, rate = str(got).splitlines()
+    assert head.split() == ["cosine", "norm", "ratio"]
+    assert whole.split() == [f"{got.cosine:.4f}", f"{got.norm_ratio:.4f}"]
+    assert other.split() == ["['other']", "1.0000", "1.0000"]
+    assert rate.split()[:2] == ["['rate'].raw", "-1.0000"]
 
 
 @pytest.mark.slow

@@ -223,3 +223,10 @@ def test_long_variants_are_of_tests_that_exist():
         name, bracket, _ = rest.partition("[")
         assert bracket
         assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(), entry
+
+
+@pytest.mark.parametrize("name", ["T1T2", "MetaLearner", "Evolution"])
+@pytest.mark.parametrize("method", ["init", "step", "compute_hypergradient", "restart"])
+def test_methods_have_the_text_of_the_interface(name, method):
+    text = inspect.getdoc(getattr(hpo.AbstractBilevelOptimizer, method))
+    assert text and inspect.getdoc(getattr(getattr(hpo, name), method)) == text

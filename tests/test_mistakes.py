@@ -244,5 +244,39 @@ def test_a_loss_that_cannot_be_differentiated_forward_on_its_gradient():
     state = algorithm.init(jnp.ones(2), jnp.full(2, 0.7))
     with pytest.raises(ValueError, match=r"ReverseOverReverse\(\)` or `eqx_hpo.Finite"):
         algorithm.step(state, None, None)
+    with pytest.raises(ValueError, match=r"ReverseOverReverse\(\)` or `eqx_hpo.Finite"):
+        hpo.tune(
+            algorithm, jnp.ones(2), jnp.full(2, 0.7), None, None, steps=2, key=None
+        )
     by_differences = hpo.T1T2(problem, INNER, OUTER, hpo.FiniteDifference())
     assert int(by_differences.step(state, None, None).skipped) == 0
+
+
+@jax.custom_vjp
+def _opaque_sine(x):
+    return jnp.sin(x)
+
+
+@jax.custom_vjp
+def _opaque_cosine(x):
+    return jnp.cos(x)
+
+
+_opaque_sine.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g * _opaque_cosine(x),))
+_opaque_cosine.defvjp(lambda x: (jnp.cos(x), x), lambda x, g: (-g * jnp.sin(x),))
+
+
+def test_a_loss_that_jax_refuses_only_as_it_lowers_the_program():
+    loss = lambda w, h, batch, key: jnp.sum(h * _opaque_sine(w))
+    problem = hpo.Problem(loss, lambda w, h, batch, key: jnp.sum((w - 1) ** 2))
+    algorithm = hpo.Unrolled(problem, INNER, OUTER, inner_steps=2)
+    w, h = jnp.ones(2), jnp.full(2, 0.7)
+    text = r"no forward-mode.*JAX raised: can't apply"
+    with pytest.raises(ValueError, match=text):
+        hpo.tune(algorithm, w, h, None, None, steps=2, key=None)
+    with pytest.raises(ValueError, match=text):
+        algorithm.step(algorithm.init(w, h), None, None)
+    backward = hpo.Unrolled(
+        problem, INNER, OUTER, hpo.ReverseOverReverse(), inner_steps=2
+    )
+    assert int(backward.step(backward.init(w, h), None, None).skipped) == 0
