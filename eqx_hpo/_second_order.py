@@ -91,7 +91,9 @@ class ForwardOverReverse(AbstractSecondOrder):
     \frac{d}{d\epsilon} \nabla_{(\theta, \rho)} C_1(\theta + \epsilon v, \rho)
     \Big|_{\epsilon=0},$$
 
-    so a single `jax.jvp` of the gradient computes it (Pearlmutter, 1994).
+    so a single `jax.jvp` of the gradient computes it (Pearlmutter, 1994). A loss whose
+    own derivative rule is not the derivative of its value breaks the symmetry, and the
+    product is wrong: use [`eqx_hpo.ReverseOverReverse`][].
 
     A `jax.custom_vjp` inside the loss works as long as JAX can differentiate its own
     forward and backward functions. Where it cannot (straight-through estimators, some

@@ -87,7 +87,7 @@ ways = {
 }
 for name, weights in ways.items():
     fitted = hpo.fit(algorithm, net, weights, everything, steps=300, key=None).model
-    print(f"{name:17} {val_loss(fitted, None, test, None):.3f}")
+    print(f"{name:17} {eqx.filter_jit(val_loss)(fitted, None, test, None):.3f}")
 # --8<-- [end:tune]
 sums = tuned.reshape(4, SIZE).sum(axis=1)
 print("weights of the instruments: " + ", ".join(f"{x:.2f}" for x in sums))
