@@ -3,9 +3,9 @@
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.random as jr
 import jax.tree_util as jtu
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from ._checks import as_int, check_key, check_leaves, check_type
@@ -53,7 +53,7 @@ class Audit(eqx.Module):
 
 
 def _is_number(x: Any) -> bool:
-    return x.ndim == 0 and not isinstance(x, jax.core.Tracer)
+    return x.ndim == 0 and not isinstance(x, Tracer)
 
 
 def audit(
