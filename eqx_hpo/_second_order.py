@@ -113,18 +113,19 @@ class ForwardOverReverse(AbstractSecondOrder):
 
 @contextlib.contextmanager
 def explain_no_forward_mode(saying: str = "") -> Iterator[None]:
-    """Says what to do about an error whose text has `saying`."""
+    """Says what to do about an error whose text has `saying`. The gradient itself is
+    traced before, so that the error is one of its derivative."""
     try:
         yield
     except Exception as e:
         if saying not in str(e):
             raise
-        # The gradient itself was traced before, without an error.
         raise ValueError(
             "The training gradient has no forward-mode derivative, which the default "
-            "rule takes, as where a `jax.custom_vjp` cannot be differentiated twice. "
-            "Use `second_order=eqx_hpo.ReverseOverReverse()` or "
-            f"`eqx_hpo.FiniteDifference()`. (JAX raised: {e})"
+            "rule and `ForwardMode` take, as where a `jax.custom_vjp` cannot be "
+            "differentiated twice. Use `second_order=eqx_hpo.ReverseOverReverse()` or "
+            "`eqx_hpo.FiniteDifference()`, and in place of `ForwardMode` another "
+            f"algorithm. (JAX raised: {e})"
         ) from e
 
 
@@ -141,8 +142,9 @@ class FiniteDifference(AbstractSecondOrder):
     \nabla_{(\theta, \rho)} C_1(\theta - \epsilon v, \rho)}{2 \epsilon},
     \qquad \epsilon = \frac{\text{epsilon}}{\lVert v \rVert}.$$
 
-    It costs two gradients for any number of hyperparameters, and needs only first-order
-    derivatives of the loss. Both gradients use the same batch and the same key. Liu et
+    It relies on the same symmetry as [`eqx_hpo.ForwardOverReverse`][]. It costs two
+    gradients for any number of hyperparameters, and needs only first-order derivatives
+    of the loss. Both gradients use the same batch and the same key. Liu et
     al., *DARTS: Differentiable Architecture Search*, ICLR 2019, eq. 8.
 
     For a model in half precision, both gradients are evaluated in single precision,

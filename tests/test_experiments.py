@@ -108,6 +108,12 @@ def neural_ode(module: Any, rows: Any):
     assert np.all(noise["tuned online"][:, -1] != noise["tuned online"][:, 0])
 
 
+def neural_ode_adjoints(module: Any, table: Any):
+    possible = {name: "".join("ny"[x] for x in row) for name, row in table.items()}
+    expected = dict(DirectAdjoint="yyy", ForwardMode="nnn", BacksolveAdjoint="nny")
+    assert possible == expected | {"RecursiveCheckpointAdjoint": "nny"}
+
+
 def compare(module: Any, results: Any):
     for placed in results:
         rows = {row.name: row for row in placed.comparison.rows}
@@ -233,7 +239,7 @@ def cifar10(module: Any, results: Any):
 EXPERIMENTS = """architecture audit augmentation cifar10 compare contour darts
 feature_selection greedy_cosines greedy_toy hyper_cleaning hyper_cleaning_cosines
 inner_solver kernel_ridge learning_rates million_decays minibatch_cleaning
-neural_ode quickstart random_search regularisation scale sinusoid
+neural_ode neural_ode_adjoints quickstart random_search regularisation scale sinusoid
 training_loop""".split()
 
 
@@ -242,7 +248,7 @@ training_loop""".split()
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment(experiment, tmp_path, capsys, name):
     module, figure = experiment(name), tmp_path / "figure.png"
-    draws = name not in ("audit", "greedy_cosines")
+    draws = name not in ("audit", "greedy_cosines", "neural_ode_adjoints")
     found = module.main(**module.QUICK, **({"figure": str(figure)} if draws else {}))
     printed = capsys.readouterr().out
     assert not draws or figure.stat().st_size > 10_000

@@ -3,6 +3,8 @@
 python -m docs.experiments.neural_ode_adjoints
 """
 
+from typing import Any
+
 import diffrax as dfx
 import equinox as eqx
 import eqx_hpo as hpo
@@ -47,6 +49,9 @@ def is_possible(adjoint: dfx.AbstractAdjoint, rule: hpo.AbstractSecondOrder) -> 
     return all(jnp.isfinite(x).all() for x in jax.tree.leaves(hypergradient))
 
 
+QUICK: dict[str, Any] = {}
+
+
 def main() -> dict[str, list[bool]]:
     table = {name: [is_possible(x, y) for y in RULES] for name, x in ADJOINTS.items()}
     print(f"{'':28}" + "".join(f"{type(rule).__name__:>20}" for rule in RULES))
@@ -56,4 +61,4 @@ def main() -> dict[str, list[bool]]:
 
 
 if __name__ == "__main__":
-    command(main, __doc__)
+    command(main, __doc__, QUICK)
